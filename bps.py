@@ -1,0 +1,228 @@
+"""Bayesian Power Steering (BPS, arXiv 2406.03683): the steering network and the posterior.
+
+The frozen U-Net is the prior denoiser, eps*(z_t, t, text) = E[eps | z_t, text], over a large
+probability space. A new condition c_add lives in a small one, and by Bayes' rule
+
+    p_t(z_t | text, c_add)  is proportional to  p_t(z_t | text) p_t(c_add | z_t, text),
+    eps_bar*(z_t, t, text, c_add) = eps*(z_t, t, text) - sigma_t grad_z log p_t(c_add | z_t, text).
+
+BPS learns the second, time-dependent term: a network that sees only the condition and the timestep
+produces one map (residual) for each block of the U-Net, strong on the contracting path's outer
+levels, weak on the expansive path: head-heavy and foot-light.
+
+Shapes: B batch, C channels, H W rows and columns of the latent, f the autoencoder's factor.
+
+    residuals = BPS(config)(cond, unet.time_embedding(t))
+    eps_bar = unet(z_t, t, context, residuals)
+"""
+import json
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
+
+import weights
+from unet import Downsample, Upsample
+
+
+@dataclass(frozen=True)
+class BPSConfig:
+    """The sizes of a BPS network and its port weights; the defaults steer SD 1.5 with a sketch.
+
+    channels, blocks_per_level and norm_groups are the U-Net's. The weights are fixed factors on
+    the maps, one a level for the contracting path (outermost first), one for the middle, one for
+    the whole expansive path.
+    """
+    cond_channels: int = 1                             # 1 sketch, 3 segmentation or layout
+    factor: int = 8                                    # f: pixels of the condition per latent pixel
+    channels: tuple = (320, 640, 1280, 1280)
+    blocks_per_level: int = 2
+    norm_groups: int = 32
+    input_weights: tuple = (16.0, 8.0, 4.0, 2.0)       # head-heavy ...
+    middle_weight: float = 16.0
+    output_weight: float = 1.0                         # ... and foot-light
+
+
+def zero_conv(channels_in, channels):
+    """Returns a 3x3 convolution that outputs zero until it is trained.
+
+    Its own gradient is not zero: d loss / d weight = d loss / d output * input.
+    """
+    conv = nn.Conv2d(channels_in, channels, 3, padding=1)
+    nn.init.zeros_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
+
+
+class TimeResBlock(nn.Module):
+    """A residual block that the timestep scales and shifts: BPS's contracting and middle block."""
+
+    def __init__(self, channels_in, channels, t_emb_dim, norm_groups):
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(norm_groups, channels_in), nn.SiLU(),
+                                       nn.Conv2d(channels_in, channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(t_emb_dim, 2 * channels))
+        self.out_layers = nn.Sequential(nn.GroupNorm(norm_groups, channels), nn.SiLU(),
+                                        nn.Dropout(0.0),    # keeps the authors' numbering
+                                        zero_conv(channels, channels))
+        self.skip_connection = (nn.Identity() if channels_in == channels
+                                else nn.Conv2d(channels_in, channels, 1))
+
+    def forward(self, h, t_emb):
+        """Returns (B, C, H, W) for h (B, C_in, H, W) and t_emb (B or 1, D)."""
+        norm, *rest = self.out_layers
+        scale, shift = self.emb_layers(t_emb)[:, :, None, None].chunk(2, dim=1)
+        out = norm(self.in_layers(h)) * (1 + scale) + shift
+        for layer in rest:
+            out = layer(out)
+        return self.skip_connection(h) + out
+
+
+class LightResBlock(nn.Module):
+    """A residual block of one convolution that ignores the timestep: BPS's expansive block."""
+
+    def __init__(self, channels_in, channels, norm_groups):
+        super().__init__()
+        self.out_layers = nn.Sequential(nn.GroupNorm(norm_groups, channels_in), nn.SiLU(),
+                                        nn.Dropout(0.0),    # keeps the authors' numbering
+                                        zero_conv(channels_in, channels))
+        self.skip_connection = nn.Conv2d(channels_in, channels, 1)
+
+    def forward(self, h):
+        """Returns (B, C, H, W) for h (B, C_in, H, W)."""
+        return self.skip_connection(h) + self.out_layers(h)
+
+
+class BPS(nn.Module):
+    """The steering network: condition and timestep to one residual per block of the U-Net.
+
+    Attributes are named and numbered as in the authors' checkpoints: `zero_blocks` are the
+    ports of the contracting path and, last, of the middle; an expansive entry is
+    [block, port, up-sampler]. Blocks without a port have None there.
+    """
+
+    def __init__(self, config=BPSConfig()):
+        super().__init__()
+        self.config = config
+        base, levels, groups = config.channels[0], len(config.channels), config.norm_groups
+        t_emb_dim = base * 4                               # the frozen U-Net's own embedding
+
+        # Contracting path: stem, then residual blocks with ports, then a down-sampler, per level.
+        cond_dim = config.cond_channels * config.factor**2
+        self.input_blocks = nn.ModuleList([nn.Conv2d(cond_dim, base, 3, padding=1)])
+        ports, port_weights, skip_channels = [None], [None], [base]
+        for level, channels in enumerate(config.channels):
+            for _ in range(config.blocks_per_level):
+                self.input_blocks.append(
+                    TimeResBlock(skip_channels[-1], channels, t_emb_dim, groups))
+                ports.append(zero_conv(channels, channels))
+                port_weights.append(config.input_weights[level])
+                skip_channels.append(channels)
+            if level < levels - 1:
+                self.input_blocks.append(Downsample(channels))
+                ports.append(None)
+                port_weights.append(None)
+                skip_channels.append(channels)
+
+        self.middle_block = nn.ModuleList(TimeResBlock(channels, channels, t_emb_dim, groups)
+                                          for _ in range(2))
+        self.zero_blocks = nn.ModuleList([*ports, zero_conv(channels, channels)])
+        self.input_port_weights = port_weights
+
+        # Expansive path: one entry per skip of BPS's own contracting path.
+        self.output_blocks = nn.ModuleList()
+        channels_in = channels
+        for level in reversed(range(levels)):
+            channels = config.channels[level]
+            for i in range(config.blocks_per_level + 1):
+                entry = [LightResBlock(channels_in + skip_channels.pop(), channels, groups),
+                         zero_conv(channels, channels)]
+                channels_in = channels
+                if i == config.blocks_per_level and level > 0:
+                    entry.append(Upsample(channels))
+                self.output_blocks.append(nn.ModuleList(entry))
+
+    def forward(self, cond, t_emb):
+        """Returns residuals: one map (B, C, H, W) per U-Net block, None where there is no port.
+
+        cond: (B, C_cond, f H, f W) in [0, 1]. t_emb: (B or 1, 4 * base channels), the frozen
+        U-Net's time_embedding(t). The order is input blocks, middle, output blocks.
+        Errors: ValueError where the condition's channels or size do not fit.
+        """
+        B, C, rows, columns = cond.shape
+        factor = self.config.factor
+        if C != self.config.cond_channels or rows % factor or columns % factor:
+            raise ValueError(f"condition of {C} channels, {rows} x {columns} px; this BPS takes "
+                             f"{self.config.cond_channels} channels and multiples of {factor} px")
+        h = F.pixel_unshuffle(cond, factor)                                    # (B, C f^2, H, W)
+        skips, residuals = [], []
+        for block, port, weight in zip(self.input_blocks, self.zero_blocks,
+                                       self.input_port_weights):
+            h = block(h, t_emb) if isinstance(block, TimeResBlock) else block(h)
+            skips.append(h)
+            residuals.append(None if port is None else weight * port(h))
+        for block in self.middle_block:
+            h = block(h, t_emb)
+        residuals.append(self.config.middle_weight * self.zero_blocks[-1](h))
+        for block, port, *up in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1))
+            residuals.append(self.config.output_weight * port(h))
+            for upsample in up:
+                h = upsample(h, skips[-1].shape[-2:])
+        return residuals
+
+
+def config_for(unet_config, cond_channels, factor, head_heavy=True):
+    """Returns the BPSConfig that fits a U-Net: sketch's port weights, or 1 everywhere (layout).
+
+    The weights halve from level to level, 16, 8, 4, 2 for four levels (authors' code)."""
+    levels = len(unet_config.channels)
+    sizes = dict(cond_channels=cond_channels, factor=factor, channels=unet_config.channels,
+                 blocks_per_level=unet_config.blocks_per_level,
+                 norm_groups=unet_config.norm_groups)
+    if not head_heavy:
+        return BPSConfig(input_weights=(1.0,) * levels, middle_weight=1.0, **sizes)
+    return BPSConfig(input_weights=tuple(16.0 / 2**level for level in range(levels)), **sizes)
+
+
+def posterior(eps_prior, eps_posteriors, strengths):
+    """Returns eps* + sum_i s_i (eps_bar_i* - eps*), the combined posterior denoiser.
+
+    eps_prior, each of eps_posteriors: (B, 4, H, W). strengths: one float each; 0 is the prior, 1
+    the posterior, and others temper p(c_add | z)^s. Conditions that are independent given z_t add
+    up. Derived from Bayes' rule as in the module's docstring. Errors: ValueError for unequal counts.
+    """
+    if len(eps_posteriors) != len(strengths):
+        raise ValueError(f"{len(eps_posteriors)} posteriors but {len(strengths)} strengths")
+    eps = eps_prior
+    for eps_posterior, strength in zip(eps_posteriors, strengths):
+        eps = eps + strength * (eps_posterior - eps_prior)
+    return eps
+
+
+def save_bps(bps, file, metadata):
+    """Writes the network in fp16 as safetensors, its config and `metadata` (a dict) beside it."""
+    tensors = {key: tensor.half() for key, tensor in bps.state_dict().items()}
+    weights.save(tensors, file, dict(config=json.dumps(asdict(bps.config)),
+                                     training=json.dumps(metadata)))
+
+
+def load_bps(file, dtype=torch.float32, device="cpu"):
+    """Returns the BPS of a file that save_bps wrote, ready to steer; `.metadata` is what was given.
+
+    Errors: weights.WeightsError names the file and what is wrong with it.
+    """
+    state = weights.read_safetensors(file)
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata() or {}
+    try:
+        config = {key: tuple(value) if isinstance(value, list) else value
+                  for key, value in json.loads(metadata["config"]).items()}
+        bps = BPS(BPSConfig(**config))
+        bps.metadata = json.loads(metadata["training"])
+    except (KeyError, TypeError, ValueError):
+        raise weights.WeightsError(f"{file}: not a BPS file; train.py writes bps.safetensors") from None
+    weights.load_strict(bps, weights.Checkpoint({}, state, str, file))
+    return bps.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -1,0 +1,269 @@
+"""CLIP for Stable Diffusion: the tokenizer, the text encoder, and a small image tower for scores.
+
+The text encoder turns a prompt into `context`, the 77 text states that the U-Net attends to. The
+image tower is the embedded base's own; nothing that draws needs it.
+
+Shapes: B batch, L tokens (77), D width, C channels, H W rows and columns.
+
+    from clip import load_clip
+    tokenizer, text_model = load_clip("tiny/model")
+    context = text_model(tokenizer(["a red apple"]))
+"""
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import tokenizers
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from tokenizers import Regex, normalizers, pre_tokenizers
+from torch import nn
+
+import weights
+
+CONTEXT_LENGTH = 77         # begin + 75 tokens + end
+BEGIN, END = "<|startoftext|>", "<|endoftext|>"
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"      # CLIP's own split
+
+
+def quick_gelu(h):
+    """Returns x * sigmoid(1.702 x), the approximate GELU that SD 1's text encoder was trained with."""
+    return h * torch.sigmoid(1.702 * h)
+
+
+ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
+
+
+@dataclass(frozen=True)
+class CLIPTextConfig:
+    """The sizes of a text encoder; the defaults are Stable Diffusion 1.5's."""
+    width: int = 768
+    layers: int = 12
+    heads: int = 12
+    vocab_size: int = 49408
+    activation: str = "quick_gelu"
+
+
+# ---- tokenizer -----------------------------------------------------------------------------
+
+def split_words():
+    """Returns (normalizer, pre-tokenizer) of CLIP: lower case, one space, words, bytes."""
+    normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "),
+                                       normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(WORDS), "removed", invert=True)
+    return normalizer, pre_tokenizers.Sequence([words,
+                                                pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+class Tokenizer:
+    """CLIP's byte-level BPE: texts to ids, all of length 77."""
+
+    def __init__(self, vocab, merges, pad_token=END):
+        """vocab: {token: id}; merges: [(left, right)] in order; pad_token fills up to 77."""
+        model = tokenizers.models.BPE(vocab, merges, unk_token=END, end_of_word_suffix="</w>",
+                                      continuing_subword_prefix="", fuse_unk=False)
+        self.bpe = tokenizers.Tokenizer(model)
+        self.bpe.normalizer, self.bpe.pre_tokenizer = split_words()
+        self.begin, self.end, self.pad = vocab[BEGIN], vocab[END], vocab[pad_token]
+
+    def __call__(self, texts):
+        """Returns ids (B, 77) int64: begin, the text's tokens, end, padding.
+
+        A text of more than 75 tokens is cut, with a warning that shows what was dropped.
+        """
+        rows = []
+        for text in texts:
+            encoding = self.bpe.encode(text, add_special_tokens=False)
+            ids = encoding.ids[:CONTEXT_LENGTH - 2]
+            if len(encoding.ids) > len(ids):
+                dropped = "".join(encoding.tokens[len(ids):]).replace("</w>", " ").strip()
+                warnings.warn(f"prompt longer than {CONTEXT_LENGTH - 2} tokens; "
+                              f"dropped: {dropped!r}", stacklevel=2)
+            row = [self.begin, *ids, self.end]
+            rows.append(row + [self.pad] * (CONTEXT_LENGTH - len(row)))
+        return torch.tensor(rows, dtype=torch.int64)
+
+
+def load_tokenizer(folder):
+    """Returns the Tokenizer of vocab.json and merges.txt in a folder.
+
+    Errors: weights.WeightsError names the missing or faulty file.
+    """
+    folder = Path(folder)
+    try:
+        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [tuple(line.split()) for line in lines
+                  if line.strip() and not line.startswith("#version")]
+        pad_token = END
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                found = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
+                pad_token = (found["content"] if isinstance(found, dict) else found) or pad_token
+        return Tokenizer(vocab, merges, pad_token)
+    except OSError as error:
+        raise weights.WeightsError(f"{error.filename}: no such file; a tokenizer is vocab.json "
+                                   f"and merges.txt") from None
+    except (ValueError, KeyError) as error:
+        raise weights.WeightsError(f"{folder}: not a CLIP tokenizer ({error})") from None
+
+
+# ---- text encoder --------------------------------------------------------------------------
+
+class Attention(nn.Module):
+    """Multi-head self-attention in which a token sees only itself and those before it."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.k_proj, self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width)
+                                                                for _ in range(4))
+
+    def forward(self, h):
+        """Returns (B, L, D) for h (B, L, D)."""
+        q, k, v = (layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, heads, L, D/heads)
+                   for layer in (self.q_proj, self.k_proj, self.v_proj))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(out.transpose(1, 2).flatten(2))                  # (B, L, D)
+
+
+class MLP(nn.Module):
+    """The transformer's two-layer perceptron, four times as wide inside."""
+
+    def __init__(self, width, activation):
+        super().__init__()
+        self.activation = ACTIVATIONS[activation]
+        self.fc1, self.fc2 = nn.Linear(width, width * 4), nn.Linear(width * 4, width)
+
+    def forward(self, h):
+        """Returns (B, L, D) for h (B, L, D)."""
+        return self.fc2(self.activation(self.fc1(h)))
+
+
+class EncoderLayer(nn.Module):
+    """Attention and perceptron, each normed before and added after."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config.width, config.heads)
+        self.layer_norm1 = nn.LayerNorm(config.width)
+        self.mlp = MLP(config.width, config.activation)
+        self.layer_norm2 = nn.LayerNorm(config.width)
+
+    def forward(self, h):
+        """Returns (B, L, D) for h (B, L, D)."""
+        h = h + self.self_attn(self.layer_norm1(h))
+        return h + self.mlp(self.layer_norm2(h))
+
+
+class CLIPTextModel(nn.Module):
+    """Token ids to text states."""
+
+    def __init__(self, config=CLIPTextConfig()):
+        super().__init__()
+        self.config = config
+        self.embeddings = nn.ModuleDict(dict(
+            token_embedding=nn.Embedding(config.vocab_size, config.width),
+            position_embedding=nn.Embedding(CONTEXT_LENGTH, config.width)))
+        self.encoder = nn.ModuleDict(dict(
+            layers=nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))))
+        self.final_layer_norm = nn.LayerNorm(config.width)
+
+    def forward(self, ids):
+        """Returns context (B, L, D) for ids (B, L)."""
+        h = self.embeddings["token_embedding"](ids)
+        h = h + self.embeddings["position_embedding"].weight[:ids.shape[1]]
+        for layer in self.encoder["layers"]:
+            h = layer(h)
+        return self.final_layer_norm(h)
+
+
+def load_clip(path, tokenizer_path=None, dtype=torch.float32, device="cpu"):
+    """Returns (tokenizer, frozen text encoder) of an SD folder or single .safetensors file.
+
+    tokenizer_path: a folder with vocab.json and merges.txt; a single file has none of its own.
+    Errors: weights.WeightsError names the file and what is missing or does not fit.
+    """
+    if tokenizer_path is None:
+        if not Path(path).is_dir():
+            raise weights.WeightsError(f"{path}: a single file holds no tokenizer; give a folder "
+                                       f"with vocab.json and merges.txt as the tokenizer")
+        tokenizer_path = Path(path) / "tokenizer"
+    checkpoint = weights.read_text(path)
+    if checkpoint.config.get("activation", "quick_gelu") not in ACTIVATIONS:
+        raise weights.WeightsError(f"{checkpoint.file}: activation "
+                                   f"{checkpoint.config['activation']!r}; allowed are "
+                                   f"{', '.join(ACTIVATIONS)}")
+    text_model = CLIPTextModel(CLIPTextConfig(**checkpoint.config))
+    weights.load_strict(text_model, checkpoint)
+    text_model = text_model.to(device, dtype).eval().requires_grad_(False)
+    return load_tokenizer(tokenizer_path), text_model
+
+
+# ---- scores --------------------------------------------------------------------------------
+
+class ImageTower(nn.Module):
+    """Image to a vector: strided convolutions, a residual block at each size, then the mean."""
+
+    def __init__(self, widths, dim):
+        super().__init__()
+        self.stem = nn.Conv2d(3, widths[0], 3, stride=2, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
+                                  for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths)
+        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths)
+        self.projection = nn.Linear(widths[-1], dim, bias=False)
+
+    def forward(self, x):
+        """Returns (B, dim), not normalised, for images x (B, 3, H, W) in [-1, 1]."""
+        h = self.stem(x)
+        for i, (norm, block) in enumerate(zip(self.norms, self.blocks)):
+            h = h + block(F.silu(norm(h)))
+            if i < len(self.down):
+                h = F.silu(self.down[i](h))
+        return self.projection(h.mean(dim=(2, 3)))
+
+
+class CLIPScore(nn.Module):
+    """Cosine similarities between texts and images: text encoder, image tower, projections."""
+
+    def __init__(self, text_model, image_widths, dim):
+        super().__init__()
+        self.text_model = text_model
+        self.image_tower = ImageTower(image_widths, dim)
+        self.text_projection = nn.Linear(text_model.config.width, dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.66))       # exp: 1 / 0.07, as CLIP's start
+
+    def embed_text(self, ids, end):
+        """Returns unit vectors (B, dim) of ids (B, 77): the state at the first `end` token."""
+        context = self.text_model(ids)
+        last = (ids == end).int().argmax(dim=1)                               # (B,)
+        return F.normalize(self.text_projection(context[torch.arange(len(ids)), last]), dim=-1)
+
+    def embed_image(self, x):
+        """Returns unit vectors (B, dim) of images x (B, 3, H, W) in [-1, 1]."""
+        return F.normalize(self.image_tower(x), dim=-1)
+
+
+def save_score(score, file):
+    """Writes what a CLIPScore has beyond its text encoder, in fp16, with its sizes as metadata."""
+    tensors = {key: tensor.half() for key, tensor in score.state_dict().items()
+               if not key.startswith("text_model.")}
+    widths = [norm.num_channels for norm in score.image_tower.norms]
+    dim = score.text_projection.out_features
+    weights.save(tensors, file, dict(image_widths=json.dumps(widths), dim=str(dim)))
+
+
+def load_score(path, device="cpu"):
+    """Returns (tokenizer, frozen CLIPScore) of the embedded base's folder."""
+    tokenizer, text_model = load_clip(path, device=device)
+    file = Path(path) / "clip_score.safetensors"
+    state = weights.read_safetensors(file)
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata()
+    score = CLIPScore(text_model, json.loads(metadata["image_widths"]), int(metadata["dim"]))
+    state |= {f"text_model.{key}": tensor for key, tensor in text_model.state_dict().items()}
+    weights.load_strict(score, weights.Checkpoint({}, state, str, file))
+    return tokenizer, score.to(device).eval().requires_grad_(False)

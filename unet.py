@@ -1,0 +1,306 @@
+"""The Stable Diffusion U-Net (1.x and 2.x): the prior denoiser, with a port for BPS in every block.
+
+The layout and the names are those of the original single-file checkpoints: `input_blocks` is the
+contracting path (CP), `middle_block` the transition path (TP), `output_blocks` the expansive path
+(EP). The forward pass is these three lists, one loop each.
+
+Shapes: B batch, C channels, H W rows and columns of the latent, N = H * W, L tokens, D width.
+
+    from unet import load_unet
+    eps = load_unet("tiny/model")(z_t, t, context)
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import weights
+
+MAX_PERIOD = 10_000     # longest period of the timestep sinusoids (Attention Is All You Need, 3.5)
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """The sizes of a U-Net; the defaults are Stable Diffusion 1.5's."""
+    channels: tuple = (320, 640, 1280, 1280)           # one entry a level, outermost first
+    attention: tuple = (True, True, True, False)       # which levels have spatial transformers
+    heads: tuple = (8, 8, 8, 8)                        # attention heads of each level
+    blocks_per_level: int = 2
+    context_dim: int = 768                             # width of the text states
+    latent_channels: int = 4
+    norm_groups: int = 32
+    linear_projection: bool = False                    # SD 2 projects with Linear, SD 1 with 1x1 conv
+
+
+def timestep_embedding(t, dim):
+    """Returns sinusoids of the timestep, cosines first.
+
+    t: (B,) int or float in 0..999. Result: (B, dim) float32. Source: Denoising Diffusion
+    Probabilistic Models (arXiv 2006.11239), with the order of Stable Diffusion's checkpoints.
+    """
+    half = dim // 2
+    # in float32 and in this order, as the checkpoints were trained: at t = 999 rounding shows
+    exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device)
+    frequencies = torch.exp(exponents / half)
+    angles = t.float()[:, None] * frequencies[None]                            # (B, dim / 2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)                      # (B, dim)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions with a shift by the timestep in between, plus a skip."""
+
+    def __init__(self, channels_in, channels, t_emb_dim, norm_groups):
+        super().__init__()
+        self.in_layers = nn.Sequential(nn.GroupNorm(norm_groups, channels_in), nn.SiLU(),
+                                       nn.Conv2d(channels_in, channels, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(t_emb_dim, channels))
+        self.out_layers = nn.Sequential(nn.GroupNorm(norm_groups, channels), nn.SiLU(),
+                                        nn.Dropout(0.0),    # keeps the checkpoint's numbering
+                                        nn.Conv2d(channels, channels, 3, padding=1))
+        self.skip_connection = (nn.Identity() if channels_in == channels
+                                else nn.Conv2d(channels_in, channels, 1))
+
+    def forward(self, h, t_emb):
+        """Returns (B, C, H, W) for h (B, C_in, H, W) and t_emb (B, D)."""
+        out = self.in_layers(h) + self.emb_layers(t_emb)[:, :, None, None]
+        return self.skip_connection(h) + self.out_layers(out)
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention of the pixels to the context; to themselves where it is absent."""
+
+    def __init__(self, dim, context_dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(dim, dim, bias=False)
+        self.to_k = nn.Linear(context_dim, dim, bias=False)
+        self.to_v = nn.Linear(context_dim, dim, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.0))
+
+    def forward(self, h, context):
+        """Returns (B, N, C) for h (B, N, C) and context (B, L, D)."""
+        B, N, C = h.shape
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2)           # (B, heads, N, C/heads)
+                   for x in (self.to_q(h), self.to_k(context), self.to_v(context)))
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(out.transpose(1, 2).reshape(B, N, C))
+
+
+class GEGLU(nn.Module):
+    """A linear layer whose one half gates the other through a GELU (arXiv 2002.05202)."""
+
+    def __init__(self, dim_in, dim_out):
+        super().__init__()
+        self.proj = nn.Linear(dim_in, dim_out * 2)
+
+    def forward(self, h):
+        """Returns (B, N, dim_out) for h (B, N, dim_in)."""
+        value, gate = self.proj(h).chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    """The transformer's two-layer perceptron, four times as wide inside."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(dim, dim * 4), nn.Dropout(0.0), nn.Linear(dim * 4, dim))
+
+    def forward(self, h):
+        """Returns (B, N, C) for h (B, N, C)."""
+        return self.net(h)
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, attention to the text, perceptron; each normed before and added after."""
+
+    def __init__(self, dim, context_dim, heads):
+        super().__init__()
+        self.attn1 = CrossAttention(dim, dim, heads)
+        self.attn2 = CrossAttention(dim, context_dim, heads)
+        self.ff = FeedForward(dim)
+        self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+
+    def forward(self, h, context):
+        """Returns (B, N, C) for h (B, N, C) and context (B, L, D)."""
+        normed = self.norm1(h)
+        h = h + self.attn1(normed, normed)
+        h = h + self.attn2(self.norm2(h), context)
+        return h + self.ff(self.norm3(h))
+
+
+class SpatialTransformer(nn.Module):
+    """A transformer block over the pixels of a feature map, plus a skip."""
+
+    def __init__(self, channels, context_dim, heads, norm_groups, linear_projection):
+        super().__init__()
+        project = nn.Linear if linear_projection else lambda c_in, c: nn.Conv2d(c_in, c, 1)
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)   # 1e-5 everywhere else
+        self.proj_in = project(channels, channels)
+        self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
+        self.proj_out = project(channels, channels)
+
+    def forward(self, h, context):
+        """Returns (B, C, H, W) for h (B, C, H, W) and context (B, L, D)."""
+        B, C, H, W = h.shape
+        tokens = self.norm(h).flatten(2).transpose(1, 2)                       # (B, N, C)
+        tokens = apply_projection(self.proj_in, tokens)
+        for block in self.transformer_blocks:
+            tokens = block(tokens, context)
+        tokens = apply_projection(self.proj_out, tokens)
+        return h + tokens.transpose(1, 2).reshape(B, C, H, W)
+
+
+def apply_projection(layer, tokens):
+    """Returns (B, N, C): a Linear or, equally, a 1x1 convolution applied to tokens (B, N, C)."""
+    return F.linear(tokens, layer.weight.flatten(1), layer.bias)
+
+
+class Downsample(nn.Module):
+    """Halves height and width with a strided convolution that pads all four sides by one."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
+
+    def forward(self, h):
+        """Returns (B, C, ceil(H / 2), ceil(W / 2)) for h (B, C, H, W)."""
+        return self.op(h)
+
+
+class Upsample(nn.Module):
+    """Repeats pixels up to a given size, then smooths with a convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, h, size):
+        """Returns (B, C, *size) for h (B, C, H, W); size is the next skip's, odd or even."""
+        return self.conv(F.interpolate(h, size=size, mode="nearest"))
+
+
+class UNetBlock(nn.Sequential):
+    """One entry of a path: some of convolution, ResBlock, SpatialTransformer, Down-/Upsample.
+
+    This is where a residual enters the frozen U-Net: the same map is added after every ResBlock
+    and after every SpatialTransformer of the block, and nowhere else (authors' code).
+    """
+
+    def forward(self, h, t_emb, context, residual=None, size=None):
+        """Returns the block's output for h (B, C, H, W).
+
+        residual: (B or 1, C_out, H, W) or None. size: (rows, columns) an Upsample grows to.
+        """
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                h = layer(h, t_emb)
+            elif isinstance(layer, SpatialTransformer):
+                h = layer(h, context)
+            elif isinstance(layer, Upsample):
+                h = layer(h, size)
+            else:
+                h = layer(h)
+            if residual is not None and isinstance(layer, (ResBlock, SpatialTransformer)):
+                h = h + residual
+        return h
+
+
+class UNet(nn.Module):
+    """Predicts the noise in a latent from the noisy latent, the timestep and the text."""
+
+    def __init__(self, config=UNetConfig()):
+        super().__init__()
+        self.config = config
+        base, levels = config.channels[0], len(config.channels)
+        t_emb_dim = base * 4
+
+        def res_block(channels_in, channels):
+            return ResBlock(channels_in, channels, t_emb_dim, config.norm_groups)
+
+        def transformer(level):
+            return SpatialTransformer(config.channels[level], config.context_dim,
+                                      config.heads[level], config.norm_groups,
+                                      config.linear_projection)
+
+        self.time_embed = nn.Sequential(nn.Linear(base, t_emb_dim), nn.SiLU(),
+                                        nn.Linear(t_emb_dim, t_emb_dim))
+        # Contracting path. `skip_channels` remembers what the expansive path will concatenate.
+        self.input_blocks = nn.ModuleList(
+            [UNetBlock(nn.Conv2d(config.latent_channels, base, 3, padding=1))])
+        skip_channels = [base]
+        for level, channels in enumerate(config.channels):
+            for _ in range(config.blocks_per_level):
+                layers = [res_block(skip_channels[-1], channels)]
+                if config.attention[level]:
+                    layers.append(transformer(level))
+                self.input_blocks.append(UNetBlock(*layers))
+                skip_channels.append(channels)
+            if level < levels - 1:
+                self.input_blocks.append(UNetBlock(Downsample(channels)))
+                skip_channels.append(channels)
+
+        self.middle_block = UNetBlock(res_block(channels, channels), transformer(levels - 1),
+                                      res_block(channels, channels))
+
+        # Expansive path: one block for every skip, so one more a level than in the contracting path.
+        self.output_blocks = nn.ModuleList()
+        channels_in = channels
+        for level in reversed(range(levels)):
+            channels = config.channels[level]
+            for i in range(config.blocks_per_level + 1):
+                layers = [res_block(channels_in + skip_channels.pop(), channels)]
+                channels_in = channels
+                if config.attention[level]:
+                    layers.append(transformer(level))
+                if i == config.blocks_per_level and level > 0:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(UNetBlock(*layers))
+
+        self.out = nn.Sequential(nn.GroupNorm(config.norm_groups, base), nn.SiLU(),
+                                 nn.Conv2d(base, config.latent_channels, 3, padding=1))
+
+    def time_embedding(self, t):
+        """Returns (B, 4 * base channels), what the residual blocks and BPS know of t (B,)."""
+        sinusoids = timestep_embedding(t, self.config.channels[0])
+        return self.time_embed(sinusoids.to(self.time_embed[0].weight.dtype))
+
+    def forward(self, z_t, t, context, residuals=None):
+        """Returns eps (B, 4, H, W), the predicted noise (or v, where the model was trained so).
+
+        z_t: (B, 4, H, W) noisy scaled latents. t: (B,) int or float in 0..999. context: (B, L, D)
+        text states. residuals: None, or a list with one entry per block in the order input,
+        middle, output: a map of the block's output shape (batch B or 1), or None for no steering.
+        """
+        blocks = len(self.input_blocks) + 1 + len(self.output_blocks)
+        residuals = [None] * blocks if residuals is None else residuals
+        if len(residuals) != blocks:
+            raise ValueError(f"{len(residuals)} residuals for a U-Net of {blocks} blocks; "
+                             f"pass one entry per block, None where there is no port")
+        t_emb = self.time_embedding(t)
+        residual = iter(residuals)
+
+        h, skips = z_t, []
+        for block in self.input_blocks:
+            h = block(h, t_emb, context, next(residual))
+            skips.append(h)
+        h = self.middle_block(h, t_emb, context, next(residual))
+        for block in self.output_blocks:
+            h = torch.cat([h, skips.pop()], dim=1)
+            size = skips[-1].shape[-2:] if skips else None
+            h = block(h, t_emb, context, next(residual), size)
+        return self.out(h)
+
+
+def load_unet(path, dtype=torch.float32, device="cpu"):
+    """Returns the frozen U-Net of an SD checkpoint: a folder or a single .safetensors file.
+
+    Errors: weights.WeightsError names the file and every key that is missing, unexpected or of
+    another shape.
+    """
+    checkpoint = weights.read_unet(path)
+    unet = UNet(UNetConfig(**checkpoint.config))
+    weights.load_strict(unet, checkpoint)
+    return unet.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)

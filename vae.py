@@ -1,0 +1,231 @@
+"""The Stable Diffusion autoencoder: images to a small latent space and back.
+
+Shapes: B batch, C channels, H W rows and columns, N = H * W of the innermost map.
+f = 2 ** (levels - 1) is the down-sampling factor: 8 for Stable Diffusion, 4 for the embedded base.
+
+    from vae import load_vae
+    vae = load_vae("tiny/model")
+    x_again = vae.decode(vae.encode(x).mean)
+"""
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import weights
+
+LOGVAR_RANGE = (-30.0, 20.0)    # the original's clamp; keeps exp() finite
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """The sizes of an autoencoder; the defaults are Stable Diffusion's."""
+    channels: tuple = (128, 256, 512, 512)     # one entry a level, outermost first
+    blocks_per_level: int = 2                  # in the encoder; the decoder has one more
+    latent_channels: int = 4
+    norm_groups: int = 32
+    scaling_factor: float = 0.18215            # brings latents to about unit variance
+
+
+class Latent(NamedTuple):
+    """The encoder's normal distribution over scaled latents: mean and std, each (B, 4, H/f, W/f)."""
+    mean: torch.Tensor
+    std: torch.Tensor
+
+    def sample(self, noise):
+        """Returns one latent (B, 4, H/f, W/f) for standard normal noise of that shape."""
+        return self.mean + self.std * noise
+
+
+def norm(channels, groups):
+    """Returns the autoencoder's GroupNorm: its eps is 1e-6, not PyTorch's 1e-5."""
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class ResBlock(nn.Module):
+    """Two 3x3 convolutions plus a skip; unlike the U-Net's it knows no timestep."""
+
+    def __init__(self, channels_in, channels, groups):
+        super().__init__()
+        self.norm1 = norm(channels_in, groups)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
+        self.norm2 = norm(channels, groups)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        if channels_in != channels:
+            self.nin_shortcut = nn.Conv2d(channels_in, channels, 1)
+
+    def forward(self, h):
+        """Returns (B, C, H, W) for h (B, C_in, H, W)."""
+        out = self.conv1(F.silu(self.norm1(h)))
+        out = self.conv2(F.silu(self.norm2(out)))
+        return out + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else h)
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over all pixels, plus a skip."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.norm = norm(channels, groups)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, h):
+        """Returns (B, C, H, W) for h (B, C, H, W)."""
+        B, C, H, W = h.shape
+        normed = self.norm(h)
+        q, k, v = (layer(normed).flatten(2).transpose(1, 2)                    # (B, N, C)
+                   for layer in (self.q, self.k, self.v))
+        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return h + self.proj_out(out.transpose(1, 2).reshape(B, C, H, W))
+
+
+class Downsample(nn.Module):
+    """Halves height and width; pads only right and bottom, as the checkpoints were trained."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, h):
+        """Returns (B, C, H // 2, W // 2) for h (B, C, H, W)."""
+        return self.conv(F.pad(h, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles height and width by repeating pixels, then smooths with a convolution."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, h):
+        """Returns (B, C, 2 H, 2 W) for h (B, C, H, W)."""
+        return self.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    """The innermost part of encoder and decoder: ResBlock, Attention, ResBlock."""
+
+    def __init__(self, channels, groups):
+        super().__init__()
+        self.block_1 = ResBlock(channels, channels, groups)
+        self.attn_1 = Attention(channels, groups)
+        self.block_2 = ResBlock(channels, channels, groups)
+
+    def forward(self, h):
+        """Returns (B, C, H, W) for h (B, C, H, W)."""
+        return self.block_2(self.attn_1(self.block_1(h)))
+
+
+class Level(nn.Module):
+    """One level of encoder or decoder: residual blocks, then perhaps a change of size."""
+
+    def __init__(self, channels_in, channels, blocks, groups):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(channels_in if i == 0 else channels, channels, groups)
+                                   for i in range(blocks))
+
+    def forward(self, h):
+        """Returns (B, C, H', W') for h (B, C_in, H, W); H' = H / 2, H or 2 H."""
+        for block in self.block:
+            h = block(h)
+        if hasattr(self, "downsample"):
+            h = self.downsample(h)
+        if hasattr(self, "upsample"):
+            h = self.upsample(h)
+        return h
+
+
+class Encoder(nn.Module):
+    """Image (B, 3, H, W) to the moments (B, 8, H/f, W/f) before quant_conv."""
+
+    def __init__(self, config):
+        super().__init__()
+        channels, groups = config.channels, config.norm_groups
+        self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
+        self.down = nn.ModuleList()
+        for i, c in enumerate(channels):
+            level = Level(channels[max(i - 1, 0)], c, config.blocks_per_level, groups)
+            if i < len(channels) - 1:
+                level.downsample = Downsample(c)
+            self.down.append(level)
+        self.mid = Middle(channels[-1], groups)
+        self.norm_out = norm(channels[-1], groups)
+        self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, x):
+        """Returns mean and log-variance, not yet mixed: (B, 8, H/f, W/f) for x (B, 3, H, W)."""
+        h = self.conv_in(x)
+        for level in self.down:
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+
+
+class Decoder(nn.Module):
+    """Unscaled latent (B, 4, H/f, W/f) to image (B, 3, H, W)."""
+
+    def __init__(self, config):
+        super().__init__()
+        channels, groups = config.channels, config.norm_groups
+        self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
+        self.mid = Middle(channels[-1], groups)
+        self.up = nn.ModuleList()               # outermost first, though it runs innermost first
+        for i, c in enumerate(channels):
+            level = Level(channels[min(i + 1, len(channels) - 1)], c,
+                          config.blocks_per_level + 1, groups)
+            if i > 0:
+                level.upsample = Upsample(c)
+            self.up.append(level)
+        self.norm_out = norm(channels[0], groups)
+        self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        """Returns x (B, 3, H, W) for z (B, 4, H/f, W/f)."""
+        h = self.mid(self.conv_in(z))
+        for level in reversed(self.up):
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class AutoencoderKL(nn.Module):
+    """The variational autoencoder in whose latent space Stable Diffusion works."""
+
+    def __init__(self, config=VAEConfig()):
+        super().__init__()
+        self.config = config
+        c = config.latent_channels
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * c, 2 * c, 1)
+        self.post_quant_conv = nn.Conv2d(c, c, 1)
+
+    @property
+    def factor(self):
+        """The down-sampling factor f: pixels of the image per pixel of the latent."""
+        return 2 ** (len(self.config.channels) - 1)
+
+    def encode(self, x):
+        """Returns the Latent of images x (B, 3, H, W) in [-1, 1]; H and W are multiples of f."""
+        if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
+            raise ValueError(f"image of {x.shape[-2]} x {x.shape[-1]} px: height and width must be "
+                             f"multiples of {self.factor}")
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        std = torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
+        return Latent(mean * self.config.scaling_factor, std * self.config.scaling_factor)
+
+    def decode(self, z):
+        """Returns images (B, 3, H, W), about [-1, 1] but not clipped, for scaled latents z."""
+        return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))
+
+
+def load_vae(path, dtype=torch.float32, device="cpu"):
+    """Returns the frozen autoencoder of an SD checkpoint: a folder or a single .safetensors file.
+
+    Errors: weights.WeightsError names the file and every key that is missing, unexpected or of
+    another shape.
+    """
+    checkpoint = weights.read_vae(path)
+    vae = AutoencoderKL(VAEConfig(**checkpoint.config))
+    weights.load_strict(vae, checkpoint)
+    return vae.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
