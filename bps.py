@@ -220,7 +220,8 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
     try:
         config = {key: tuple(value) if isinstance(value, list) else value
                   for key, value in json.loads(metadata["config"]).items()}
-        bps = BPS(BPSConfig(**config))
+        with torch.device("meta"):
+            bps = BPS(BPSConfig(**config))
         bps.metadata = json.loads(metadata["training"])
     except (KeyError, TypeError, ValueError):
         raise weights.WeightsError(f"{file}: not a BPS file; train.py writes bps.safetensors") from None

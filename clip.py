@@ -196,7 +196,8 @@ def load_clip(path, tokenizer_path=None, dtype=torch.float32, device="cpu"):
         raise weights.WeightsError(f"{checkpoint.file}: activation "
                                    f"{checkpoint.config['activation']!r}; allowed are "
                                    f"{', '.join(ACTIVATIONS)}")
-    text_model = CLIPTextModel(CLIPTextConfig(**checkpoint.config))
+    with torch.device("meta"):
+        text_model = CLIPTextModel(CLIPTextConfig(**checkpoint.config))
     weights.load_strict(text_model, checkpoint)
     text_model = text_model.to(device, dtype).eval().requires_grad_(False)
     return load_tokenizer(tokenizer_path), text_model

@@ -301,6 +301,7 @@ def load_unet(path, dtype=torch.float32, device="cpu"):
     another shape.
     """
     checkpoint = weights.read_unet(path)
-    unet = UNet(UNetConfig(**checkpoint.config))
+    with torch.device("meta"):
+        unet = UNet(UNetConfig(**checkpoint.config))
     weights.load_strict(unet, checkpoint)
     return unet.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -226,6 +226,7 @@ def load_vae(path, dtype=torch.float32, device="cpu"):
     another shape.
     """
     checkpoint = weights.read_vae(path)
-    vae = AutoencoderKL(VAEConfig(**checkpoint.config))
+    with torch.device("meta"):
+        vae = AutoencoderKL(VAEConfig(**checkpoint.config))
     weights.load_strict(vae, checkpoint)
     return vae.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)

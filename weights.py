@@ -14,6 +14,8 @@ import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -136,6 +138,34 @@ def save(tensors, file, metadata):
     os.replace(temporary, file)
 
 
+def save_training(file, modules, trained, optimizer, facts):
+    """Writes all that a resumed run needs: modules by name, AdamW's state, and facts (a dict).
+
+    modules: {name: module}, of which `trained` names the one that the optimizer trains.
+    """
+    tensors = {f"{name}.{key}": parameter for name, module in modules.items()
+               for key, parameter in module.named_parameters()}
+    for key, parameter in modules[trained].named_parameters():
+        state = optimizer.state[parameter]
+        tensors |= {f"m.{key}": state["exp_avg"], f"v.{key}": state["exp_avg_sq"]}
+    save(tensors, file, dict(facts=json.dumps(facts)))
+
+
+def load_training(file, modules, trained, optimizer):
+    """Restores in place what save_training wrote with the same modules; returns its facts."""
+    with safe_open(file, "pt") as f, torch.no_grad():
+        facts = json.loads(f.metadata()["facts"])
+        for name, module in modules.items():
+            for key, parameter in module.named_parameters():
+                parameter.copy_(f.get_tensor(f"{name}.{key}"))
+        for key, parameter in modules[trained].named_parameters():
+            optimizer.state[parameter] = dict(
+                step=torch.tensor(float(facts["step"])),
+                exp_avg=torch.empty_like(parameter).copy_(f.get_tensor(f"m.{key}")),
+                exp_avg_sq=torch.empty_like(parameter).copy_(f.get_tensor(f"v.{key}")))
+    return facts
+
+
 def fingerprint(file):
     """Returns the first 16 hex digits of the file's SHA-256."""
     digest = hashlib.sha256()
@@ -148,9 +178,9 @@ def fingerprint(file):
 # ---- strict loading ------------------------------------------------------------------------
 
 def load_strict(module, checkpoint):
-    """Copies the checkpoint into the module, whose own keys are in the single-file spelling.
+    """Puts the checkpoint into the module, whose own keys are in the single-file spelling.
 
-    A linear layer may be stored as a 1x1 convolution and the other way round. Errors: WeightsError
+    The module may be on the meta device, which saves drawing weights only to replace them. A linear layer may be stored as a 1x1 convolution and the other way round. Errors: WeightsError
     names every missing, unexpected and mis-shaped key.
     """
     wanted = {checkpoint.spelling(key): (key, tensor) for key, tensor in module.state_dict().items()}
@@ -168,7 +198,7 @@ def load_strict(module, checkpoint):
     if faults:
         raise WeightsError(f"{checkpoint.file}: {len(faults)} keys do not fit a "
                            f"{type(module).__name__} of this size: {'; '.join(faults)}")
-    module.load_state_dict(state)
+    module.load_state_dict(state, assign=True)
 
 
 def _squeezed(shape):

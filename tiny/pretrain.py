@@ -17,7 +17,6 @@ import numpy as np
 import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from tokenizers import pre_tokenizers
 from torch import nn
 from tqdm import tqdm
@@ -298,32 +297,6 @@ def save_part(model, folder, folder_name, config):
 STAGES = {"clip": CLIPStage, "vae": VAEStage, "unet": UNetStage}
 
 
-def save_checkpoint(file, model, ema, optimizer, step, seconds):
-    """Writes everything a resumed run needs as one safetensors file."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
-        tensors |= {f"model.{name}": parameter.detach(), f"m.{name}": state["exp_avg"],
-                    f"v.{name}": state["exp_avg_sq"]}
-    tensors |= {f"ema.{name}": parameter for name, parameter in ema.named_parameters()}
-    weights.save(tensors, file, dict(step=str(step), seconds=str(seconds)))
-
-
-def load_checkpoint(file, model, ema, optimizer):
-    """Restores model, moving average and optimizer in place; returns (step, seconds used)."""
-    with safe_open(file, "pt") as f, torch.no_grad():
-        step, seconds = int(f.metadata()["step"]), float(f.metadata()["seconds"])
-        for name, parameter in model.named_parameters():
-            parameter.copy_(f.get_tensor(f"model.{name}"))
-            optimizer.state[parameter] = dict(
-                step=torch.tensor(float(step)),
-                exp_avg=f.get_tensor(f"m.{name}").to(parameter),
-                exp_avg_sq=f.get_tensor(f"v.{name}").to(parameter))
-        for name, parameter in ema.named_parameters():
-            parameter.copy_(f.get_tensor(f"ema.{name}"))
-    return step, seconds
-
-
 def rate_factor(step, share_used):
     """Returns what the learning rate is multiplied by: a short warm-up, then 1, then a descent."""
     return min(1.0, (step + 1) / 200) * min(1.0, max(0.0, 1 - share_used) / COOLDOWN)
@@ -338,8 +311,10 @@ def train(stage, args):
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.rate, betas=(0.9, 0.99),
                                   weight_decay=0.01)
     step, used = 0, 0.0
-    if (folder / "checkpoint.safetensors").exists():
-        step, used = load_checkpoint(folder / "checkpoint.safetensors", model, ema, optimizer)
+    modules, checkpoint = dict(model=model, ema=ema), folder / "checkpoint.safetensors"
+    if checkpoint.exists():
+        facts = weights.load_training(checkpoint, modules, "model", optimizer)
+        step, used = facts["step"], facts["seconds"]
         print(f"resumed at step {step}, {used / 60:.1f} min used")
     budget = args.minutes * 60
     start = last_save = time.monotonic()
@@ -349,7 +324,8 @@ def train(stage, args):
         return used + time.monotonic() - start
 
     def save_and_log():
-        save_checkpoint(folder / "checkpoint.safetensors", model, ema, optimizer, step, seconds())
+        weights.save_training(checkpoint, modules, "model", optimizer,
+                              dict(step=step, seconds=seconds()))
         row = dict(step=step, minutes=round(seconds() / 60, 2), images=step * stage.batch,
                    loss=average, **stage.evaluate(ema))
         with open(folder / "log.jsonl", "a", encoding="utf-8") as log:

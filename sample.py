@@ -1,0 +1,151 @@
+"""Draws pictures that follow a condition: the frozen base steered by a trained BPS.
+
+    python sample.py --cond drawing.png --prompt "a red apple" --n 4
+
+Without arguments it draws from a drawing and a BPS file that come with the project. The drawing
+may have any size and either polarity. Picture i depends on seed + i alone, not on --n. Each PNG's
+text fields hold all that is needed to draw it again.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+from PIL import PngImagePlugin
+from tqdm import tqdm
+
+import diffusion
+from bps import load_bps, posterior
+from clip import load_clip
+from data import DataError, read_drawing, to_image
+from unet import load_unet
+from vae import load_vae
+from weights import WeightsError, fingerprint, read_unet
+
+HERE = Path(__file__).parent
+BASE = HERE / "tiny" / "model"
+
+
+def draw_noise(seeds, shape):
+    """Returns standard normal noise (B, *shape), each row a function of its own seed alone."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                        for seed in seeds])
+
+
+class Steering:
+    """BPS's residuals for one condition, at each timestep computed once, whatever the seed."""
+
+    def __init__(self, bps, unet, cond):
+        """cond: (B or 1, C, f H, f W) in [0, 1]."""
+        self.bps, self.unet, self.cond, self.cache = bps, unet, cond, {}
+
+    def __call__(self, t):
+        """Returns the residuals at timestep t, for both halves of guidance: batch 1 or 2 B."""
+        if t not in self.cache:
+            t_emb = self.unet.time_embedding(torch.tensor([t], device=self.cond.device))
+            residuals = self.bps(self.cond, t_emb)
+            if len(self.cond) > 1:
+                residuals = [r if r is None else torch.cat([r, r]) for r in residuals]
+            self.cache[t] = residuals
+        return self.cache[t]
+
+
+def make_denoiser(unet, context, context_empty, guidance_scale, steering=None, strength=1.0):
+    """Returns denoise(z_t, t) -> eps: the prior, or the posterior where there is steering.
+
+    context: (B, L, D); context_empty: (1, L, D). strength: 0 is the prior, 1 the posterior; others
+    cost a second pass of the U-Net.
+    """
+    both = torch.cat([context_empty.expand_as(context), context])              # (2 B, L, D)
+
+    def denoise(z_t, t):
+        z_both = torch.cat([z_t, z_t]).contiguous(memory_format=torch.channels_last)
+        t_both = torch.full((len(z_both),), t, device=z_t.device)
+        if steering is None or strength == 0:
+            eps = unet(z_both, t_both, both)
+        else:
+            eps = unet(z_both, t_both, both, steering(t))
+            if strength != 1:
+                eps = posterior(unet(z_both, t_both, both), [eps], [strength])
+        return diffusion.guide(*eps.chunk(2), guidance_scale)
+
+    return denoise
+
+
+def load_base(path, tokenizer_path=None, device="cpu"):
+    """Returns (unet, vae, tokenizer, text_model, schedule) of an SD folder or single file."""
+    return (load_unet(path, device=device), load_vae(path, device=device),
+            *load_clip(path, tokenizer_path, device=device), diffusion.load_schedule(path))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--bps", type=Path, default=HERE / "tiny" / "bps_sketch.safetensors", help="trained BPS")
+    add("--cond", type=Path, default=HERE / "tiny" / "drawing.png", help="the drawing")
+    add("--prompt", default="a red apple", help="what it shows (default: %(default)s)")
+    add("--n", type=int, default=4, help="how many pictures (default: %(default)s)")
+    add("--seed", type=int, default=0, help="of picture 0 (default: %(default)s)")
+    add("--steps", type=int, default=50, help="DDIM steps (default: %(default)s)")
+    add("--guidance", type=float, default=3.0, help="1 is none (default: %(default)s)")
+    add("--scale", type=float, default=1.0,
+        help="steering strength: 0 the prior, 1 the posterior (default: %(default)s)")
+    add("--base", type=Path, default=BASE, help="SD folder or .safetensors (default: tiny/model)")
+    add("--tokenizer", type=Path, help="folder with vocab.json, where --base is a single file")
+    add("--out", type=Path, default=Path("pictures"), help="folder (default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    if args.n < 1:
+        parser.error(f"--n {args.n}: at least 1")
+    if not 1 <= args.steps <= 999:
+        parser.error(f"--steps {args.steps}: allowed are 1 to 999")
+    return args
+
+
+def check_base(bps, bps_file, base, unet):
+    """Returns the base's fingerprint. Errors: WeightsError where BPS was trained for another size."""
+    if bps.config.channels != unet.config.channels:
+        raise WeightsError(f"{bps_file}: for a base of channels {bps.config.channels}, but {base} has "
+                           f"{unet.config.channels}; give the base it was trained on with --base")
+    return fingerprint(read_unet(base).file)
+
+
+@torch.inference_mode()
+def main():
+    args = parse_args()
+    bps = load_bps(args.bps, device=args.device)
+    unet, vae, tokenizer, text_model, schedule = load_base(args.base, args.tokenizer, args.device)
+    base_hash = check_base(bps, args.bps, args.base, unet)
+    size = bps.metadata["size"]
+    cond, used = read_drawing(args.cond, size)
+    context, empty = text_model(tokenizer([args.prompt, ""]).to(args.device)).split(1)
+    steering = Steering(bps, unet, cond[None].to(args.device))
+    denoise = make_denoiser(unet, context, empty, args.guidance, steering, args.scale)
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    used.save(args.out / "drawing.png")
+    print(args.out / "drawing.png", "(the drawing as the network sees it)")
+    side = size // vae.factor
+    for seed in range(args.seed, args.seed + args.n):
+        z_t = draw_noise([seed], (unet.config.latent_channels, side, side)).to(args.device)
+        for z_t in tqdm(diffusion.sample(denoise, z_t, schedule, args.steps), total=args.steps,
+                        desc=f"seed {seed}", leave=False):
+            pass
+        text = PngImagePlugin.PngInfo()
+        facts = dict(prompt=args.prompt, seed=seed, steps=args.steps, guidance=args.guidance,
+                     scale=args.scale, sampler="DDIM", base=base_hash, bps=fingerprint(args.bps),
+                     drawing=fingerprint(args.cond))
+        for key, value in facts.items():
+            text.add_itxt(key, str(value))
+        file = args.out / f"{seed:04d}.png"
+        to_image(vae.decode(z_t)[0]).save(file, pnginfo=text)
+        print(file)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (WeightsError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

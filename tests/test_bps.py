@@ -1,0 +1,129 @@
+"""What makes BPS safe to add and what it consists of."""
+import pytest
+import torch
+
+from bps import BPS, BPSConfig, config_for, load_bps, posterior, save_bps
+from unet import UNet, UNetConfig
+from weights import WeightsError
+
+SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,
+                   context_dim=24)
+B, H, W, FACTOR = 3, 12, 8, 4       # all different, H != W
+
+
+@pytest.fixture
+def parts():
+    """A small random U-Net, a fresh BPS for it, and inputs."""
+    torch.manual_seed(0)
+    unet = UNet(SMALL).eval().requires_grad_(False)
+    bps = BPS(config_for(SMALL, cond_channels=2, factor=FACTOR))
+    inputs = dict(z_t=torch.randn(B, 4, H, W), t=torch.tensor([1, 500, 999]),
+                  context=torch.randn(B, 5, 24))
+    return unet, bps, inputs, torch.rand(B, 2, H * FACTOR, W * FACTOR)
+
+
+def randomize_ports(bps):
+    """Stands in for training: makes every zero convolution of BPS non-zero, in place."""
+    for parameter in bps.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.05)
+
+
+def test_steered_unet_equals_the_base_exactly_at_initialisation(parts):
+    unet, bps, inputs, cond = parts
+    residuals = bps(cond, unet.time_embedding(inputs["t"]))
+    assert torch.equal(unet(**inputs, residuals=residuals), unet(**inputs))
+
+
+def test_only_port_convolutions_get_a_gradient_in_the_first_step(parts):
+    unet, bps, inputs, cond = parts
+    residuals = bps(cond, unet.time_embedding(inputs["t"]))
+    unet(**inputs, residuals=residuals).square().mean().backward()
+    ports = {f"zero_blocks.{i}" for i, port in enumerate(bps.zero_blocks) if port is not None}
+    ports |= {f"output_blocks.{i}.1" for i in range(len(bps.output_blocks))}
+    for name, parameter in bps.named_parameters():
+        moved = parameter.grad is not None and bool(parameter.grad.any())
+        assert moved == (name.rsplit(".", 1)[0] in ports), name
+    assert all(parameter.grad is None for parameter in unet.parameters())
+
+
+def test_a_residual_fits_each_block_and_steers_it(parts):
+    unet, bps, inputs, cond = parts
+    randomize_ports(bps)
+    residuals = bps(cond, unet.time_embedding(inputs["t"]))
+    prior = unet(**inputs)
+    for i, residual in enumerate(residuals):
+        if residual is not None:
+            alone = [residual if k == i else None for k in range(len(residuals))]
+            assert not torch.allclose(unet(**inputs, residuals=alone), prior), i
+
+
+def test_one_map_of_batch_one_serves_a_whole_batch(parts):
+    unet, bps, inputs, cond = parts
+    randomize_ports(bps)
+    inputs["t"] = torch.full((B,), 300)
+    once = bps(cond[:1], unet.time_embedding(inputs["t"][:1]))
+    repeated = bps(cond[:1].expand(B, -1, -1, -1), unet.time_embedding(inputs["t"]))
+    torch.testing.assert_close(unet(**inputs, residuals=once), unet(**inputs, residuals=repeated),
+                               atol=1e-5, rtol=1e-5)
+
+
+def test_a_port_weight_multiplies_its_map(parts):
+    unet, bps, inputs, cond = parts
+    randomize_ports(bps)
+    flat = BPS(config_for(SMALL, cond_channels=2, factor=FACTOR, head_heavy=False))
+    flat.load_state_dict(bps.state_dict())
+    t_emb = unet.time_embedding(inputs["t"])
+    ratios = [None if light is None else (heavy / light).median().item()
+              for heavy, light in zip(bps(cond, t_emb), flat(cond, t_emb))]
+    expected = [None, 16, None, 8, 16, 1, 1, 1, 1]      # stem, level 0, down, level 1, middle, EP
+    assert [ratio and round(ratio, 3) for ratio in ratios] == expected
+
+
+def test_sd15_size_has_the_published_number_of_parameters_and_21_ports():
+    with torch.device("meta"):
+        bps, unet = BPS(BPSConfig()), UNet(UNetConfig())
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    # 692,370,894 in the authors' checkpoint less 14 scalar weights and 4 unused port convolutions
+    unused = sum(9 * c * c + c for c in (320, 320, 640, 1280))
+    assert sum(p.numel() for p in bps.parameters()) == 692_370_894 - 14 - unused
+    ports = sum(port is not None for port in bps.zero_blocks) + len(bps.output_blocks)
+    assert ports == 21
+
+
+def test_posterior_is_prior_plus_weighted_differences():
+    prior, first, second = torch.randn(3, 2, 4, 3, 5)
+    assert torch.equal(posterior(prior, [first], [0.0]), prior)
+    torch.testing.assert_close(posterior(prior, [first], [1.0]), first)
+    torch.testing.assert_close(posterior(prior, [first, second], [0.5, 2.0]),
+                               -1.5 * prior + 0.5 * first + 2 * second)
+    with pytest.raises(ValueError, match="2 posteriors but 1"):
+        posterior(prior, [first, second], [1.0])
+
+
+def test_a_condition_that_does_not_fit_is_refused(parts):
+    unet, bps, inputs, cond = parts
+    t_emb = unet.time_embedding(inputs["t"])
+    with pytest.raises(ValueError, match="takes 2 channels"):
+        bps(cond[:, :1], t_emb)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        bps(cond[..., 1:], t_emb)
+
+
+def test_a_saved_bps_comes_back_with_its_config_and_facts(parts, tmp_path):
+    unet, bps, inputs, cond = parts
+    randomize_ports(bps)
+    bps = bps.half().float()                                # files are fp16
+    save_bps(bps, tmp_path / "bps.safetensors", dict(task="sketch", size=64))
+    loaded = load_bps(tmp_path / "bps.safetensors")
+    assert loaded.config == bps.config and loaded.metadata == dict(task="sketch", size=64)
+    assert all(torch.equal(a, b) for a, b in zip(bps.state_dict().values(),
+                                                 loaded.state_dict().values()))
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_a_file_that_is_no_bps_is_refused(tmp_path):
+    from safetensors.torch import save_file
+    save_file(dict(a=torch.zeros(2)), tmp_path / "other.safetensors")
+    with pytest.raises(WeightsError, match="not a BPS file"):
+        load_bps(tmp_path / "other.safetensors")

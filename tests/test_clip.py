@@ -1,0 +1,75 @@
+"""The tokenizer's format and the text encoder's causality, independent of any trained weights."""
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clip import BEGIN, END, CLIPTextConfig, CLIPTextModel, Tokenizer, load_tokenizer
+from weights import WeightsError
+
+VOCAB = {token: i for i, token in enumerate(
+    ["r", "e", "d", "a", "p", "l", "d</w>", "e</w>", "a</w>", "s</w>", "'", "s", "re", "red</w>",
+     "1</w>", "2</w>", BEGIN, END, "!"])}
+MERGES = [("r", "e"), ("re", "d</w>")]
+
+
+def test_words_are_merged_in_order_and_framed_by_begin_and_end():
+    ids = Tokenizer(VOCAB, MERGES)(["Red  APPLE", ""])
+    assert ids.shape == (2, 77) and ids.dtype == torch.int64
+    expected = [VOCAB[t] for t in (BEGIN, "red</w>", "a", "p", "p", "l", "e</w>", END)]
+    assert ids[0, :8].tolist() == expected
+    assert set(ids[0, 8:].tolist()) == {VOCAB[END]}
+    assert ids[1, 0] == VOCAB[BEGIN] and set(ids[1, 1:].tolist()) == {VOCAB[END]}
+
+
+def test_digits_are_single_and_an_apostrophe_s_is_a_word():
+    tokens = Tokenizer(VOCAB, MERGES).bpe.encode("red's 12").tokens
+    assert tokens == ["red</w>", "'", "s</w>", "1</w>", "2</w>"]
+
+
+def test_a_long_text_is_cut_with_a_warning_and_keeps_its_end():
+    with pytest.warns(UserWarning, match="dropped: 'red red'"):
+        ids = Tokenizer(VOCAB, MERGES)(["a " * 75 + "red red"])
+    assert ids[0, -1] == VOCAB[END] and ids[0, -2] == VOCAB["a</w>"]
+
+
+def test_padding_follows_the_tokenizers_own_files(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps(VOCAB))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(dict(pad_token={"content": "!"})))
+    ids = load_tokenizer(tmp_path)(["red"])
+    assert ids[0, :4].tolist() == [VOCAB[t] for t in (BEGIN, "red</w>", END, "!")]
+    (tmp_path / "merges.txt").unlink()
+    with pytest.raises(WeightsError, match="merges.txt: no such file"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_state_depends_on_earlier_tokens_only():
+    torch.manual_seed(0)
+    model = CLIPTextModel(CLIPTextConfig(width=16, layers=2, heads=4, vocab_size=30)).eval()
+    ids = torch.randint(30, (3, 77))
+    changed = ids.clone()
+    changed[:, 40] = (ids[:, 40] + 1) % 30
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :40], after[:, :40])
+    assert not torch.allclose(before[:, 40:], after[:, 40:])
+
+
+def test_a_layer_equals_torchs_attention_with_a_causal_mask():
+    torch.manual_seed(0)
+    model = CLIPTextModel(CLIPTextConfig(width=16, layers=1, heads=4, vocab_size=30)).eval()
+    attention = model.encoder["layers"][0].self_attn
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    h = torch.randn(5, 2, 16)                                   # (L, B, D)
+    expected, _ = F.multi_head_attention_forward(
+        h, h, h, 16, 4, torch.cat([p.weight for p in projections]),
+        torch.cat([p.bias for p in projections]), None, None, False, 0.0,
+        attention.out_proj.weight, attention.out_proj.bias,
+        attn_mask=torch.full((5, 5), float("-inf")).triu(1))
+    torch.testing.assert_close(attention(h.transpose(0, 1)), expected.transpose(0, 1))
+
+
+def test_sd15_has_the_checkpoints_196_tensors():
+    with torch.device("meta"):
+        assert len(CLIPTextModel(CLIPTextConfig()).state_dict()) == 196

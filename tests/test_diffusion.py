@@ -1,0 +1,71 @@
+"""Schedule, guidance and DDIM against closed forms."""
+import pytest
+import torch
+
+from diffusion import NoiseSchedule, ddim_timesteps, guide, sample
+
+
+def test_the_schedule_has_stable_diffusions_known_values():
+    abar = NoiseSchedule().alphas_cumprod
+    assert abar.dtype == torch.float64 and len(abar) == 1000
+    assert abar[0].item() == pytest.approx(0.99915, abs=1e-6)
+    assert abar[999].item() == pytest.approx(0.00466, abs=1e-5)
+    sigma = ((1 - abar) / abar).sqrt()
+    assert sigma[0].item() == pytest.approx(0.0292, abs=1e-4)
+    assert sigma[999].item() == pytest.approx(14.6146, abs=1e-4)
+
+
+def test_fifty_steps_are_981_961_to_1():
+    assert ddim_timesteps(50, NoiseSchedule()) == list(range(981, 0, -20))
+    assert ddim_timesteps(3, NoiseSchedule()) == [667, 334, 1]
+    with pytest.raises(ValueError, match="1 to 999"):
+        ddim_timesteps(0, NoiseSchedule())
+
+
+def test_added_noise_has_each_rows_own_timestep():
+    schedule, z, noise = NoiseSchedule(), torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
+    z_t = schedule.add_noise(z, noise, torch.tensor([10, 900]))
+    for row, t in enumerate((10, 900)):
+        abar = schedule.alphas_cumprod[t].float()
+        torch.testing.assert_close(z_t[row], abar**0.5 * z[row] + (1 - abar)**0.5 * noise[row])
+
+
+def test_guidance_one_is_none_and_zero_is_the_empty_prompt():
+    empty, text = torch.randn(2, 1, 4, 3, 5)
+    torch.testing.assert_close(guide(empty, text, 1.0), text)
+    assert torch.equal(guide(empty, text, 0.0), empty)
+
+
+def test_ddim_with_the_exact_denoiser_of_one_point_ends_at_that_point():
+    """For a law with all its mass on z_0, eps* = (z_t - sqrt(abar) z_0) / sqrt(1 - abar)."""
+    schedule, z_0 = NoiseSchedule(), torch.randn(2, 4, 3, 5, dtype=torch.float64)
+    abar = schedule.alphas_cumprod
+
+    def denoise(z_t, t):
+        return (z_t - abar[t]**0.5 * z_0) / (1 - abar[t])**0.5
+
+    start = torch.randn(z_0.shape, dtype=torch.float64)
+    steps = list(sample(denoise, start, schedule, steps=7))
+    assert len(steps) == 7
+    eps = denoise(start, ddim_timesteps(7, schedule)[0])
+    expected = abar[0]**0.5 * z_0 + (1 - abar[0])**0.5 * eps        # the last step is abar_0, not 1
+    torch.testing.assert_close(steps[-1], expected)
+
+
+def test_ddim_carries_a_normal_law_to_its_own_width():
+    """For z_0 ~ N(0, s^2), eps* is linear in z_t and so is DDIM's exact map."""
+    schedule, s = NoiseSchedule(), 0.3
+    abar = schedule.alphas_cumprod
+
+    def denoise(z_t, t):
+        return (1 - abar[t])**0.5 / (abar[t] * s * s + 1 - abar[t]) * z_t
+
+    def relative_error(steps):
+        *_, end = sample(denoise, torch.ones(1, 1, 1, 1, dtype=torch.float64), schedule, steps)
+        first = ddim_timesteps(steps, schedule)[0]
+        # the probability flow keeps quantiles: it multiplies by the ratio of standard deviations
+        width_0, width_first = ((abar[t] * s * s + 1 - abar[t])**0.5 for t in (0, first))
+        return abs(end.item() / (width_0 / width_first).item() - 1)
+
+    assert relative_error(500) < 0.01
+    assert relative_error(250) == pytest.approx(2 * relative_error(500), rel=0.3)    # first order

@@ -1,0 +1,79 @@
+"""Drawing from the command line: what a picture depends on, and what it remembers."""
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from data import read_drawing
+
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """Runs sample.main() with arguments; returns the folder of its pictures."""
+    counter = iter(range(100))
+
+    def run(*arguments):
+        out = tmp_path / str(next(counter))
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--steps", "2", "--device", "cpu", "--out",
+                                          str(out), *map(str, arguments)])
+        sample.main()
+        return out
+
+    return run
+
+
+def pixels(file):
+    return np.asarray(Image.open(file))
+
+
+def test_a_picture_depends_on_its_own_seed_alone(draw):
+    three, one = draw("--n", 3, "--seed", 5), draw("--n", 1, "--seed", 6)
+    assert sorted(f.name for f in three.glob("0*.png")) == ["0005.png", "0006.png", "0007.png"]
+    assert np.array_equal(pixels(three / "0006.png"), pixels(one / "0006.png"))
+    assert not np.array_equal(pixels(three / "0005.png"), pixels(three / "0006.png"))
+
+
+def test_a_png_remembers_how_it_was_drawn(draw):
+    file = draw("--n", 1, "--prompt", "a grüne pear", "--guidance", 2.5) / "0000.png"
+    text = Image.open(file).text
+    assert text["prompt"] == "a grüne pear" and text["guidance"] == "2.5"
+    assert text["seed"] == "0" and text["steps"] == "2" and text["sampler"] == "DDIM"
+    assert len(text["base"]) == len(text["bps"]) == len(text["drawing"]) == 16
+
+
+def test_scale_zero_is_the_prior_and_scale_one_is_not(draw, monkeypatch):
+    zero, one = (pixels(draw("--n", 1, "--scale", s) / "0000.png") for s in (0, 1))
+    assert not np.array_equal(zero, one)
+    monkeypatch.setattr(sample.Steering, "__call__", lambda self, t: None)      # the base alone
+    assert np.array_equal(zero, pixels(draw("--n", 1, "--scale", 1) / "0000.png"))
+
+
+@torch.inference_mode()
+def test_the_strength_tempers_the_posterior_linearly():
+    unet, vae, tokenizer, text_model, _ = sample.load_base(sample.BASE)
+    bps = sample.load_bps(sample.BASE.parent / "bps_sketch.safetensors")
+    context, empty = text_model(tokenizer(["a red apple", ""])).split(1)
+    cond, _ = read_drawing(sample.BASE.parent / "drawing.png", 64)
+    steering = sample.Steering(bps, unet, cond[None])
+    z_t = torch.randn(1, 4, 16, 16)
+    prior, half, full = (sample.make_denoiser(unet, context, empty, 3.0, steering, s)(z_t, 500)
+                         for s in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(half, (prior + full) / 2, atol=1e-4, rtol=1e-4)
+    assert (full - prior).abs().max() > 0.01
+
+
+@torch.inference_mode()
+def test_bps_runs_once_per_timestep_whatever_the_number_of_seeds(draw, monkeypatch):
+    calls = []
+    forward = sample.load_bps.__globals__["BPS"].forward
+
+    def counted(self, cond, t_emb):
+        calls.append(len(cond))
+        return forward(self, cond, t_emb)
+
+    monkeypatch.setattr(sample.load_bps.__globals__["BPS"], "forward", counted)
+    draw("--n", 3)
+    assert calls == [1, 1]          # two steps, condition batch 1, serving both guidance halves

@@ -1,0 +1,149 @@
+"""The main job, shortened: what training changes, what it writes, how it goes on after a stop."""
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import sample
+import train
+from bps import BPS, config_for, load_bps
+from data import Bank, load_pairs
+
+SHORT = ["--steps", "4", "--batch", "2", "--save-every", "2", "--device", "cpu"]
+
+
+def run(module, monkeypatch, *arguments):
+    """Runs a script's main() with these command-line arguments, in this process."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    module.main()
+
+
+@pytest.fixture(autouse=True)
+def small_report(monkeypatch):
+    """The report's measures over fewer pictures, steps and timesteps."""
+    for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2, SHEET_ROWS=2,
+                            SAMPLE_STEPS=2).items():
+        monkeypatch.setattr(train, name, value)
+
+
+@pytest.fixture(autouse=True)
+def few_pairs(monkeypatch):
+    """The first six embedded pairs of each split."""
+    monkeypatch.setattr(train, "load_pairs", lambda *a: load_pairs(*a)[:6])
+
+
+def test_a_run_writes_everything_and_its_last_line_draws(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "run"
+    run(train, monkeypatch, *SHORT, "--out", out)
+    assert {file.name for file in out.iterdir()} == {"args.json", "bps.safetensors", "drawing.png",
+                                                     "log.jsonl", "samples.png"}
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4]
+    assert all(row["val_base"] > 0 and row["val_steered"] > 0 for row in rows)
+    metadata = load_bps(out / "bps.safetensors").metadata
+    assert metadata["steps"] == 4 and metadata["size"] == 64 and metadata["results"]["pairs"] == 6
+    assert Image.open(out / "samples.png").width > 500
+
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert command.startswith("python sample.py --bps")
+    arguments = command.replace('"', "").split()[2:7] + ["--prompt", "x"]
+    run(sample, monkeypatch, *arguments, "--n", 1, "--steps", 2, "--out", tmp_path / "pictures")
+    assert (tmp_path / "pictures" / "0000.png").is_file()
+
+
+def test_training_changes_bps_and_nothing_of_the_base():
+    base = sample.load_base(sample.BASE)
+    unet, vae, tokenizer, text_model, schedule = base
+    before = [{key: t.clone() for key, t in part.state_dict().items()}
+              for part in (unet, vae, text_model)]
+    bank = Bank(load_pairs("sketch", "train")[:4], 64, vae, tokenizer, text_model)
+    bps = BPS(config_for(unet.config, 1, vae.factor))
+    start = {key: t.clone() for key, t in bps.state_dict().items()}
+    optimizer = torch.optim.AdamW(bps.parameters(), lr=1e-3)
+    args = train.argparse.Namespace(steps=3, batch=2, seed=0, save_every=9, device="cpu")
+    train.train(bps, optimizer, unet, schedule, bank, args, 0, lambda step, loss: None)
+    for part, saved in zip((unet, vae, text_model), before):
+        assert all(torch.equal(saved[key], t) for key, t in part.state_dict().items())
+        assert all(parameter.grad is None for parameter in part.parameters())
+    unchanged = [key for key, t in bps.state_dict().items() if torch.equal(start[key], t)]
+    assert unchanged == []
+
+
+def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
+    run(train, monkeypatch, *SHORT, "--out", tmp_path / "whole")
+
+    step = torch.optim.AdamW.step
+    calls = iter(range(100))
+
+    def interrupted(self, *a, **k):
+        if next(calls) == 3:
+            raise KeyboardInterrupt
+        return step(self, *a, **k)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run(train, monkeypatch, *SHORT, "--out", tmp_path / "halves")
+    assert stop.value.code == 130
+    assert not (tmp_path / "halves" / "bps.safetensors").exists()
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    run(train, monkeypatch, *SHORT, "--out", tmp_path / "halves")
+    whole, halves = (load_file(tmp_path / name / "bps.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(whole[key], halves[key]) for key in whole)
+
+
+def test_a_finished_run_is_never_overwritten(tmp_path):
+    facts = dict(task="sketch")
+    wanted = tmp_path / "run"
+    assert train.choose_out(wanted, facts) == wanted
+    wanted.mkdir()
+    train.write_json(facts, wanted / "args.json")
+    assert train.choose_out(wanted, facts) == wanted                    # unfinished: goes on
+    assert train.choose_out(wanted, dict(task="other")) == tmp_path / "run-2"
+    (wanted / "bps.safetensors").touch()
+    assert train.choose_out(wanted, facts) == tmp_path / "run-2"
+
+
+def test_a_users_folder_of_pairs_can_be_trained_on(tmp_path, monkeypatch):
+    (tmp_path / "source").mkdir()
+    (tmp_path / "target").mkdir()
+    lines = []
+    for i, pair in enumerate(load_pairs("sketch", "train")[:40]):
+        pair.open_cond().resize((90, 70)).save(tmp_path / "source" / f"{i}.png")
+        pair.open_image().resize((90, 70)).save(tmp_path / "target" / f"{i}.png")
+        lines.append(json.dumps(dict(source=f"source/{i}.png", target=f"target/{i}.png",
+                                     prompt=pair.prompts[0])))
+    (tmp_path / "prompt.json").write_text("\n".join(lines))
+    run(train, monkeypatch, *SHORT, "--data", tmp_path, "--size", 48, "--out", tmp_path / "run")
+    assert load_bps(tmp_path / "run" / "bps.safetensors").metadata["size"] == 48
+
+
+def test_validation_tells_a_steered_model_from_the_base():
+    unet, vae, tokenizer, text_model, schedule = sample.load_base(sample.BASE)
+    bank = Bank(load_pairs("sketch", "val")[:4], 64, vae, tokenizer, text_model)
+    bps = BPS(config_for(unet.config, 1, vae.factor))
+    numbers = train.validate(unet, schedule, bank, bps)
+    assert numbers["gain"][0] == 0 and numbers["gap"][0] == 0       # zero ports: the base itself
+    for port in bps.zero_blocks[1:2]:
+        torch.nn.init.normal_(port.weight, std=0.1)
+    numbers = train.validate(unet, schedule, bank, bps)
+    assert numbers["gain"][0] < 0 and numbers["gap"][0] != 0        # noise in the ports: worse
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["train.py", "--data", "nowhere"], "nowhere: no such folder"),
+    (["train.py", "--base", "nowhere.safetensors"], "nowhere.safetensors"),
+    (["train.py", "--size", "60"], "multiples of 16"),
+    (["train.py", "--steps", "0"], "at least 1"),
+    (["sample.py", "--cond", "nowhere.png"], "nowhere.png"),
+    (["sample.py", "--bps", "README.md"], "README.md"),
+    (["sample.py", "--steps", "0"], "allowed are 1 to 999"),
+])
+def test_bad_input_gets_one_clear_line_and_exit_code_2(arguments, message, tmp_path):
+    done = subprocess.run([sys.executable, *arguments, "--out", tmp_path / "x"],
+                          cwd=train.BASE.parent.parent, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

@@ -1,0 +1,310 @@
+"""Steers a frozen Stable Diffusion with a new condition: trains BPS on pairs, and shows that it works.
+
+    python train.py --task sketch                       # embedded base, embedded line drawings
+    python train.py --base SD_FOLDER --data PAIRS --size 512 --batch 16 --lr 1e-5
+
+Writes to runs/TASK: bps.safetensors, samples.png, log.jsonl, args.json. Interrupted, the same
+command goes on from the last checkpoint; a finished run is never overwritten.
+
+Shapes: B batch, C channels, H W rows and columns of the latent.
+"""
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw
+from torch import nn
+from tqdm import tqdm
+
+import diffusion
+import weights
+from bps import BPS, config_for, save_bps
+from data import TASKS, Bank, DataError, extract_lines, line_f1, load_pairs, to_image, to_x
+from sample import BASE, Steering, draw_noise, load_base, make_denoiser
+from weights import WeightsError
+
+VALIDATION_T = tuple(range(62, 1000, 125))      # the fixed timesteps: 62, 187 .. 937
+VALIDATION_BATCH = 48
+OBEDIENCE_PICTURES = 48
+SHEET_ROWS = 12
+SAMPLE_STEPS, SAMPLE_GUIDANCE = 25, 3.0
+
+
+# ---- training ------------------------------------------------------------------------------
+
+def train(bps, optimizer, unet, schedule, bank, args, start, on_save):
+    """Trains BPS in place from step `start` to args.steps; nothing of the base ever changes.
+
+    Everything random is a function of (seed, step), so a resumed run equals an uninterrupted one.
+    on_save(step, loss) is called every args.save_every steps and at the end.
+    """
+    device = args.device
+    average = None
+    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train")
+    for step in bar:
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        cond, z, context = (x.to(device) for x in bank.batch(args.batch, generator))
+        t = torch.randint(schedule.timesteps, (args.batch,), generator=generator).to(device)
+        noise = torch.randn(z.shape, generator=generator).to(device)
+        z_t = schedule.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
+
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device != "cpu"):
+            residuals = bps(cond, unet.time_embedding(t))
+            eps = unet(z_t, t, context, residuals)
+        loss = F.mse_loss(eps.float(), noise)
+
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(bps.parameters(), 1.0)
+        optimizer.step()
+
+        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            on_save(step + 1, average)
+
+
+# ---- is it learning? -----------------------------------------------------------------------
+
+@torch.inference_mode()
+def paired_errors(unet, schedule, bank, bps=None, shift=0):
+    """Returns the squared error of eps (n,) for each pair, over VALIDATION_T with fixed noise.
+
+    bps None is the frozen base. shift 1 gives each pair the condition of the one before.
+    """
+    device = next(unet.parameters()).device
+    errors = torch.zeros(len(bank.pairs))
+    conds = bank.cond(slice(0, len(errors))).roll(shift, 0)
+    context = bank.context(bank.first_prompts(range(len(errors))))
+    for t in VALIDATION_T:
+        generator = torch.Generator().manual_seed(t)            # the same noise for every model
+        noise = torch.randn(bank.mean[:len(errors)].shape, generator=generator)
+        for i in torch.arange(len(errors)).split(VALIDATION_BATCH):
+            ts = torch.full((len(i),), t)
+            z_t = schedule.add_noise(bank.mean[i], noise[i], ts).to(device)
+            z_t, ts = z_t.contiguous(memory_format=torch.channels_last), ts.to(device)
+            residuals = bps and bps(conds[i].to(device), unet.time_embedding(ts))
+            eps = unet(z_t, ts, context[i].to(device), residuals).cpu()
+            errors[i] += (eps - noise[i]).square().mean(dim=(1, 2, 3)) / len(VALIDATION_T)
+    return errors
+
+
+def mean_and_error(values):
+    """Returns (mean, standard error of the mean) of values (n,) as floats."""
+    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+
+
+def validate(unet, schedule, bank, bps):
+    """Returns the losses on held-out pairs, and gain and gap with their standard errors.
+
+    gain: frozen base minus steered. gap: with shuffled conditions minus with the right ones; only
+    a network that reads the condition has one.
+    """
+    base = paired_errors(unet, schedule, bank)
+    steered = paired_errors(unet, schedule, bank, bps)
+    shuffled = paired_errors(unet, schedule, bank, bps, shift=1)
+    return dict(pairs=len(base), base=base.mean().item(), steered=steered.mean().item(),
+                shuffled=shuffled.mean().item(), gain=mean_and_error(base - steered),
+                gap=mean_and_error(shuffled - steered))
+
+
+@torch.inference_mode()
+def draw(unet, vae, schedule, bank, bps, count, seed):
+    """Returns pictures x (count, 3, H, W) for the first pairs' conditions and prompts, on the CPU.
+
+    bps None is the frozen base; the noise of pair i is that of seed + i either way.
+    """
+    device = next(unet.parameters()).device
+    pictures = []
+    empty = bank.context([""]).to(device)
+    for i in torch.arange(count).split(VALIDATION_BATCH):
+        context = bank.context(bank.first_prompts(i.tolist())).to(device)
+        steering = bps and Steering(bps, unet, bank.cond(i).to(device))
+        denoise = make_denoiser(unet, context, empty, SAMPLE_GUIDANCE, steering)
+        z_t = draw_noise([seed + int(k) for k in i], bank.mean.shape[1:]).to(device)
+        for z_t in tqdm(diffusion.sample(denoise, z_t, schedule, SAMPLE_STEPS), leave=False,
+                        total=SAMPLE_STEPS, desc="draw with BPS" if bps else "draw without"):
+            pass
+        pictures.append(vae.decode(z_t).cpu())
+    return torch.cat(pictures)
+
+
+def obedience(pictures, conds):
+    """Returns the mean F1, 1 px tolerance, of the pictures' lines against the drawings' lines."""
+    paper = (1 - 2 * conds).expand(-1, 3, -1, -1)
+    return line_f1(extract_lines(pictures), extract_lines(paper)).mean().item()
+
+
+# ---- what is written -----------------------------------------------------------------------
+
+def contact_sheet(columns, titles, names, file):
+    """Writes one picture: a row a name, in three groups side by side; columns of (n, 3, H, W)."""
+    n, _, H, W = columns[0].shape
+    zoom = max(1, 128 // W)
+    H, W, gap, top = H * zoom, W * zoom, 8, 16
+    groups = 3 if n % 3 == 0 else 1
+    rows = n // groups
+    group_width = len(columns) * (W + 2) + 2 * gap
+    sheet = Image.new("RGB", (groups * group_width, top + rows * (H + top)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i in range(n):
+        left, y = i // rows * group_width, top + i % rows * (H + top)
+        for k, (column, title) in enumerate(zip(columns, titles)):
+            x = left + k * (W + 2)
+            if i % rows == 0:
+                pen.text((x, 2), title, "black")
+            tile = to_image(column[i]).resize((W, H), Image.Resampling.NEAREST)
+            sheet.paste(tile, (x, y))
+        pen.text((left, y + H + 1), names[i], "grey")
+    temporary = file.with_suffix(".tmp.png")
+    sheet.save(temporary)
+    temporary.replace(file)
+    print(file)
+
+
+def report(unet, vae, schedule, bank, bps, out, seed):
+    """Validates on test pairs, draws, writes samples.png and returns all the numbers."""
+    numbers = validate(unet, schedule, bank, bps)
+    (gain, gain_se), (gap, gap_se) = numbers["gain"], numbers["gap"]
+    print(f"held-out loss over {numbers['pairs']} test pairs: frozen base {numbers['base']:.4f}, "
+          f"steered {numbers['steered']:.4f}, shuffled conditions {numbers['shuffled']:.4f}")
+    print(f"gain {gain:.4f} +- {gain_se:.4f} ({gain / gain_se:.1f} standard errors), "
+          f"shuffled-condition gap {gap:.4f} +- {gap_se:.4f} ({gap / gap_se:.1f})")
+    count = min(OBEDIENCE_PICTURES, len(bank.pairs))
+    indices = torch.arange(count)
+    conds, names = bank.cond(indices), bank.first_prompts(range(count))
+    prior = draw(unet, vae, schedule, bank, None, count, seed)
+    steered = draw(unet, vae, schedule, bank, bps, count, seed)
+    true = torch.stack([to_x(bank.image(i)) for i in range(count)])
+    with torch.inference_mode():
+        device = next(vae.parameters()).device
+        round_trip = torch.cat([vae.decode(z.to(device)).cpu()
+                                for z in bank.mean[:count].split(VALIDATION_BATCH)])
+    scores = dict(base=obedience(prior, conds), steered=obedience(steered, conds),
+                  round_trip=obedience(round_trip, conds))
+    share = (scores["steered"] - scores["base"]) / (scores["round_trip"] - scores["base"])
+    print(f"obedience (line F1, 1 px, {count} test drawings): frozen base {scores['base']:.3f}, "
+          f"steered {scores['steered']:.3f}, VAE round trip of the true picture "
+          f"{scores['round_trip']:.3f}: {share:.0%} of the way")
+    shown = min(SHEET_ROWS, count)
+    contact_sheet([(1 - 2 * conds[:shown]).expand(-1, 3, -1, -1), prior[:shown], steered[:shown],
+                   true[:shown]], ["condition", "without BPS", "with BPS", "true picture"],
+                  names[:shown], out / "samples.png")
+    return numbers | dict(obedience=scores, obedience_share=share)
+
+
+def write_json(content, file):
+    """Writes a dict as indented JSON: to a temporary name first, then renamed."""
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(file)
+
+
+def choose_out(wanted, facts):
+    """Returns the run's folder: `wanted` if new or an unfinished run of the same arguments.
+
+    Otherwise the first free one of wanted-2, wanted-3 ..: a finished run is never overwritten.
+    """
+    for number in range(1, 10_000):
+        out = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        if not (out / "args.json").is_file():
+            return out
+        same = json.loads((out / "args.json").read_text(encoding="utf-8")) == facts
+        if same and not (out / "bps.safetensors").exists():
+            return out
+    raise DataError(f"{wanted}: 10,000 runs beside it; give another --out")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", choices=TASKS, default="sketch", help="kind of condition (default: %(default)s)")
+    add("--data", type=Path, help="folder of your own pairs (default: the embedded ones)")
+    add("--base", type=Path, default=BASE, help="SD folder or .safetensors (default: tiny/model)")
+    add("--tokenizer", type=Path, help="folder with vocab.json, where --base is a single file")
+    add("--size", type=int, default=64, help="pixels of the square; 512 for SD 1.5 "
+                                             "(default: %(default)s)")
+    add("--steps", type=int, default=900, help="(default: %(default)s)")
+    add("--batch", type=int, default=16, help="(default: %(default)s)")
+    add("--lr", type=float, default=3e-4, help="AdamW's; 1e-5 for SD 1.5 (default: %(default)s)")
+    add("--save-every", type=int, default=150, help="steps between checkpoints, each with a "
+                                                    "validation (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, help="folder of the run (default: runs/TASK)")
+    args = parser.parse_args()
+    for name in ("size", "steps", "batch", "save_every"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    return args
+
+
+def main():
+    args = parse_args()
+    started, task = time.monotonic(), TASKS[args.task]
+    facts = {key: str(value) for key, value in vars(args).items() if key != "out"}
+    out = choose_out(args.out or Path("runs") / args.task, facts)
+
+    unet, vae, tokenizer, text_model, schedule = load_base(args.base, args.tokenizer, args.device)
+    unit = vae.factor * 2 ** (len(unet.config.channels) - 1)
+    if args.size % unit:
+        raise DataError(f"--size {args.size}: this base takes multiples of {unit}")
+    bank, val_bank, test_bank = (
+        Bank(load_pairs(args.task, split, args.data), args.size, vae, tokenizer, text_model,
+             mirror=split == "train") for split in ("train", "val", "test"))
+    del text_model
+    print(f"{len(bank.pairs)} training, {len(val_bank.pairs)} validation and "
+          f"{len(test_bank.pairs)} test pairs; latents and text states are cached")
+
+    torch.manual_seed(args.seed)
+    bps = BPS(config_for(unet.config, task.channels, vae.factor, task.head_heavy))
+    bps = bps.to(args.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(facts, out / "args.json")
+    checkpoint, start = out / "checkpoint.safetensors", 0
+    if checkpoint.exists():
+        start = weights.load_training(checkpoint, dict(bps=bps), "bps", optimizer)["step"]
+        print(f"{checkpoint}: resumed at step {start}")
+    base_loss = paired_errors(unet, schedule, val_bank).mean().item()
+
+    def on_save(step, loss):
+        weights.save_training(checkpoint, dict(bps=bps), "bps", optimizer, dict(step=step))
+        steered = paired_errors(unet, schedule, val_bank, bps).mean().item()
+        row = dict(step=step, train_loss=loss, val_base=base_loss, val_steered=steered)
+        with open(out / "log.jsonl", "a", encoding="utf-8") as log:
+            log.write(json.dumps(row) + "\n")
+        tqdm.write(f"step {step}: validation loss {steered:.4f}, frozen base {base_loss:.4f}")
+
+    try:
+        train(bps, optimizer, unet, schedule, bank, args, start, on_save)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the same command goes on from {checkpoint}", file=sys.stderr)
+        sys.exit(130)
+
+    numbers = report(unet, vae, schedule, test_bank, bps, out, args.seed)
+    metadata = dict(task=args.task, base=weights.fingerprint(weights.read_unet(args.base).file),
+                    size=args.size, steps=args.steps, batch=args.batch, lr=args.lr,
+                    seed=args.seed, light_on_dark=bank.light_on_dark, results=numbers)
+    save_bps(bps, out / "bps.safetensors", metadata)
+    checkpoint.unlink()
+    print(out / "bps.safetensors")
+    drawing = out / "drawing.png"
+    to_image((1 - 2 * test_bank.cond([0])[0]).expand(3, -1, -1)).save(drawing)
+    print(f"done in {(time.monotonic() - started) / 60:.1f} min; now draw from a drawing:\n"
+          f"python sample.py --bps {out / 'bps.safetensors'} --cond {drawing} "
+          f"--prompt \"{test_bank.first_prompts([0])[0]}\""
+          + (f" --base {args.base}" if args.base != BASE else ""))
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (WeightsError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
