@@ -192,7 +192,8 @@ def posterior(eps_prior, eps_posteriors, strengths):
 
     eps_prior, each of eps_posteriors: (B, 4, H, W). strengths: one float each; 0 is the prior, 1
     the posterior, and others temper p(c_add | z)^s. Conditions that are independent given z_t add
-    up. Derived from Bayes' rule as in the module's docstring. Errors: ValueError for unequal counts.
+    up. Derived from Bayes' rule as in the module's docstring. Errors: ValueError where the
+    counts differ.
     """
     if len(eps_posteriors) != len(strengths):
         raise ValueError(f"{len(eps_posteriors)} posteriors but {len(strengths)} strengths")
@@ -224,6 +225,7 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
             bps = BPS(BPSConfig(**config))
         bps.metadata = json.loads(metadata["training"])
     except (KeyError, TypeError, ValueError):
-        raise weights.WeightsError(f"{file}: not a BPS file; train.py writes bps.safetensors") from None
+        raise weights.WeightsError(f"{file}: not a BPS file; train.py writes "
+                                   f"bps.safetensors") from None
     weights.load_strict(bps, weights.Checkpoint({}, state, str, file))
     return bps.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)

@@ -29,7 +29,7 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"      # CLIP
 
 
 def quick_gelu(h):
-    """Returns x * sigmoid(1.702 x), the approximate GELU that SD 1's text encoder was trained with."""
+    """Returns x * sigmoid(1.702 x), the approximate GELU of SD 1's text encoder."""
     return h * torch.sigmoid(1.702 * h)
 
 
@@ -123,7 +123,7 @@ class Attention(nn.Module):
 
     def forward(self, h):
         """Returns (B, L, D) for h (B, L, D)."""
-        q, k, v = (layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)   # (B, heads, L, D/heads)
+        q, k, v = (layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (B, heads, L, d)
                    for layer in (self.q_proj, self.k_proj, self.v_proj))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out_proj(out.transpose(1, 2).flatten(2))                  # (B, L, D)

@@ -1,4 +1,4 @@
-"""Pairs of condition and image: the embedded task, a user's own folder, and caching them for training.
+"""Pairs of condition and image: the embedded task, a user's own folder, and their cache.
 
 Shapes: C channels, H W rows and columns of the image, f the autoencoder's factor.
 
@@ -185,7 +185,8 @@ def folder_pairs(folder):
 
     Three layouts: `prompt.json` with a line {"source", "target", "prompt"} a pair, as in fill50k;
     `metadata.jsonl` with file_name, text and conditioning_image; or the folders images/ and
-    conditions/ with files of the same names, and images/NAME.txt. Errors: DataError names the file and line at fault.
+    conditions/ with files of the same names, and images/NAME.txt.
+    Errors: DataError names the file and line at fault.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -267,11 +268,10 @@ class Bank:
         self.pairs, self.size = pairs, size
         device = next(vae.parameters()).device
         flips = (False, True) if mirror else (False,)
-        conds, xs = [], []
+        conds, means, stds = [], [], []
         # one polarity for the whole set: the majority's
         first = [is_light_on_dark(pair.open_cond()) for pair in pairs[:32]]
         self.light_on_dark = sum(first) * 2 > len(first)
-        means, stds = [], []
         for flip in flips:
             for i in tqdm(range(0, len(pairs), BATCH), desc="latents", leave=False):
                 opened = [self._open(pair, flip) for pair in pairs[i:i + BATCH]]
@@ -330,7 +330,7 @@ class Bank:
         z = self.mean[indices] + self.std[indices] * torch.randn(self.mean[indices].shape,
                                                                  generator=generator)
         prompts = []
-        for i, u in zip(indices.tolist(), torch.rand(size, generator=generator).tolist()):
+        for i, (u, v) in zip(indices.tolist(), torch.rand(size, 2, generator=generator).tolist()):
             own = self.pairs[i % len(self.pairs)].prompts
-            prompts.append("" if u < EMPTY_SHARE else own[int(u * 1e6) % len(own)])
+            prompts.append("" if u < EMPTY_SHARE else own[int(v * len(own))])
         return self.cond(indices), z, self.context(prompts)

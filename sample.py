@@ -20,7 +20,7 @@ from clip import load_clip
 from data import DataError, read_drawing, to_image
 from unet import load_unet
 from vae import load_vae
-from weights import WeightsError, fingerprint, read_unet
+from weights import WeightsError, find_unet, fingerprint
 
 HERE = Path(__file__).parent
 BASE = HERE / "tiny" / "model"
@@ -33,21 +33,22 @@ def draw_noise(seeds, shape):
 
 
 class Steering:
-    """BPS's residuals for one condition, at each timestep computed once, whatever the seed."""
+    """BPS's residuals for one condition: computed once a timestep, whatever the number of seeds."""
 
     def __init__(self, bps, unet, cond):
         """cond: (B or 1, C, f H, f W) in [0, 1]."""
-        self.bps, self.unet, self.cond, self.cache = bps, unet, cond, {}
+        self.bps, self.unet, self.cond = bps, unet, cond
+        self.t, self.residuals = None, None
 
     def __call__(self, t):
         """Returns the residuals at timestep t, for both halves of guidance: batch 1 or 2 B."""
-        if t not in self.cache:
+        if t != self.t:
             t_emb = self.unet.time_embedding(torch.tensor([t], device=self.cond.device))
             residuals = self.bps(self.cond, t_emb)
             if len(self.cond) > 1:
                 residuals = [r if r is None else torch.cat([r, r]) for r in residuals]
-            self.cache[t] = residuals
-        return self.cache[t]
+            self.t, self.residuals = t, residuals
+        return self.residuals
 
 
 def make_denoiser(unet, context, context_empty, guidance_scale, steering=None, strength=1.0):
@@ -70,6 +71,22 @@ def make_denoiser(unet, context, context_empty, guidance_scale, steering=None, s
         return diffusion.guide(*eps.chunk(2), guidance_scale)
 
     return denoise
+
+
+def draw(unet, vae, schedule, context, context_empty, seeds, size, steps, guidance_scale,
+         steering=None):
+    """Returns pictures x (B, 3, size, size), one per text state and seed, drawn as one batch.
+
+    context: (B, L, D); seeds: B integers; steering: a Steering of B conditions, or None for the
+    frozen base.
+    """
+    denoise = make_denoiser(unet, context, context_empty, guidance_scale, steering)
+    side = size // vae.factor
+    noise = draw_noise(seeds, (unet.config.latent_channels, side, side)).to(context.device)
+    for z in tqdm(diffusion.sample(denoise, noise, schedule, steps), total=steps, leave=False,
+                  desc="draw with BPS" if steering else "draw"):
+        pass
+    return vae.decode(z)
 
 
 def load_base(path, tokenizer_path=None, device="cpu"):
@@ -103,12 +120,11 @@ def parse_args():
     return args
 
 
-def check_base(bps, bps_file, base, unet):
-    """Returns the base's fingerprint. Errors: WeightsError where BPS was trained for another size."""
+def check_fit(bps, bps_file, unet, base):
+    """Raises WeightsError where the BPS was trained for a base of other sizes."""
     if bps.config.channels != unet.config.channels:
-        raise WeightsError(f"{bps_file}: for a base of channels {bps.config.channels}, but {base} has "
-                           f"{unet.config.channels}; give the base it was trained on with --base")
-    return fingerprint(read_unet(base).file)
+        raise WeightsError(f"{bps_file}: for a base of channels {bps.config.channels}, but {base} "
+                           f"has {unet.config.channels}; --base is what it was trained on")
 
 
 @torch.inference_mode()
@@ -116,30 +132,34 @@ def main():
     args = parse_args()
     bps = load_bps(args.bps, device=args.device)
     unet, vae, tokenizer, text_model, schedule = load_base(args.base, args.tokenizer, args.device)
-    base_hash = check_base(bps, args.bps, args.base, unet)
+    check_fit(bps, args.bps, unet, args.base)
     size = bps.metadata["size"]
-    cond, used = read_drawing(args.cond, size)
+    cond, as_used = read_drawing(args.cond, size)
     context, empty = text_model(tokenizer([args.prompt, ""]).to(args.device)).split(1)
     steering = Steering(bps, unet, cond[None].to(args.device))
     denoise = make_denoiser(unet, context, empty, args.guidance, steering, args.scale)
 
+    # One sampler a seed, not one batch, so that a picture is the same to the bit whatever --n is;
+    # they go in step, so that BPS runs once a timestep for all of them.
+    seeds, side = range(args.seed, args.seed + args.n), size // vae.factor
+    shape = (unet.config.latent_channels, side, side)
+    samplers = [diffusion.sample(denoise, draw_noise([seed], shape).to(args.device), schedule,
+                                 args.steps) for seed in seeds]
+    for latents in tqdm(zip(*samplers), total=args.steps, desc="draw", leave=False):
+        pass
+
     args.out.mkdir(parents=True, exist_ok=True)
-    used.save(args.out / "drawing.png")
+    as_used.save(args.out / "drawing.png")
     print(args.out / "drawing.png", "(the drawing as the network sees it)")
-    side = size // vae.factor
-    for seed in range(args.seed, args.seed + args.n):
-        z_t = draw_noise([seed], (unet.config.latent_channels, side, side)).to(args.device)
-        for z_t in tqdm(diffusion.sample(denoise, z_t, schedule, args.steps), total=args.steps,
-                        desc=f"seed {seed}", leave=False):
-            pass
+    facts = dict(prompt=args.prompt, steps=args.steps, guidance=args.guidance, scale=args.scale,
+                 sampler="DDIM", base=fingerprint(find_unet(args.base)),
+                 bps=fingerprint(args.bps), drawing=fingerprint(args.cond))
+    for seed, z in zip(seeds, latents):
         text = PngImagePlugin.PngInfo()
-        facts = dict(prompt=args.prompt, seed=seed, steps=args.steps, guidance=args.guidance,
-                     scale=args.scale, sampler="DDIM", base=base_hash, bps=fingerprint(args.bps),
-                     drawing=fingerprint(args.cond))
-        for key, value in facts.items():
+        for key, value in (facts | dict(seed=seed)).items():
             text.add_itxt(key, str(value))
         file = args.out / f"{seed:04d}.png"
-        to_image(vae.decode(z_t)[0]).save(file, pnginfo=text)
+        to_image(vae.decode(z)[0]).save(file, pnginfo=text)
         print(file)
 
 

@@ -1,4 +1,4 @@
-"""Steers a frozen Stable Diffusion with a new condition: trains BPS on pairs, and shows that it works.
+"""Steers a frozen Stable Diffusion with a new condition: trains BPS on pairs and measures it.
 
     python train.py --task sketch                       # embedded base, embedded line drawings
     python train.py --base SD_FOLDER --data PAIRS --size 512 --batch 16 --lr 1e-5
@@ -20,11 +20,10 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
-import diffusion
 import weights
 from bps import BPS, config_for, save_bps
 from data import TASKS, Bank, DataError, extract_lines, line_f1, load_pairs, to_image, to_x
-from sample import BASE, Steering, draw_noise, load_base, make_denoiser
+from sample import BASE, Steering, draw, load_base
 from weights import WeightsError
 
 VALIDATION_T = tuple(range(62, 1000, 125))      # the fixed timesteps: 62, 187 .. 937
@@ -113,23 +112,19 @@ def validate(unet, schedule, bank, bps):
 
 
 @torch.inference_mode()
-def draw(unet, vae, schedule, bank, bps, count, seed):
-    """Returns pictures x (count, 3, H, W) for the first pairs' conditions and prompts, on the CPU.
+def draw_pairs(unet, vae, schedule, bank, bps, count, seed):
+    """Returns pictures x (count, 3, H, W) for the first pairs' prompts and conditions, on the CPU.
 
     bps None is the frozen base; the noise of pair i is that of seed + i either way.
     """
     device = next(unet.parameters()).device
-    pictures = []
     empty = bank.context([""]).to(device)
+    pictures = []
     for i in torch.arange(count).split(VALIDATION_BATCH):
         context = bank.context(bank.first_prompts(i.tolist())).to(device)
         steering = bps and Steering(bps, unet, bank.cond(i).to(device))
-        denoise = make_denoiser(unet, context, empty, SAMPLE_GUIDANCE, steering)
-        z_t = draw_noise([seed + int(k) for k in i], bank.mean.shape[1:]).to(device)
-        for z_t in tqdm(diffusion.sample(denoise, z_t, schedule, SAMPLE_STEPS), leave=False,
-                        total=SAMPLE_STEPS, desc="draw with BPS" if bps else "draw without"):
-            pass
-        pictures.append(vae.decode(z_t).cpu())
+        pictures.append(draw(unet, vae, schedule, context, empty, (seed + i).tolist(), bank.size,
+                             SAMPLE_STEPS, SAMPLE_GUIDANCE, steering).cpu())
     return torch.cat(pictures)
 
 
@@ -177,8 +172,8 @@ def report(unet, vae, schedule, bank, bps, out, seed):
     count = min(OBEDIENCE_PICTURES, len(bank.pairs))
     indices = torch.arange(count)
     conds, names = bank.cond(indices), bank.first_prompts(range(count))
-    prior = draw(unet, vae, schedule, bank, None, count, seed)
-    steered = draw(unet, vae, schedule, bank, bps, count, seed)
+    prior = draw_pairs(unet, vae, schedule, bank, None, count, seed)
+    steered = draw_pairs(unet, vae, schedule, bank, bps, count, seed)
     true = torch.stack([to_x(bank.image(i)) for i in range(count)])
     with torch.inference_mode():
         device = next(vae.parameters()).device
@@ -281,14 +276,9 @@ def main():
             log.write(json.dumps(row) + "\n")
         tqdm.write(f"step {step}: validation loss {steered:.4f}, frozen base {base_loss:.4f}")
 
-    try:
-        train(bps, optimizer, unet, schedule, bank, args, start, on_save)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the same command goes on from {checkpoint}", file=sys.stderr)
-        sys.exit(130)
-
+    train(bps, optimizer, unet, schedule, bank, args, start, on_save)
     numbers = report(unet, vae, schedule, test_bank, bps, out, args.seed)
-    metadata = dict(task=args.task, base=weights.fingerprint(weights.read_unet(args.base).file),
+    metadata = dict(task=args.task, base=weights.fingerprint(weights.find_unet(args.base)),
                     size=args.size, steps=args.steps, batch=args.batch, lr=args.lr,
                     seed=args.seed, light_on_dark=bank.light_on_dark, results=numbers)
     save_bps(bps, out / "bps.safetensors", metadata)
@@ -308,3 +298,6 @@ if __name__ == "__main__":
     except (WeightsError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

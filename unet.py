@@ -31,7 +31,7 @@ class UNetConfig:
     context_dim: int = 768                             # width of the text states
     latent_channels: int = 4
     norm_groups: int = 32
-    linear_projection: bool = False                    # SD 2 projects with Linear, SD 1 with 1x1 conv
+    linear_projection: bool = False                    # Linear (SD 2) or 1x1 conv (SD 1)
 
 
 def timestep_embedding(t, dim):
@@ -82,7 +82,7 @@ class CrossAttention(nn.Module):
     def forward(self, h, context):
         """Returns (B, N, C) for h (B, N, C) and context (B, L, D)."""
         B, N, C = h.shape
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2)           # (B, heads, N, C/heads)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # (B, heads, N, C_h)
                    for x in (self.to_q(h), self.to_k(context), self.to_v(context)))
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).reshape(B, N, C))
@@ -245,7 +245,7 @@ class UNet(nn.Module):
         self.middle_block = UNetBlock(res_block(channels, channels), transformer(levels - 1),
                                       res_block(channels, channels))
 
-        # Expansive path: one block for every skip, so one more a level than in the contracting path.
+        # Expansive path: one block for every skip, so one more a level than on the way down.
         self.output_blocks = nn.ModuleList()
         channels_in = channels
         for level in reversed(range(levels)):

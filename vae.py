@@ -30,7 +30,7 @@ class VAEConfig:
 
 
 class Latent(NamedTuple):
-    """The encoder's normal distribution over scaled latents: mean and std, each (B, 4, H/f, W/f)."""
+    """The encoder's normal law over scaled latents: mean and std, each (B, 4, H/f, W/f)."""
     mean: torch.Tensor
     std: torch.Tensor
 

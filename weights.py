@@ -27,7 +27,8 @@ SINGLE_FILE_UNET = {
 }
 # Keys of the U-Net's config.json that would change the graph: only these values are implemented.
 UNET_FIXED = dict(act_fn=("silu",), class_embed_type=(None,), addition_embed_type=(None,),
-                  encoder_hid_dim=(None,), encoder_hid_dim_type=(None,), center_input_sample=(False,),
+                  encoder_hid_dim=(None,), encoder_hid_dim_type=(None,),
+                  center_input_sample=(False,),
                   resnet_time_scale_shift=("default",), time_embedding_type=("positional",),
                   mid_block_type=("UNetMidBlock2DCrossAttn",), transformer_layers_per_block=(1,),
                   dual_cross_attention=(False,), flip_sin_to_cos=(True,), freq_shift=(0,))
@@ -104,6 +105,13 @@ def find_weights(folder, stem):
     raise WeightsError(f"{folder}: no {stem}.safetensors in it")
 
 
+def find_unet(path):
+    """Returns the (first) file that holds the U-Net of an SD folder or single file."""
+    if Path(path).is_dir():
+        return find_weights(Path(path) / "unet", "diffusion_pytorch_model")[0]
+    return Path(path)
+
+
 def read_folder(path, part, stem):
     """Returns (config.json as a dict, tensors, file) of one part of an SD folder."""
     folder = Path(path) / part
@@ -131,7 +139,7 @@ def read_prefix(path, prefixes):
 
 
 def save(tensors, file, metadata):
-    """Writes tensors and string metadata as safetensors: to a temporary name first, then renamed."""
+    """Writes tensors and string metadata as safetensors: to a temporary name, then renamed."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = f"{file}.tmp"
     save_file(tensors, temporary, metadata)
@@ -180,10 +188,11 @@ def fingerprint(file):
 def load_strict(module, checkpoint):
     """Puts the checkpoint into the module, whose own keys are in the single-file spelling.
 
-    The module may be on the meta device, which saves drawing weights only to replace them. A linear layer may be stored as a 1x1 convolution and the other way round. Errors: WeightsError
+    The module may be on the meta device, which saves drawing weights only to replace them. A
+    linear layer may be stored as a 1x1 convolution and the other way round. Errors: WeightsError
     names every missing, unexpected and mis-shaped key.
     """
-    wanted = {checkpoint.spelling(key): (key, tensor) for key, tensor in module.state_dict().items()}
+    wanted = {checkpoint.spelling(key): (key, own) for key, own in module.state_dict().items()}
     faults = [f"missing {name}" for name in wanted if name not in checkpoint.state]
     faults += [f"unexpected {name}" for name in checkpoint.state if name not in wanted]
     state = {}
@@ -243,7 +252,7 @@ def unet_folder_name(key, blocks_per_level):
 
 
 def unet_config_from_json(config, file):
-    """Returns UNetConfig's arguments from a folder's config.json; absent keys have SD 1.5's values."""
+    """Returns UNetConfig's arguments from a folder's config.json; absent keys are SD 1.5's."""
     for key, allowed in UNET_FIXED.items():
         if config.get(key, allowed[0]) not in allowed:
             raise WeightsError(f"{file}: {key} = {config[key]!r} is not implemented; "
@@ -253,8 +262,8 @@ def unet_config_from_json(config, file):
     up = config.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
     if (set(down) | set(up)) - {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D",
                                 "UpBlock2D"}:
-        raise WeightsError(f"{file}: block types {down + up}; allowed are (CrossAttn)DownBlock2D and "
-                           f"(CrossAttn)UpBlock2D")
+        raise WeightsError(f"{file}: block types {down + up}; allowed are (CrossAttn)DownBlock2D "
+                           f"and (CrossAttn)UpBlock2D")
     # SD's configs say attention_head_dim where they mean the number of heads.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)

@@ -6,8 +6,17 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from data import (DataError, embedded_pairs, extract_lines, folder_pairs, line_f1,
-                  load_pairs, read_drawing, to_image, to_x)
+from data import (
+    DataError,
+    embedded_pairs,
+    extract_lines,
+    folder_pairs,
+    line_f1,
+    load_pairs,
+    read_drawing,
+    to_image,
+    to_x,
+)
 from tiny import world
 
 

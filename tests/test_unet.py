@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unet import CrossAttention, GEGLU, UNet, UNetConfig, timestep_embedding
+from unet import GEGLU, CrossAttention, UNet, UNetConfig, timestep_embedding
 
 
 def test_timestep_embedding_is_the_closed_form_cosines_first():

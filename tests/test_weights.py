@@ -56,7 +56,8 @@ def test_folder_names_are_those_of_the_published_table():
     assert name("middle_block.2.emb_layers.1.bias") == "mid_block.resnets.1.time_emb_proj.bias"
     assert name("output_blocks.2.1.conv.weight") == "up_blocks.0.upsamplers.0.conv.weight"
     assert name("output_blocks.5.2.conv.weight") == "up_blocks.1.upsamplers.0.conv.weight"
-    assert name("output_blocks.9.0.skip_connection.bias") == "up_blocks.3.resnets.0.conv_shortcut.bias"
+    assert name("output_blocks.9.0.skip_connection.bias") == \
+        "up_blocks.3.resnets.0.conv_shortcut.bias"
     assert name("out.0.weight") == "conv_norm_out.weight"
     assert weights.vae_folder_name("decoder.up.3.block.2.conv1.weight", 4) == \
         "decoder.up_blocks.0.resnets.2.conv1.weight"

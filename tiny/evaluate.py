@@ -12,12 +12,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from tqdm import tqdm
 
-import diffusion
 from clip import load_score
 from data import to_image, to_x
-from sample import BASE, draw_noise, load_base, make_denoiser
+from sample import BASE, draw, load_base
 from tiny import world
 
 STEPS, GUIDANCE = 50, 3.0
@@ -56,18 +54,10 @@ def eps_losses(unet, vae, schedule, context, x, seed):
     return losses
 
 
-def draw(unet, vae, schedule, context, empty, seed):
+def draw_all(unet, vae, schedule, context, empty, seed):
     """Returns pictures x (n, 3, 64, 64) for text states (n, L, D); picture i has noise seed + i."""
-    pictures = []
-    for i in torch.arange(len(context)).split(BATCH):
-        denoise = make_denoiser(unet, context[i], empty, GUIDANCE)
-        shape = (unet.config.latent_channels, world.SIZE // vae.factor, world.SIZE // vae.factor)
-        z_t = draw_noise([seed + int(k) for k in i], shape).to(context.device)
-        for z_t in tqdm(diffusion.sample(denoise, z_t, schedule, STEPS), total=STEPS, leave=False,
-                        desc="draw"):
-            pass
-        pictures.append(vae.decode(z_t))
-    return torch.cat(pictures)
+    return torch.cat([draw(unet, vae, schedule, context[i], empty, (seed + i).tolist(), world.SIZE,
+                           STEPS, GUIDANCE) for i in torch.arange(len(context)).split(BATCH)])
 
 
 def classify(score, x, prototypes):
@@ -77,7 +67,7 @@ def classify(score, x, prototypes):
 
 
 def category_prototypes(score, tokenizer, device):
-    """Returns unit vectors (categories, dim): the mean embedding of all training captions of each."""
+    """Returns unit vectors (categories, dim): the mean of its training captions."""
     rows, prototypes = world.records("train"), []
     for category in world.CATEGORIES:
         captions = [world.full_caption(row) for row in rows if row["category"] == category]
@@ -133,7 +123,7 @@ def main():
     wanted = torch.tensor([world.CATEGORIES.index(rows[i]["category"]) for i in chosen])
     prototypes = category_prototypes(score, tokenizer, args.device)
     empty = encode([""])
-    drawn = draw(unet, vae, schedule, encode([captions[i] for i in chosen]), empty, args.seed)
+    drawn = draw_all(unet, vae, schedule, encode([captions[i] for i in chosen]), empty, args.seed)
     real = (classify(score, x[chosen], prototypes).cpu() == wanted).float().mean().item()
     generated = (classify(score, drawn, prototypes).cpu() == wanted).float().mean().item()
     print(f"| category accuracy of the CLIP, {args.count} real test pictures | {real:.1%} |")
@@ -142,7 +132,7 @@ def main():
 
     known = world.records("train")[::len(world.records("train")) // 24][:24]
     known_captions = [world.full_caption(row) for row in known]
-    pictures = draw(unet, vae, schedule, encode(known_captions), empty, args.seed)
+    pictures = draw_all(unet, vae, schedule, encode(known_captions), empty, args.seed)
     names = [row["caption"] for row in known] + [rows[i]["caption"] for i in chosen[:24]]
     grid(torch.cat([pictures, drawn[:24]]), names, args.out)
 

@@ -1,8 +1,8 @@
-"""Rebuilds tiny/data from the emoji sets of the npm registry: 64 px PNGs in zips, and metadata.jsonl.
+"""Rebuilds tiny/data from emoji sets of the npm registry: 64 px PNGs in zips and metadata.jsonl.
 
 Only this script needs more than requirements.txt: `pip install resvg-py`, and npm on the PATH.
 
-    python -m tiny.make_data            # writes tiny/data, which is committed: nobody has to run this
+    python -m tiny.make_data            # writes tiny/data, which is committed: nobody has to
 
 A picture keeps its alpha, so that it can be pasted on any ground. Its colours are rounded to
 six bits a channel (at most 2 of 255 off), which saves a third of the bytes.
@@ -65,7 +65,7 @@ def fetch(package, folder):
 
 
 def choose_names(metadata):
-    """Returns {name: category word} of the things in the line-drawing set, in alphabetical order."""
+    """Returns {name: category word} of the things in the line-drawing set, sorted."""
     chosen = {name: word for category, word in CATEGORIES.items()
               for name in metadata["categories"][category]
               if name not in LEFT_OUT and not name.endswith(("-oclock", "-thirty"))}

@@ -22,11 +22,21 @@ from torch import nn
 from tqdm import tqdm
 
 import weights
-from clip import (BEGIN, CONTEXT_LENGTH, END, CLIPScore, CLIPTextConfig, CLIPTextModel, load_clip,
-                  load_tokenizer, save_score, split_words)
+from clip import (
+    BEGIN,
+    CONTEXT_LENGTH,
+    END,
+    CLIPScore,
+    CLIPTextConfig,
+    CLIPTextModel,
+    load_clip,
+    load_tokenizer,
+    save_score,
+    split_words,
+)
 from diffusion import NoiseSchedule
 from tiny import world
-from unet import UNet, UNetConfig
+from unet import ResBlock, SpatialTransformer, UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, load_vae
 
 HERE = Path(__file__).parent
@@ -201,6 +211,17 @@ class CLIPStage:
         save_score(model, self.args.out / "clip_score.safetensors")
 
 
+def zero_last_layers(unet):
+    """Returns the U-Net whose residual branches end in zeros, as SD's training starts."""
+    for module in unet.modules():
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(module.out_layers[-1].weight)
+        elif isinstance(module, SpatialTransformer):
+            nn.init.zeros_(module.proj_out.weight)
+    nn.init.zeros_(unet.out[-1].weight)
+    return unet
+
+
 class UNetStage:
     """The noise predictor on cached latents, with the frozen text tower and 10 % empty prompts."""
     batch, rate = 32, 6e-4
@@ -214,8 +235,9 @@ class UNetStage:
         self.pool = self.encode(vae, tokenizer, text_model, "train", args.pool, args.seed)
         self.held_out = self.encode(vae, tokenizer, text_model, "val", 256, args.seed + 1)
         self.empty = text_model(tokenizer([""]).to(args.device)).cpu()
-        self.model = UNet(UNetConfig(channels=(64, 96, 128), attention=(False, True, True),
-                                     heads=(4, 4, 4), blocks_per_level=1, context_dim=128))
+        self.model = zero_last_layers(UNet(UNetConfig(
+            channels=(64, 96, 128), attention=(False, True, True), heads=(4, 4, 4),
+            blocks_per_level=1, context_dim=128)))
 
     @torch.inference_mode()
     def encode(self, vae, tokenizer, text_model, split, count, seed):

@@ -1,7 +1,7 @@
 """The embedded base's large probability space: emoji on plain grounds, alone or in scenes.
 
 Every picture and its caption is a function of a numpy Generator, so that any of them can be made
-again from (seed, index). 64 x 64 px; captions look like "red apple, food, flat style, on pale blue".
+again from (seed, index). 64 x 64 px; a caption is like "red apple, food, flat style, on teal".
 """
 import functools
 import io

@@ -1,0 +1,81 @@
+"""Every command in README.md is one that runs, and every file it names is there."""
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+
+import sample
+import train
+from tiny import evaluate, make_data, pretrain
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+            for line in block.splitlines() if line.strip() and not line.startswith("#")]
+MODULES = {"train.py": train, "sample.py": sample, "tiny.pretrain": pretrain,
+           "tiny.evaluate": evaluate, "tiny.make_data": make_data}
+
+
+def split(command):
+    """Returns (module or None, its arguments) of a command line of README."""
+    words = shlex.split(command.split("&&")[-1], comments=True)
+    assert words[0] == "python", command
+    name, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
+    return MODULES.get(name), arguments
+
+
+def test_the_first_two_commands_are_the_install_steps():
+    assert COMMANDS[0] == "pip install -r requirements.txt && python train.py --task sketch"
+    assert COMMANDS[1] == "pip install -r requirements.txt && python -m pytest"
+    lines = README.splitlines()
+    assert any(line.startswith("![") for line in lines[:10])
+    assert max(lines.index(command) for command in COMMANDS[:2]) < 25
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_of_the_readme_has_arguments_that_its_script_takes(command, monkeypatch):
+    module, arguments = split(command)
+    if module is None:
+        assert "pytest" in command
+        return
+    # a script reads its arguments first: with --help at the end they are checked, and it stops
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    assert stop.value.code == 0
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "sample.py" in c and "SD" not in c])
+def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch):
+    _, arguments = split(command)
+    if "runs/" in command:      # what training writes: here the committed one stands in for it
+        arguments = [str(sample.BASE.parent / "bps_sketch.safetensors")
+                     if word == "runs/sketch/bps.safetensors" else word for word in arguments]
+    arguments = [str(sample.BASE.parent / "drawing.png") if word == "drawing.png" else word
+                 for word in arguments]
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments, "--steps", "2", "--n", "1",
+                                      "--out", str(tmp_path)])
+    sample.main()
+    assert list(tmp_path.glob("0*.png"))
+
+
+def test_every_file_that_the_readme_links_to_exists():
+    targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"^\| `([^`]+)`", README, re.M)
+    assert targets
+    for target in targets:
+        assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_the_evaluation_prints_its_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "STEPS", 1)
+    monkeypatch.setattr(evaluate.world, "records", lambda split, records=evaluate.world.records:
+                        records(split)[::40])
+    monkeypatch.setattr(sys, "argv", ["evaluate", "--count", "3", "--out", str(tmp_path / "d.png")])
+    evaluate.main()
+    printed = capsys.readouterr().out
+    for words in ("PSNR", "L1", "t 750..999", "real test pictures", "drawn relative to real"):
+        assert words in printed
+    assert (tmp_path / "d.png").is_file()
