@@ -267,4 +267,4 @@ def load_score(path, device="cpu"):
     score = CLIPScore(text_model, json.loads(metadata["image_widths"]), int(metadata["dim"]))
     state |= {f"text_model.{key}": tensor for key, tensor in text_model.state_dict().items()}
     weights.load_strict(score, weights.Checkpoint({}, state, str, file))
-    return tokenizer, score.to(device).eval().requires_grad_(False)
+    return tokenizer, score.to(device, torch.float32).eval().requires_grad_(False)

@@ -7,18 +7,20 @@ import torch
 from PIL import Image
 
 import sample
+from bps import BPS
 from data import read_drawing
 
 
 @pytest.fixture
-def draw(tmp_path, monkeypatch):
+def draw(tmp_path, monkeypatch, bps_file):
     """Runs sample.main() with arguments; returns the folder of its pictures."""
     counter = iter(range(100))
 
     def run(*arguments):
         out = tmp_path / str(next(counter))
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--steps", "2", "--device", "cpu", "--out",
-                                          str(out), *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--bps", str(bps_file), "--steps", "2",
+                                          "--device", "cpu", "--out", str(out),
+                                          *map(str, arguments)])
         sample.main()
         return out
 
@@ -52,9 +54,9 @@ def test_scale_zero_is_the_prior_and_scale_one_is_not(draw, monkeypatch):
 
 
 @torch.inference_mode()
-def test_the_strength_tempers_the_posterior_linearly():
+def test_the_strength_tempers_the_posterior_linearly(bps_file):
     unet, vae, tokenizer, text_model, _ = sample.load_base(sample.BASE)
-    bps = sample.load_bps(sample.BASE.parent / "bps_sketch.safetensors")
+    bps = sample.load_bps(bps_file)
     context, empty = text_model(tokenizer(["a red apple", ""])).split(1)
     cond, _ = read_drawing(sample.BASE.parent / "drawing.png", 64)
     steering = sample.Steering(bps, unet, cond[None])
@@ -68,12 +70,12 @@ def test_the_strength_tempers_the_posterior_linearly():
 @torch.inference_mode()
 def test_bps_runs_once_per_timestep_whatever_the_number_of_seeds(draw, monkeypatch):
     calls = []
-    forward = sample.load_bps.__globals__["BPS"].forward
+    forward = BPS.forward
 
     def counted(self, cond, t_emb):
         calls.append(len(cond))
         return forward(self, cond, t_emb)
 
-    monkeypatch.setattr(sample.load_bps.__globals__["BPS"], "forward", counted)
+    monkeypatch.setattr(BPS, "forward", counted)
     draw("--n", 3)
     assert calls == [1, 1]          # two steps, condition batch 1, serving both guidance halves

@@ -2,8 +2,8 @@
 
     python -m tiny.evaluate         # prints the table of tiny/README.md, writes tiny/drawn.png
 
-Category accuracy is the small CLIP's: a picture belongs to the category whose training captions'
-mean text embedding it is closest to.
+Category accuracy is the small CLIP's: a picture belongs to the category whose training captions
+together are the most probable for it.
 """
 import argparse
 from pathlib import Path
@@ -60,22 +60,26 @@ def draw_all(unet, vae, schedule, context, empty, seed):
                            STEPS, GUIDANCE) for i in torch.arange(len(context)).split(BATCH)])
 
 
-def classify(score, x, prototypes):
-    """Returns the index (n,) of the closest category of each picture."""
-    return torch.cat([(score.embed_image(part) @ prototypes.T).argmax(dim=1)
-                      for part in x.split(BATCH)])
+class Classifier:
+    """The CLIP as zero-shot classifier: which category's training captions fit a picture best."""
 
+    def __init__(self, score, tokenizer, device):
+        self.score, rows = score, world.records("train")
+        captions = [world.full_caption(row) for row in rows]
+        self.texts = torch.cat([score.embed_text(tokenizer(captions[i:i + BATCH]).to(device),
+                                                 tokenizer.end)
+                                for i in range(0, len(captions), BATCH)])      # (captions, dim)
+        categories = [world.CATEGORIES.index(row["category"]) for row in rows]
+        self.member = F.one_hot(torch.tensor(categories, device=device)).float()
 
-def category_prototypes(score, tokenizer, device):
-    """Returns unit vectors (categories, dim): the mean of its training captions."""
-    rows, prototypes = world.records("train"), []
-    for category in world.CATEGORIES:
-        captions = [world.full_caption(row) for row in rows if row["category"] == category]
-        vectors = torch.cat([score.embed_text(tokenizer(captions[i:i + BATCH]).to(device),
-                                              tokenizer.end)
-                             for i in range(0, len(captions), BATCH)])
-        prototypes.append(F.normalize(vectors.mean(dim=0), dim=0))
-    return torch.stack(prototypes)
+    def __call__(self, x):
+        """Returns the index (n,) of each picture's category.
+
+        p(category | x) = the sum over its captions of p(caption | x), CLIP's softmax of cosines.
+        """
+        images = torch.cat([self.score.embed_image(part) for part in x.split(BATCH)])
+        p_caption = (self.score.logit_scale.exp() * images @ self.texts.T).softmax(dim=1)
+        return (p_caption @ self.member).argmax(dim=1)
 
 
 def grid(pictures, captions, file, columns=8):
@@ -121,11 +125,11 @@ def main():
 
     chosen = np.random.default_rng(args.seed).permutation(len(rows))[:args.count]
     wanted = torch.tensor([world.CATEGORIES.index(rows[i]["category"]) for i in chosen])
-    prototypes = category_prototypes(score, tokenizer, args.device)
+    classify = Classifier(score, tokenizer, args.device)
     empty = encode([""])
     drawn = draw_all(unet, vae, schedule, encode([captions[i] for i in chosen]), empty, args.seed)
-    real = (classify(score, x[chosen], prototypes).cpu() == wanted).float().mean().item()
-    generated = (classify(score, drawn, prototypes).cpu() == wanted).float().mean().item()
+    real = (classify(x[chosen]).cpu() == wanted).float().mean().item()
+    generated = (classify(drawn).cpu() == wanted).float().mean().item()
     print(f"| category accuracy of the CLIP, {args.count} real test pictures | {real:.1%} |")
     print(f"| category accuracy, drawn from the same captions | {generated:.1%} |")
     print(f"| drawn relative to real | {generated / real:.1%} |")

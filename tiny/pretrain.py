@@ -48,16 +48,17 @@ IMAGE_WIDTHS = (32, 64, 128, 192)
 KL_WEIGHT = 1e-4            # on the mean over latent elements; keeps the latent space smooth
 
 
+def compose(rows, seeds):
+    """Returns (pictures (n, 3, 64, 64) uint8, captions), each a function of its own seed."""
+    made = [world.random_picture(rows, np.random.default_rng(seed)) for seed in seeds]
+    pictures = np.stack([world.to_array(image) for image, _ in made])
+    return torch.from_numpy(pictures), [caption for _, caption in made]
+
+
 def make_pool(split, count, seed):
-    """Returns (pictures (count, 3, 64, 64) uint8, captions): a quarter scenes, the rest single."""
-    rows = world.records(split)
-    pictures, captions = np.empty((count, 3, world.SIZE, world.SIZE), np.uint8), []
-    for i in tqdm(range(count), desc=f"{split} pictures", leave=False):
-        rng = np.random.default_rng((seed, i))
-        image, caption = (world.scene(rows, rng)[:2] if i % 4 == 3 else world.single(rows, rng))
-        pictures[i] = world.to_array(image)
-        captions.append(caption)
-    return torch.from_numpy(pictures), captions
+    """Returns (pictures (count, 3, 64, 64) uint8, captions) of a split's names."""
+    return compose(world.records(split),
+                   tqdm([(seed, i) for i in range(count)], desc=f"{split} pictures", leave=False))
 
 
 def to_x(pictures, device):
@@ -160,18 +161,17 @@ def write_json(content, file):
 
 class CLIPStage:
     """Text and image tower, contrastively (arXiv 2103.00020): each caption finds its picture."""
-    batch, rate = 128, 1e-3
+    batch, rate = 128, 5e-4
 
     def __init__(self, args):
-        self.args = args
-        self.pool, captions = make_pool("train", args.pool, args.seed)
+        self.args, self.rows = args, world.records("train")
         self.held_out, held_out_captions = make_pool("val", 256, args.seed + 1)
         if not (args.out / "tokenizer" / "vocab.json").exists():
-            train_tokenizer(captions, args.out / "tokenizer")
-        tokenizer = load_tokenizer(args.out / "tokenizer")
-        self.end = tokenizer.end
-        self.ids, self.held_out_ids = tokenizer(captions), tokenizer(held_out_captions)
-        config = CLIPTextConfig(width=128, layers=3, heads=4, vocab_size=tokenizer.end + 1)
+            train_tokenizer(make_pool("train", args.pool, args.seed)[1], args.out / "tokenizer")
+        self.tokenizer = load_tokenizer(args.out / "tokenizer")
+        self.end = self.tokenizer.end
+        self.held_out_ids = self.tokenizer(held_out_captions)
+        config = CLIPTextConfig(width=128, layers=3, heads=4, vocab_size=self.end + 1)
         self.model = CLIPScore(random_init(CLIPTextModel(config)), IMAGE_WIDTHS, 128)
 
     def logits(self, model, pictures, ids):
@@ -182,9 +182,10 @@ class CLIPStage:
         return model.logit_scale.clamp(max=4.6).exp() * images @ texts.T
 
     def loss(self, generator):
-        """Returns the symmetric cross-entropy of a batch drawn with the generator."""
-        indices = torch.randint(len(self.pool), (self.batch,), generator=generator)
-        logits = self.logits(self.model, self.pool[indices], self.ids[indices])
+        """Returns the symmetric cross-entropy of a batch composed anew for this step."""
+        seed = torch.randint(2**31, (), generator=generator).item()
+        pictures, captions = compose(self.rows, [(seed, slot) for slot in range(self.batch)])
+        logits = self.logits(self.model, pictures, self.tokenizer(captions))
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
@@ -273,7 +274,7 @@ class UNetStage:
     def evaluate(self, model):
         """Returns the held-out loss in quarters of the t range, always with the same noise."""
         generator = torch.Generator().manual_seed(self.args.seed)
-        t = torch.arange(256) * 1000 // 256         # picture i at its own t: kinds alternate with i
+        t = torch.arange(256) * 1000 // 256                 # picture i at its own t
         error = torch.cat([self.eps_error(model, self.held_out, i, t[i], generator).cpu()
                            for i in torch.arange(256).split(64)])
         return dict(held_out=error.mean().item(),

@@ -70,13 +70,15 @@ def full_caption(row, ground="white"):
 
 
 def vary_caption(row, ground, rng):
-    """Returns a caption of a single picture that leaves out now the category, now the style.
+    """Returns a caption of a single picture that leaves out now the name, category or style.
 
     The ground is left out only where it is white."""
     caption = row["caption"]
     if rng.random() < 0.25:
         caption = ("an " if caption[0] in "aeiou" else "a ") + caption
-    if rng.random() < 0.5:
+    if rng.random() < 0.15:
+        caption = row["category"]           # so that the word comes to mean the whole category
+    elif rng.random() < 0.5:
         caption += f", {row['category']}"
     if rng.random() < 0.7:
         caption += f", {row['style']} style"
@@ -115,6 +117,11 @@ def scene(rows, rng):
     names = [row["caption"] for row, *_ in places]
     caption = f"{', '.join(names[:-1])} and {names[-1]}, {style} style, on {ground}"
     return on_ground(canvas, ground), caption, places
+
+
+def random_picture(rows, rng, alone=0.75):
+    """Returns (RGB image, caption): a single emoji with probability `alone`, else a scene."""
+    return single(rows, rng) if rng.random() < alone else scene(rows, rng)[:2]
 
 
 def to_array(image):
