@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 import sample
 import train
 from bps import BPS, config_for, load_bps
-from data import Bank, load_pairs
+from data import Bank, DataError, load_pairs
+from weights import WeightsError
 
 SHORT = ["--steps", "4", "--batch", "2", "--save-every", "2", "--device", "cpu"]
 
@@ -133,17 +134,29 @@ def test_validation_tells_a_steered_model_from_the_base():
     assert numbers["gain"][0] < 0 and numbers["gap"][0] != 0        # noise in the ports: worse
 
 
+@pytest.mark.parametrize("module, arguments, message", [
+    (train, ["--base", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+    (train, ["--size", "60"], "multiples of 16"),
+    (sample, ["--cond", "nowhere.png"], "nowhere.png"),
+    (sample, ["--bps", "README.md"], "README.md: not a safetensors file"),
+])
+def test_bad_input_is_named_and_nothing_is_written(module, arguments, message, tmp_path,
+                                                   monkeypatch, bps_file):
+    if module is sample and "--bps" not in arguments:
+        arguments = ["--bps", bps_file, *arguments]
+    monkeypatch.chdir(sample.HERE)
+    with pytest.raises((DataError, WeightsError), match=message):
+        run(module, monkeypatch, *arguments, "--out", tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["train.py", "--data", "nowhere"], "nowhere: no such folder"),
-    (["train.py", "--base", "nowhere.safetensors"], "nowhere.safetensors"),
-    (["train.py", "--size", "60"], "multiples of 16"),
-    (["train.py", "--steps", "0"], "at least 1"),
-    (["sample.py", "--cond", "nowhere.png"], "nowhere.png"),
-    (["sample.py", "--bps", "README.md"], "README.md"),
+    (["sample.py", "--bps", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
     (["sample.py", "--steps", "0"], "allowed are 1 to 999"),
 ])
-def test_bad_input_gets_one_clear_line_and_exit_code_2(arguments, message, tmp_path):
+def test_a_user_error_is_one_line_with_exit_code_2(arguments, message, tmp_path):
     done = subprocess.run([sys.executable, *arguments, "--out", tmp_path / "x"],
-                          cwd=train.BASE.parent.parent, capture_output=True, text=True)
+                          cwd=sample.HERE, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
