@@ -6,8 +6,8 @@ Shapes: C channels, H W rows and columns of the image, f the autoencoder's facto
     bank = Bank(pairs, task, size, vae, tokenizer, text_model)
     cond, z, context = bank.batch(indices, generator)
 """
+import hashlib
 import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -22,7 +22,8 @@ from tiny import world
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 EMPTY_SHARE = 0.1               # of the training prompts, so that guidance has its other half
-TEST_SHARE, VAL_SHARE = 0.15, 0.05
+TEST_SHARE, VAL_SHARE = 0.15, 0.05      # of a user's pairs
+MIN_PAIRS = 10
 LINE_CONTRAST = 0.1             # slope of x per pixel from which an edge counts as a line
 BATCH = 16                      # images encoded at a time
 
@@ -233,26 +234,33 @@ def _listed_pairs(folder, listing, keys):
     return triples
 
 
-def split_of(name):
-    """Returns train, val or test of a user's pair: a fixed function of its name alone."""
-    u = zlib.crc32(name.encode()) / 2**32
-    return "test" if u < TEST_SHARE else "val" if u < TEST_SHARE + VAL_SHARE else "train"
+def split_names(names):
+    """Returns {name: train, val or test} of a user's pairs: a fixed function of all their names.
+
+    At least one pair is held out for each of val and test.
+    """
+    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    test = max(1, round(TEST_SHARE * len(order)))
+    val = test + max(1, round(VAL_SHARE * len(order)))
+    return {name: "test" if i < test else "val" if i < val else "train"
+            for i, name in enumerate(order)}
 
 
 def load_pairs(task, split, folder=None):
     """Returns the pairs of a split: of the embedded data, or of a user's folder.
 
-    Errors: DataError names the file at fault, or says that a split came out empty.
+    Errors: DataError names the file at fault, or says that there are too few.
     """
     if folder is None:
         return embedded_pairs(task, split)
-    pairs = [Pair(str(source.relative_to(folder)), lambda f=source: open_image(f),
-                  lambda f=target: open_image(f), (prompt,))
-             for source, target, prompt in folder_pairs(folder)
-             if split_of(source.stem) == split]
-    if not pairs:
-        raise DataError(f"{folder}: the {split} split came out empty; give at least 40 pairs")
-    return pairs
+    triples = folder_pairs(folder)
+    if len(triples) < MIN_PAIRS:
+        raise DataError(f"{folder}: {len(triples)} pairs; at least {MIN_PAIRS} are needed to train, "
+                        f"to validate and to test")
+    splits = split_names([source.name for source, *_ in triples])
+    return [Pair(source.name, lambda f=source: open_image(f), lambda f=target: open_image(f),
+                 (prompt,))
+            for source, target, prompt in triples if splits[source.name] == split]
 
 
 # ---- the cache -----------------------------------------------------------------------------

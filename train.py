@@ -97,6 +97,11 @@ def mean_and_error(values):
     return values.mean().item(), (values.std() / len(values) ** 0.5).item()
 
 
+def ratio(value, unit):
+    """Returns value / unit; nan where the unit is zero, as with a single pair."""
+    return value / unit if unit else float("nan")
+
+
 def validate(unet, schedule, bank, bps):
     """Returns the losses on held-out pairs, and gain and gap with their standard errors.
 
@@ -167,8 +172,8 @@ def report(unet, vae, schedule, bank, bps, out, seed):
     (gain, gain_se), (gap, gap_se) = numbers["gain"], numbers["gap"]
     print(f"held-out loss over {numbers['pairs']} test pairs: frozen base {numbers['base']:.4f}, "
           f"steered {numbers['steered']:.4f}, shuffled conditions {numbers['shuffled']:.4f}")
-    print(f"gain {gain:.4f} +- {gain_se:.4f} ({gain / gain_se:.1f} standard errors), "
-          f"shuffled-condition gap {gap:.4f} +- {gap_se:.4f} ({gap / gap_se:.1f})")
+    print(f"gain {gain:.4f} +- {gain_se:.4f} ({ratio(gain, gain_se):.1f} standard errors), "
+          f"shuffled-condition gap {gap:.4f} +- {gap_se:.4f} ({ratio(gap, gap_se):.1f})")
     count = min(OBEDIENCE_PICTURES, len(bank.pairs))
     indices = torch.arange(count)
     conds, names = bank.cond(indices), bank.first_prompts(range(count))
@@ -181,7 +186,7 @@ def report(unet, vae, schedule, bank, bps, out, seed):
                                 for z in bank.mean[:count].split(VALIDATION_BATCH)])
     scores = dict(base=obedience(prior, conds), steered=obedience(steered, conds),
                   round_trip=obedience(round_trip, conds))
-    share = (scores["steered"] - scores["base"]) / (scores["round_trip"] - scores["base"])
+    share = ratio(scores["steered"] - scores["base"], scores["round_trip"] - scores["base"])
     print(f"obedience (line F1, 1 px, {count} test drawings): frozen base {scores['base']:.3f}, "
           f"steered {scores['steered']:.3f}, VAE round trip of the true picture "
           f"{scores['round_trip']:.3f}: {share:.0%} of the way")

@@ -144,6 +144,14 @@ def test_a_folder_without_pairs_or_with_half_a_pair_is_refused(images, tmp_path)
     with pytest.raises(DataError, match="no pairs"):
         folder_pairs(tmp_path / "empty")
     (images / "conditions" / "1.png").unlink()
-    with pytest.raises(DataError, match="at least 40"):
-        for split in ("train", "val", "test"):      # two pairs cannot fill three splits
-            load_pairs("sketch", split, images)
+    with pytest.raises(DataError, match="2 pairs; at least 10"):
+        load_pairs("sketch", "train", images)
+
+
+def test_a_users_pairs_are_split_by_name_with_some_on_every_side():
+    for count in (10, 57, 500):
+        names = [f"{i:03d}.png" for i in range(count)]
+        splits = split_names(names)
+        assert splits == split_names(names[::-1])
+        sides = [sum(side == wanted for side in splits.values()) for wanted in ("test", "val")]
+        assert sides == [max(1, round(0.15 * count)), max(1, round(0.05 * count))]

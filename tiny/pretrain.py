@@ -390,6 +390,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
+    torch.manual_seed(args.seed)            # the initial weights
     stage = STAGES[args.stage](args)
     stage.export(train(stage, args))
     print(f"wrote the {args.stage} stage's part of {args.out}")
