@@ -255,8 +255,8 @@ def load_pairs(task, split, folder=None):
         return embedded_pairs(task, split)
     triples = folder_pairs(folder)
     if len(triples) < MIN_PAIRS:
-        raise DataError(f"{folder}: {len(triples)} pairs; at least {MIN_PAIRS} are needed to train, "
-                        f"to validate and to test")
+        raise DataError(f"{folder}: {len(triples)} pairs; at least {MIN_PAIRS} are needed to "
+                        f"train, to validate and to test")
     splits = split_names([source.name for source, *_ in triples])
     return [Pair(source.name, lambda f=source: open_image(f), lambda f=target: open_image(f),
                  (prompt,))

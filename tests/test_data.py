@@ -14,6 +14,7 @@ from data import (
     line_f1,
     load_pairs,
     read_drawing,
+    split_names,
     to_image,
     to_x,
 )

@@ -132,7 +132,7 @@ def main():
     generated = (classify(drawn).cpu() == wanted).float().mean().item()
     print(f"| category accuracy of the CLIP, {args.count} real test pictures | {real:.1%} |")
     print(f"| category accuracy, drawn from the same captions | {generated:.1%} |")
-    print(f"| drawn relative to real | {generated / real:.1%} |")
+    print(f"| drawn relative to real | {generated / max(real, 1e-9):.1%} |")
 
     known = world.records("train")[::len(world.records("train")) // 24][:24]
     known_captions = [world.full_caption(row) for row in known]

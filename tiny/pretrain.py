@@ -10,6 +10,7 @@ quarter. All randomness is a function of (seed, step).
 import argparse
 import copy
 import json
+import re
 import time
 from pathlib import Path
 
@@ -313,6 +314,9 @@ def save_part(model, folder, folder_name, config):
     """Writes config.json and the model's weights in fp16, under the folder layout's names."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {folder_name(key): tensor.half() for key, tensor in model.state_dict().items()}
+    # the folder layout holds the autoencoder's attention as linear layers, not 1x1 convolutions
+    tensors = {name: tensor.flatten(1) if re.search(r"\.to_\w+(\.0)?\.weight", name) else tensor
+               for name, tensor in tensors.items()}
     weights.save(tensors, folder / "diffusion_pytorch_model.safetensors", dict(format="pt"))
     write_json(config, folder / "config.json")
 
