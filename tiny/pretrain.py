@@ -209,7 +209,7 @@ class CLIPStage:
                         max_position_embeddings=CONTEXT_LENGTH, vocab_size=config.vocab_size,
                         hidden_act=config.activation, projection_dim=128, layer_norm_eps=1e-5,
                         bos_token_id=self.end - 1, eos_token_id=self.end, pad_token_id=self.end,
-                        torch_dtype="float16"), folder / "config.json")
+                        torch_dtype="float32"), folder / "config.json")
         save_score(model, self.args.out / "clip_score.safetensors")
 
 
