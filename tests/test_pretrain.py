@@ -42,6 +42,13 @@ def test_each_stage_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypa
     assert vae.config.scaling_factor > 0 and (whole / "model" / "model_index.json").is_file()
 
 
+def test_merges_are_the_most_frequent_pairs_with_ties_by_the_alphabet():
+    merges = pretrain.learn_merges(["aab aab", "cab"], most=9)
+    assert merges[:2] == [("a", "b</w>"), ("a", "ab</w>")]       # 3 times, then 2
+    assert pretrain.merge(("a", "a", "a", "b"), ("a", "a")) == ("aa", "a", "b")
+    assert merges[2:] == [("c", "ab</w>")]
+
+
 def test_a_picture_and_its_caption_are_a_function_of_the_seed():
     (first, captions), (again, same) = (pretrain.make_pool("val", 8, seed=3) for _ in range(2))
     assert torch.equal(first, again) and captions == same

@@ -12,10 +12,10 @@ import copy
 import json
 import re
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 import torch
 import torch.nn.functional as F
 from tokenizers import pre_tokenizers
@@ -133,15 +133,43 @@ def random_init(module):
     return module
 
 
+def learn_merges(captions, most):
+    """Returns the merges [(left, right)] of a byte-pair encoding: the most frequent pair each time.
+
+    Ties go to the alphabet, so that the same captions always give the same tokens.
+    """
+    normalizer, splitter = split_words()
+    words = Counter(word for caption in captions
+                    for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
+    tokens = {word: (*word[:-1], word[-1] + "</w>") for word in words}
+    merges = []
+    while len(merges) < most:
+        pairs = Counter()
+        for word, count in words.items():
+            for pair in zip(tokens[word], tokens[word][1:]):
+                pairs[pair] += count
+        if not pairs:
+            break                                           # every word is one token
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        tokens = {word: merge(parts, best) for word, parts in tokens.items()}
+    return merges
+
+
+def merge(parts, pair):
+    """Returns the tuple of tokens with every occurrence of the pair, from the left, made one."""
+    merged, i = [], 0
+    while i < len(parts):
+        step = 2 if parts[i:i + 2] == pair else 1
+        merged.append("".join(parts[i:i + step]))
+        i += step
+    return tuple(merged)
+
+
 def train_tokenizer(captions, folder):
     """Learns a BPE of at most VOCAB_SIZE tokens and writes it in CLIP's file format."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer, bpe.pre_tokenizer = split_words()
-    bpe.train_from_iterator(captions, tokenizers.trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(alphabet) - 2, initial_alphabet=alphabet,
-        end_of_word_suffix="</w>", show_progress=False))
-    merges = [tuple(merge) for merge in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = learn_merges(captions, VOCAB_SIZE - 2 * len(alphabet) - 2)
     tokens = alphabet + [token + "</w>" for token in alphabet] + ["".join(m) for m in merges]
     vocab = {token: i for i, token in enumerate([*dict.fromkeys(tokens), BEGIN, END])}
     folder.mkdir(parents=True, exist_ok=True)
