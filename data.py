@@ -3,8 +3,8 @@
 Shapes: C channels, H W rows and columns of the image, f the autoencoder's factor.
 
     pairs = load_pairs("sketch", "train")
-    bank = Bank(pairs, task, size, vae, tokenizer, text_model)
-    cond, z, context = bank.batch(indices, generator)
+    bank = Bank(pairs, size, vae, tokenizer, text_model)
+    cond, z, context = bank.batch(16, generator)
 """
 import hashlib
 import json

@@ -95,9 +95,48 @@ def load_base(path, tokenizer_path=None, device="cpu"):
             *load_clip(path, tokenizer_path, device=device), diffusion.load_schedule(path))
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser that prints the script's docstring as help, and of a mistake one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        """Ends the script with exit code 2."""
+        self.exit(2, f"error: {message}\n")
+
+    def add_device(self):
+        """Adds --device: the GPU where there is one, else the CPU."""
+        self.add_argument("--device", type=usable_device,
+                          default="cuda" if torch.cuda.is_available() else "cpu",
+                          help="(default: %(default)s)")
+
+
+def usable_device(name):
+    """Returns the name of a device that this machine has. Errors: ArgumentTypeError."""
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError):      # no such kind, or PyTorch was built without it
+        raise argparse.ArgumentTypeError(f"{name} is not there; cpu always is") from None
+    return name
+
+
+def run(main, interrupted="interrupted"):
+    """Runs a script's main(): a user's mistake ends in one line on stderr and exit code 2."""
+    try:
+        main()
+    except (WeightsError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        sys.exit(130)
+
+
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Returns the checked command line."""
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--bps", type=Path, default=HERE / "tiny" / "bps_sketch.safetensors", help="trained BPS")
     add("--cond", type=Path, default=HERE / "tiny" / "drawing.png", help="the drawing")
@@ -111,7 +150,7 @@ def parse_args():
     add("--base", type=Path, default=BASE, help="SD folder or .safetensors (default: tiny/model)")
     add("--tokenizer", type=Path, help="folder with vocab.json, where --base is a single file")
     add("--out", type=Path, default=Path("pictures"), help="folder (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_device()
     args = parser.parse_args()
     if args.n < 1:
         parser.error(f"--n {args.n}: at least 1")
@@ -121,14 +160,22 @@ def parse_args():
 
 
 def check_fit(bps, bps_file, unet, base):
-    """Raises WeightsError where the BPS was trained for a base of other sizes."""
-    if bps.config.channels != unet.config.channels:
-        raise WeightsError(f"{bps_file}: for a base of channels {bps.config.channels}, but {base} "
-                           f"has {unet.config.channels}; --base is what it was trained on")
+    """Raises WeightsError where the BPS was trained for a base of other sizes.
+
+    SD 1 and SD 2 differ only in the width of their text states. A fine-tune of the same sizes fits.
+    """
+    for name, trained, own in (
+            ("channels", bps.config.channels, unet.config.channels),
+            ("blocks per level", bps.config.blocks_per_level, unet.config.blocks_per_level),
+            ("text width", bps.metadata.get("context_dim"), unet.config.context_dim)):
+        if trained != own:
+            raise WeightsError(f"{bps_file}: for a base of {name} {trained}, but {base} has {own}; "
+                               f"give the --base it was trained on")
 
 
 @torch.inference_mode()
 def main():
+    """Draws --n pictures of one prompt and one drawing."""
     args = parse_args()
     bps = load_bps(args.bps, device=args.device)
     unet, vae, tokenizer, text_model, schedule = load_base(args.base, args.tokenizer, args.device)
@@ -154,6 +201,9 @@ def main():
     facts = dict(prompt=args.prompt, steps=args.steps, guidance=args.guidance, scale=args.scale,
                  sampler="DDIM", base=fingerprint(find_unet(args.base)),
                  bps=fingerprint(args.bps), drawing=fingerprint(args.cond))
+    if facts["base"] != bps.metadata.get("base"):
+        print(f"note: {args.bps} was trained on other weights than {args.base}; it fits, but may "
+              f"follow the drawing less", file=sys.stderr)
     for seed, z in zip(seeds, latents):
         text = PngImagePlugin.PngInfo()
         for key, value in (facts | dict(seed=seed)).items():
@@ -164,8 +214,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (WeightsError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

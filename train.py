@@ -8,9 +8,7 @@ command goes on from the last checkpoint; a finished run is never overwritten.
 
 Shapes: B batch, C channels, H W rows and columns of the latent.
 """
-import argparse
 import json
-import sys
 import time
 from pathlib import Path
 
@@ -23,8 +21,7 @@ from tqdm import tqdm
 import weights
 from bps import BPS, config_for, save_bps
 from data import TASKS, Bank, DataError, extract_lines, line_f1, load_pairs, to_image, to_x
-from sample import BASE, Steering, draw, load_base
-from weights import WeightsError
+from sample import BASE, Parser, Steering, draw, load_base, run
 
 VALIDATION_T = tuple(range(62, 1000, 125))      # the fixed timesteps: 62, 187 .. 937
 VALIDATION_BATCH = 48
@@ -197,13 +194,6 @@ def report(unet, vae, schedule, bank, bps, out, seed):
     return numbers | dict(obedience=scores, obedience_share=share)
 
 
-def write_json(content, file):
-    """Writes a dict as indented JSON: to a temporary name first, then renamed."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(file)
-
-
 def choose_out(wanted, facts):
     """Returns the run's folder: `wanted` if new or an unfinished run of the same arguments.
 
@@ -220,8 +210,8 @@ def choose_out(wanted, facts):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Returns the checked command line."""
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--task", choices=TASKS, default="sketch", help="kind of condition (default: %(default)s)")
     add("--data", type=Path, help="folder of your own pairs (default: the embedded ones)")
@@ -235,7 +225,7 @@ def parse_args():
     add("--save-every", type=int, default=150, help="steps between checkpoints, each with a "
                                                     "validation (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_device()
     add("--out", type=Path, help="folder of the run (default: runs/TASK)")
     args = parser.parse_args()
     for name in ("size", "steps", "batch", "save_every"):
@@ -245,6 +235,7 @@ def parse_args():
 
 
 def main():
+    """Trains, measures, and writes everything of the run."""
     args = parse_args()
     started, task = time.monotonic(), TASKS[args.task]
     facts = {key: str(value) for key, value in vars(args).items() if key != "out"}
@@ -266,7 +257,7 @@ def main():
     bps = bps.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
     out.mkdir(parents=True, exist_ok=True)
-    write_json(facts, out / "args.json")
+    weights.write_json(facts, out / "args.json")
     checkpoint, start = out / "checkpoint.safetensors", 0
     if checkpoint.exists():
         start = weights.load_training(checkpoint, dict(bps=bps), "bps", optimizer)["step"]
@@ -284,8 +275,9 @@ def main():
     train(bps, optimizer, unet, schedule, bank, args, start, on_save)
     numbers = report(unet, vae, schedule, test_bank, bps, out, args.seed)
     metadata = dict(task=args.task, base=weights.fingerprint(weights.find_unet(args.base)),
-                    size=args.size, steps=args.steps, batch=args.batch, lr=args.lr,
-                    seed=args.seed, light_on_dark=bank.light_on_dark, results=numbers)
+                    context_dim=unet.config.context_dim, size=args.size, steps=args.steps,
+                    batch=args.batch, lr=args.lr, seed=args.seed,
+                    light_on_dark=bank.light_on_dark, results=numbers)
     save_bps(bps, out / "bps.safetensors", metadata)
     checkpoint.unlink()
     print(out / "bps.safetensors")
@@ -298,11 +290,4 @@ def main():
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (WeightsError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    run(main, interrupted="interrupted; the same command goes on from the last checkpoint")

@@ -146,6 +146,14 @@ def save(tensors, file, metadata):
     os.replace(temporary, file)
 
 
+def write_json(content, file):
+    """Writes a dict or list as indented JSON: to a temporary name, then renamed."""
+    temporary = f"{file}.tmp"
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    os.replace(temporary, file)
+
+
 def save_training(file, modules, trained, optimizer, facts):
     """Writes all that a resumed run needs: modules by name, AdamW's state, and facts (a dict).
 

@@ -16,5 +16,5 @@ def bps_file(tmp_path_factory):
         if port is not None:
             torch.nn.init.normal_(port.weight, std=0.002)
     file = tmp_path_factory.mktemp("bps") / "bps.safetensors"
-    save_bps(bps, file, dict(task="sketch", size=64))
+    save_bps(bps, file, dict(task="sketch", size=64, context_dim=128))
     return file

@@ -1,21 +1,22 @@
 """Pretraining of the embedded base, shortened: seeded, resumable, and loadable afterwards."""
 import json
+import shutil
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from sample import load_base
+from sample import BASE, load_base
 from tiny import pretrain, world
 
 STAGES = ("clip", "vae", "unet")
 
 
-def run(monkeypatch, stage, folder, steps):
+def run(monkeypatch, stage, folder, steps, *arguments):
     monkeypatch.setattr(sys, "argv", [
         "pretrain", "--stage", stage, "--steps", str(steps), "--pool", "64", "--device", "cpu",
-        "--work", str(folder / "work"), "--out", str(folder / "model")])
+        "--work", str(folder / "work"), "--out", str(folder / "model"), *arguments])
     pretrain.main()
 
 
@@ -40,6 +41,17 @@ def test_each_stage_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypa
     context = text_model(tokenizer(["a red apple"]))
     assert unet(torch.randn(1, 4, 16, 16), torch.tensor([5]), context).isfinite().all()
     assert vae.config.scaling_factor > 0 and (whole / "model" / "model_index.json").is_file()
+
+
+def test_a_unet_can_go_on_from_given_weights(tmp_path, monkeypatch):
+    shutil.copytree(BASE, tmp_path / "model")
+    file = "unet/diffusion_pytorch_model.safetensors"
+    (tmp_path / "model" / file).unlink()
+    monkeypatch.setattr(pretrain.UNetStage, "rate", 0.0)
+    run(monkeypatch, "unet", tmp_path, 1, "--init", str(BASE))
+    given, written = load_file(BASE / file), load_file(tmp_path / "model" / file)
+    assert given.keys() == written.keys()
+    assert all(torch.equal(given[name], written[name]) for name in given)
 
 
 def test_merges_are_the_most_frequent_pairs_with_ties_by_the_alphabet():

@@ -7,8 +7,9 @@ import torch
 from PIL import Image
 
 import sample
-from bps import BPS
-from data import read_drawing
+from bps import BPS, BPSConfig, save_bps
+from data import DataError, read_drawing
+from weights import WeightsError
 
 
 @pytest.fixture
@@ -44,6 +45,39 @@ def test_a_png_remembers_how_it_was_drawn(draw):
     assert text["prompt"] == "a grüne pear" and text["guidance"] == "2.5"
     assert text["seed"] == "0" and text["steps"] == "2" and text["sampler"] == "DDIM"
     assert len(text["base"]) == len(text["bps"]) == len(text["drawing"]) == 16
+
+
+@pytest.mark.parametrize("error, code, line", [
+    (WeightsError("bad.safetensors: truncated"), 2, "error: bad.safetensors: truncated"),
+    (DataError("pairs: empty"), 2, "error: pairs: empty"),
+    (FileExistsError(17, "File exists", "README.md"), 2, "error: [Errno 17] File exists"),
+    (KeyboardInterrupt(), 130, "interrupted"),
+])
+def test_a_script_ends_in_one_line_and_an_exit_code(error, code, line, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        sample.run(main)
+    assert stop.value.code == code
+    assert capsys.readouterr().err.strip().startswith(line)
+
+
+def test_a_bps_of_other_weights_draws_with_a_note(draw, capsys):
+    draw("--n", 1)                      # the fixture's file names no base
+    assert "other weights" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("config, context_dim, message", [
+    (BPSConfig(channels=(32, 64, 96), factor=4, norm_groups=8), 128, "channels"),
+    (BPSConfig(channels=(64, 96, 128), factor=4, blocks_per_level=2), 128, "blocks per level"),
+    (BPSConfig(channels=(64, 96, 128), factor=4, blocks_per_level=1), 768, "text width"),
+])
+def test_a_bps_of_another_base_is_refused(config, context_dim, message, draw, tmp_path):
+    file = tmp_path / "other.safetensors"
+    save_bps(BPS(config), file, dict(size=64, context_dim=context_dim))
+    with pytest.raises(WeightsError, match=f"other.safetensors.*{message}"):
+        draw("--bps", file)
 
 
 def test_scale_zero_is_the_prior_and_scale_one_is_not(draw, monkeypatch):

@@ -5,7 +5,6 @@
 Category accuracy is the small CLIP's: a picture belongs to the category whose training captions
 together are the most probable for it.
 """
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from clip import load_score
 from data import to_image, to_x
-from sample import BASE, draw, load_base
+from sample import BASE, Parser, draw, load_base, run
 from tiny import world
 
 STEPS, GUIDANCE = 50, 3.0
@@ -97,12 +96,12 @@ def grid(pictures, captions, file, columns=8):
 
 @torch.inference_mode()
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Prints the table and draws the grid."""
+    parser = Parser(__doc__)
     parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--count", type=int, default=192, help="test pictures that are drawn again")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_device()
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "drawn.png")
     args = parser.parse_args()
     unet, vae, tokenizer, text_model, schedule = load_base(args.base, device=args.device)
@@ -142,4 +141,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -7,7 +7,6 @@ tiny/work/STAGE/log.jsonl, and writes its part of the SD folder tiny/model at th
 is the stage's whole budget over all its runs; the learning rate falls to zero over its last
 quarter. All randomness is a function of (seed, step).
 """
-import argparse
 import copy
 import json
 import re
@@ -36,8 +35,9 @@ from clip import (
     split_words,
 )
 from diffusion import NoiseSchedule
+from sample import Parser, run
 from tiny import world
-from unet import ResBlock, SpatialTransformer, UNet, UNetConfig
+from unet import ResBlock, SpatialTransformer, UNet, UNetConfig, load_unet
 from vae import AutoencoderKL, VAEConfig, load_vae
 
 HERE = Path(__file__).parent
@@ -173,19 +173,14 @@ def train_tokenizer(captions, folder):
     tokens = alphabet + [token + "</w>" for token in alphabet] + ["".join(m) for m in merges]
     vocab = {token: i for i, token in enumerate([*dict.fromkeys(tokens), BEGIN, END])}
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(vocab, folder / "vocab.json")
+    weights.write_json(vocab, folder / "vocab.json")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(
         f"{left} {right}\n" for left, right in merges), encoding="utf-8")
     special = dict(bos_token=BEGIN, eos_token=END, unk_token=END, pad_token=END)
-    write_json(special, folder / "special_tokens_map.json")
-    write_json(dict(tokenizer_class="CLIPTokenizer", model_max_length=CONTEXT_LENGTH,
-                    add_prefix_space=False, do_lower_case=True, errors="replace", **special),
-               folder / "tokenizer_config.json")
-
-
-def write_json(content, file):
-    """Writes a dict or list as indented JSON."""
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    weights.write_json(special, folder / "special_tokens_map.json")
+    facts = dict(tokenizer_class="CLIPTokenizer", model_max_length=CONTEXT_LENGTH,
+                 add_prefix_space=False, do_lower_case=True, errors="replace")
+    weights.write_json(facts | special, folder / "tokenizer_config.json")
 
 
 class CLIPStage:
@@ -231,13 +226,14 @@ class CLIPStage:
         tensors = {f"text_model.{key}": tensor.half()
                    for key, tensor in model.text_model.state_dict().items()}
         weights.save(tensors, folder / "model.safetensors", dict(format="pt"))
-        write_json(dict(architectures=["CLIPTextModel"], model_type="clip_text_model",
-                        hidden_size=config.width, intermediate_size=config.width * 4,
-                        num_hidden_layers=config.layers, num_attention_heads=config.heads,
-                        max_position_embeddings=CONTEXT_LENGTH, vocab_size=config.vocab_size,
-                        hidden_act=config.activation, projection_dim=128, layer_norm_eps=1e-5,
-                        bos_token_id=self.end - 1, eos_token_id=self.end, pad_token_id=self.end,
-                        torch_dtype="float32"), folder / "config.json")
+        facts = dict(architectures=["CLIPTextModel"], model_type="clip_text_model",
+                     hidden_size=config.width, intermediate_size=config.width * 4,
+                     num_hidden_layers=config.layers, num_attention_heads=config.heads,
+                     max_position_embeddings=CONTEXT_LENGTH, vocab_size=config.vocab_size,
+                     hidden_act=config.activation, projection_dim=128, layer_norm_eps=1e-5,
+                     bos_token_id=self.end - 1, eos_token_id=self.end, pad_token_id=self.end,
+                     torch_dtype="float32")
+        weights.write_json(facts, folder / "config.json")
         save_score(model, self.args.out / "clip_score.safetensors")
 
 
@@ -265,9 +261,9 @@ class UNetStage:
         self.pool = self.encode(vae, tokenizer, text_model, "train", args.pool, args.seed)
         self.held_out = self.encode(vae, tokenizer, text_model, "val", 256, args.seed + 1)
         self.empty = text_model(tokenizer([""]).to(args.device)).cpu()
-        self.model = zero_last_layers(UNet(UNetConfig(
-            channels=(64, 96, 128), attention=(False, True, True), heads=(4, 4, 4),
-            blocks_per_level=1, context_dim=128)))
+        self.model = load_unet(args.init).requires_grad_(True) if args.init else zero_last_layers(
+            UNet(UNetConfig(channels=(64, 96, 128), attention=(False, True, True),
+                            heads=(4, 4, 4), blocks_per_level=1, context_dim=128)))
 
     @torch.inference_mode()
     def encode(self, vae, tokenizer, text_model, split, count, seed):
@@ -323,19 +319,20 @@ class UNetStage:
                       attention_head_dim=list(config.heads),
                       cross_attention_dim=config.context_dim, norm_num_groups=config.norm_groups))
         (self.args.out / "scheduler").mkdir(exist_ok=True)
-        write_json(dict(_class_name="DDIMScheduler", beta_schedule="scaled_linear",
-                        beta_start=self.schedule.beta_start, beta_end=self.schedule.beta_end,
-                        num_train_timesteps=self.schedule.timesteps, steps_offset=1,
-                        clip_sample=False, set_alpha_to_one=False, prediction_type="epsilon"),
-                   self.args.out / "scheduler" / "scheduler_config.json")
-        write_json(dict(_class_name="StableDiffusionPipeline", _diffusers_version="0.30.0",
-                        unet=["diffusers", "UNet2DConditionModel"],
-                        vae=["diffusers", "AutoencoderKL"],
-                        text_encoder=["transformers", "CLIPTextModel"],
-                        tokenizer=["transformers", "CLIPTokenizer"],
-                        scheduler=["diffusers", "DDIMScheduler"], safety_checker=[None, None],
-                        feature_extractor=[None, None], image_encoder=[None, None],
-                        requires_safety_checker=False), self.args.out / "model_index.json")
+        scheduler = dict(_class_name="DDIMScheduler", beta_schedule="scaled_linear",
+                         beta_start=self.schedule.beta_start, beta_end=self.schedule.beta_end,
+                         num_train_timesteps=self.schedule.timesteps, steps_offset=1,
+                         clip_sample=False, set_alpha_to_one=False, prediction_type="epsilon")
+        weights.write_json(scheduler, self.args.out / "scheduler" / "scheduler_config.json")
+        index = dict(_class_name="StableDiffusionPipeline", _diffusers_version="0.30.0",
+                     unet=["diffusers", "UNet2DConditionModel"],
+                     vae=["diffusers", "AutoencoderKL"],
+                     text_encoder=["transformers", "CLIPTextModel"],
+                     tokenizer=["transformers", "CLIPTokenizer"],
+                     scheduler=["diffusers", "DDIMScheduler"], safety_checker=[None, None],
+                     feature_extractor=[None, None], image_encoder=[None, None],
+                     requires_safety_checker=False)
+        weights.write_json(index, self.args.out / "model_index.json")
 
 
 def save_part(model, folder, folder_name, config):
@@ -346,7 +343,7 @@ def save_part(model, folder, folder_name, config):
     tensors = {name: tensor.flatten(1) if re.search(r"\.to_\w+(\.0)?\.weight", name) else tensor
                for name, tensor in tensors.items()}
     weights.save(tensors, folder / "diffusion_pytorch_model.safetensors", dict(format="pt"))
-    write_json(config, folder / "config.json")
+    weights.write_json(config, folder / "config.json")
 
 
 STAGES = {"clip": CLIPStage, "vae": VAEStage, "unet": UNetStage}
@@ -411,16 +408,17 @@ def train(stage, args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Trains one stage and writes its part of the SD folder."""
+    parser = Parser(__doc__)
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--minutes", type=float, default=60.0, help="budget of the stage")
     parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps")
     parser.add_argument("--pool", type=int, default=24_000, help="training pictures composed")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints and logs")
     parser.add_argument("--out", type=Path, default=HERE / "model", help="the SD folder")
+    parser.add_argument("--init", metavar="PATH", help="SD folder whose U-Net to go on from")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_device()
     args = parser.parse_args()
     torch.manual_seed(args.seed)            # the initial weights
     stage = STAGES[args.stage](args)
@@ -429,4 +427,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run(main, interrupted="interrupted; the same command goes on from the last checkpoint")
