@@ -224,7 +224,7 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
         with torch.device("meta"):
             bps = BPS(BPSConfig(**config))
         bps.metadata = json.loads(metadata["training"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise weights.WeightsError(f"{file}: not a BPS file; train.py writes "
                                    f"bps.safetensors") from None
     weights.load_strict(bps, weights.Checkpoint({}, state, str, file))

@@ -67,6 +67,7 @@ class Tokenizer:
         self.bpe = tokenizers.Tokenizer(model)
         self.bpe.normalizer, self.bpe.pre_tokenizer = split_words()
         self.begin, self.end, self.pad = vocab[BEGIN], vocab[END], vocab[pad_token]
+        self.largest = max(vocab.values())
 
     def __call__(self, texts):
         """Returns ids (B, 77) int64: begin, the text's tokens, end, padding.
@@ -78,7 +79,7 @@ class Tokenizer:
             encoding = self.bpe.encode(text, add_special_tokens=False)
             ids = encoding.ids[:CONTEXT_LENGTH - 2]
             if len(encoding.ids) > len(ids):
-                dropped = "".join(encoding.tokens[len(ids):]).replace("</w>", " ").strip()
+                dropped = text[encoding.offsets[len(ids)][0]:]
                 warnings.warn(f"prompt longer than {CONTEXT_LENGTH - 2} tokens; "
                               f"dropped: {dropped!r}", stacklevel=2)
             row = [self.begin, *ids, self.end]
@@ -93,20 +94,22 @@ def load_tokenizer(folder):
     """
     folder = Path(folder)
     try:
-        vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+        vocab = weights.read_json(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
         merges = [tuple(line.split()) for line in lines
                   if line.strip() and not line.startswith("#version")]
         pad_token = END
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):     # the latter wins
             if (folder / name).is_file():
-                found = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
+                found = weights.read_json(folder / name).get("pad_token")
                 pad_token = (found["content"] if isinstance(found, dict) else found) or pad_token
         return Tokenizer(vocab, merges, pad_token)
     except OSError as error:
         raise weights.WeightsError(f"{error.filename}: no such file; a tokenizer is vocab.json "
                                    f"and merges.txt") from None
-    except (ValueError, KeyError) as error:
+    except weights.WeightsError:
+        raise
+    except Exception as error:      # all that `tokenizers` raises for merges that do not fit
         raise weights.WeightsError(f"{folder}: not a CLIP tokenizer ({error})") from None
 
 
@@ -199,8 +202,12 @@ def load_clip(path, tokenizer_path=None, dtype=torch.float32, device="cpu"):
     with torch.device("meta"):
         text_model = CLIPTextModel(CLIPTextConfig(**checkpoint.config))
     weights.load_strict(text_model, checkpoint)
-    text_model = text_model.to(device, dtype).eval().requires_grad_(False)
-    return load_tokenizer(tokenizer_path), text_model
+    tokenizer = load_tokenizer(tokenizer_path)
+    if tokenizer.largest >= text_model.config.vocab_size:
+        raise weights.WeightsError(f"{tokenizer_path}: ids up to {tokenizer.largest}, but "
+                                   f"{checkpoint.file} knows {text_model.config.vocab_size} "
+                                   f"tokens; give the tokenizer of this model")
+    return tokenizer, text_model.to(device, dtype).eval().requires_grad_(False)
 
 
 # ---- scores --------------------------------------------------------------------------------

@@ -25,7 +25,8 @@ EMPTY_SHARE = 0.1               # of the training prompts, so that guidance has 
 TEST_SHARE, VAL_SHARE = 0.15, 0.05      # of a user's pairs
 MIN_PAIRS = 10
 LINE_CONTRAST = 0.1             # slope of x per pixel from which an edge counts as a line
-BATCH = 16                      # images encoded at a time
+PIXELS_AT_A_TIME = 48 * 64**2   # through a network outside of training: 48 pictures of 64 px
+PROMPTS_AT_A_TIME = 16
 
 
 class DataError(ValueError):
@@ -102,11 +103,15 @@ def pad_square(image, size, color):
 
 # ---- line drawings -------------------------------------------------------------------------
 
-def is_light_on_dark(image):
-    """Returns whether an RGB drawing has a dark ground, judged by its outermost pixels."""
+def border_grey(image):
+    """Returns the median grey, 0 to 255, of an RGB drawing's outermost pixels: its ground."""
     grey = np.asarray(image.convert("L"))
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    return bool(np.median(border) < 128)
+    return float(np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])))
+
+
+def is_light_on_dark(image):
+    """Returns whether an RGB drawing has a dark ground."""
+    return border_grey(image) < 128
 
 
 def sketch_to_cond(image):
@@ -118,14 +123,17 @@ def sketch_to_cond(image):
 def read_drawing(file, size):
     """Returns (cond (1, size, size), drawing as used) of any drawing a user may have.
 
-    It is fitted into the square with paper around it; a light-on-dark one is inverted; lines that
-    have become faint by shrinking are brought back to full ink. Errors: DataError where the file is
-    no image or holds no drawing.
+    It is fitted into the square with paper around it; a light-on-dark one is inverted; paper that
+    is not white becomes white; lines that have become faint by shrinking are brought back to full
+    ink. Errors: DataError where the file is no image or holds no drawing.
     """
     image = open_image(file)
     if is_light_on_dark(image):
         image = ImageOps.invert(image)
-    drawing = pad_square(image, size, "white")
+    # grey or yellowed paper is paper: what is as light as the border becomes white
+    paper = max(border_grey(image), 1)
+    image = image.convert("L").point(lambda grey: min(255, round(grey * 255 / paper)))
+    drawing = pad_square(image.convert("RGB"), size, "white")
     cond = sketch_to_cond(drawing)
     if cond.max() < 0.1:
         raise DataError(f"{file}: no line in it; a drawing is dark on light or light on dark")
@@ -177,7 +185,7 @@ def embedded_pairs(task, split):
         name = row["name"]
         pairs.append(Pair(name, lambda n=name: world.on_ground(world.picture("line", n)),
                           lambda n=name: world.on_ground(world.picture("3d", n)),
-                          (row["caption"], world.full_caption(row))))
+                          (world.full_caption(row), row["caption"])))
     return pairs
 
 
@@ -196,15 +204,13 @@ def folder_pairs(folder):
                           ("metadata.jsonl", ("conditioning_image", "file_name", "text"))):
         if (folder / listing).is_file():
             return _listed_pairs(folder, folder / listing, keys)
-    conds = {file.stem: file for file in sorted(folder.glob("conditions/*.*"))}
-    images = {file.stem: file for file in sorted(folder.glob("images/*.*"))
-              if file.suffix.lower() in IMAGE_SUFFIXES}
+    conds, images = _by_stem(folder / "conditions"), _by_stem(folder / "images")
     triples = []
     for stem in sorted(conds.keys() | images.keys()):
         if stem not in conds or stem not in images:
             raise DataError(f"{folder}: {stem} is not in both conditions/ and images/")
         text = images[stem].with_suffix(".txt")
-        prompt = text.read_text(encoding="utf-8").strip() if text.is_file() else ""
+        prompt = _read_text(text).strip() if text.is_file() else ""
         triples.append((conds[stem], images[stem], prompt))
     if not triples:
         raise DataError(f"{folder}: no pairs; allowed are prompt.json (fill50k), metadata.jsonl "
@@ -212,10 +218,31 @@ def folder_pairs(folder):
     return triples
 
 
+def _by_stem(folder):
+    """Returns {name without suffix: file} of the images in a folder."""
+    files = {}
+    for file in sorted(folder.glob("*.*")):
+        if file.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        if file.stem in files:
+            raise DataError(f"{files[file.stem]} and {file.name}: which one? names must differ "
+                            f"in more than the suffix")
+        files[file.stem] = file
+    return files
+
+
+def _read_text(file):
+    """Returns a text file's content; UTF-8, with or without a byte order mark."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from None
+
+
 def _listed_pairs(folder, listing, keys):
     """Returns the pairs of a file with one JSON object a line, checked line by line."""
     triples = []
-    for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_read_text(listing).splitlines(), 1):
         if not line.strip():
             continue
         try:
@@ -239,7 +266,7 @@ def split_names(names):
 
     At least one pair is held out for each of val and test.
     """
-    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
+    order = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
     test = max(1, round(TEST_SHARE * len(order)))
     val = test + max(1, round(VAL_SHARE * len(order)))
     return {name: "test" if i < test else "val" if i < val else "train"
@@ -254,55 +281,67 @@ def load_pairs(task, split, folder=None):
     if folder is None:
         return embedded_pairs(task, split)
     triples = folder_pairs(folder)
-    if len(triples) < MIN_PAIRS:
-        raise DataError(f"{folder}: {len(triples)} pairs; at least {MIN_PAIRS} are needed to "
+    names = [source.relative_to(folder).as_posix() for source, *_ in triples]
+    if len(set(names)) < MIN_PAIRS:
+        raise DataError(f"{folder}: {len(set(names))} pairs; at least {MIN_PAIRS} are needed to "
                         f"train, to validate and to test")
-    splits = split_names([source.name for source, *_ in triples])
-    return [Pair(source.name, lambda f=source: open_image(f), lambda f=target: open_image(f),
+    splits = split_names(names)
+    return [Pair(str(source), lambda f=source: open_image(f), lambda f=target: open_image(f),
                  (prompt,))
-            for source, target, prompt in triples if splits[source.name] == split]
+            for name, (source, target, prompt) in zip(names, triples) if splits[name] == split]
 
 
 # ---- the cache -----------------------------------------------------------------------------
 
+def images_at_a_time(size):
+    """Returns how many pictures of `size` px go through a network at a time; 1 from 512 px on."""
+    return max(1, PIXELS_AT_A_TIME // size**2)
+
+
 class Bank:
     """Everything a training step needs of some pairs, computed once: latents and text states.
 
-    With mirror, every pair is there a second time, flipped left to right.
+    With mirror, every pair is there a second time, flipped left to right. Latents and text states
+    are kept in fp16, conditions in 8 bits.
     """
 
-    def __init__(self, pairs, size, vae, tokenizer, text_model, mirror=False):
-        """size: pixels of the square that pairs are scaled and cropped to."""
+    def __init__(self, pairs, size, vae, tokenizer, text_model, mirror=False, light_on_dark=None):
+        """size: pixels of the square that pairs are scaled and cropped to.
+
+        light_on_dark: the drawings' polarity, one for all; None asks the first of them.
+        """
         self.pairs, self.size = pairs, size
         device = next(vae.parameters()).device
         flips = (False, True) if mirror else (False,)
-        conds, means, stds = [], [], []
-        # one polarity for the whole set: the majority's
-        first = [is_light_on_dark(pair.open_cond()) for pair in pairs[:32]]
-        self.light_on_dark = sum(first) * 2 > len(first)
+        conds, means, stds, batch = [], [], [], images_at_a_time(size)
+        if light_on_dark is None:
+            first = [is_light_on_dark(pair.open_cond()) for pair in pairs[:32]]
+            light_on_dark = sum(first) * 2 > len(first)
+        self.light_on_dark = light_on_dark
         for flip in flips:
-            for i in tqdm(range(0, len(pairs), BATCH), desc="latents", leave=False):
-                opened = [self._open(pair, flip) for pair in pairs[i:i + BATCH]]
+            for i in tqdm(range(0, len(pairs), batch), desc="latents", leave=False):
+                opened = [self._open(pair, flip) for pair in pairs[i:i + batch]]
                 conds += [cond for cond, _ in opened]
                 x = torch.stack([x for _, x in opened]).to(device)
                 with torch.inference_mode():
                     mean, std = vae.encode(x.contiguous(memory_format=torch.channels_last))
-                means.append(mean.cpu())
-                stds.append(std.cpu())
+                means.append(mean.half().cpu())
+                stds.append(std.half().cpu())
         self.conds = torch.stack(conds)                            # (n, C, H, W) uint8
         self.mean, self.std = torch.cat(means), torch.cat(stds)    # (n, 4, H/f, W/f)
         prompts = sorted({prompt for pair in pairs for prompt in pair.prompts} | {""})
         self.prompt_ids = {prompt: i for i, prompt in enumerate(prompts)}
         with torch.inference_mode():
-            self.contexts = torch.cat([text_model(tokenizer(prompts[i:i + BATCH]).to(device)).cpu()
-                                       for i in range(0, len(prompts), BATCH)])
+            self.contexts = torch.cat([
+                text_model(tokenizer(prompts[i:i + PROMPTS_AT_A_TIME]).to(device)).half().cpu()
+                for i in range(0, len(prompts), PROMPTS_AT_A_TIME)])
 
     def _open(self, pair, flip):
         """Returns (cond uint8 (C, H, W), x (3, H, W)) of a pair, cropped alike."""
         cond, image = pair.open_cond(), pair.open_image()
         if cond.size != image.size:
-            raise DataError(f"{pair.name}: condition {cond.width} x {cond.height} px, picture "
-                            f"{image.width} x {image.height} px; they must be of one size")
+            raise DataError(f"{pair.name}: {cond.width} x {cond.height} px, but its picture has "
+                            f"{image.width} x {image.height} px; scale both to one size")
         cond, image = crop_square(cond, self.size), crop_square(image, self.size)
         if self.light_on_dark:
             cond = ImageOps.invert(cond)
@@ -323,7 +362,7 @@ class Bank:
 
     def context(self, prompts):
         """Returns text states (B, L, D) of prompts that occur in the pairs, or of the empty one."""
-        return self.contexts[[self.prompt_ids[prompt] for prompt in prompts]]
+        return self.contexts[[self.prompt_ids[prompt] for prompt in prompts]].float()
 
     def first_prompts(self, indices):
         """Returns the prompt to validate with of each pair."""
@@ -335,8 +374,8 @@ class Bank:
         A tenth of the prompts is empty; the others are any of the pair's own.
         """
         indices = torch.randint(len(self), (size,), generator=generator)
-        z = self.mean[indices] + self.std[indices] * torch.randn(self.mean[indices].shape,
-                                                                 generator=generator)
+        mean, std = self.mean[indices].float(), self.std[indices].float()
+        z = mean + std * torch.randn(mean.shape, generator=generator)
         prompts = []
         for i, (u, v) in zip(indices.tolist(), torch.rand(size, 2, generator=generator).tolist()):
             own = self.pairs[i % len(self.pairs)].prompts

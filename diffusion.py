@@ -6,13 +6,12 @@ Shapes: B batch, 4 latent channels, H W rows and columns of the latent.
     for z_t in sample(denoise, noise, schedule, steps=50):
         pass                                # z_t is one step cleaner each time; the last is z_0
 """
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from weights import WeightsError
+from weights import WeightsError, read_json
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class NoiseSchedule:
 
     def add_noise(self, z, noise, t):
         """Returns z_t (B, 4, H, W): the clean z with as much noise as timestep t (B,) has."""
-        abar = self.alphas_cumprod.to(z.device)[t].to(z.dtype).view(-1, 1, 1, 1)
+        abar = self.alphas_cumprod.to(z.device, z.dtype)[t].view(-1, 1, 1, 1)
         return abar.sqrt() * z + (1 - abar).sqrt() * noise
 
 
@@ -45,7 +44,7 @@ def load_schedule(path):
     Errors: WeightsError where scheduler_config.json asks for what is not implemented.
     """
     file = Path(path) / "scheduler" / "scheduler_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_json(file) if file.is_file() else {}
     for key, allowed in dict(beta_schedule="scaled_linear", prediction_type="epsilon").items():
         if config.get(key, allowed) != allowed:
             raise WeightsError(f"{file}: {key} = {config[key]!r} is not implemented; "

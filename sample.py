@@ -8,6 +8,7 @@ text fields hold all that is needed to draw it again.
 """
 import argparse
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 import diffusion
 from bps import load_bps, posterior
 from clip import load_clip
-from data import DataError, read_drawing, to_image
+from data import DataError, images_at_a_time, read_drawing, to_image
 from unet import load_unet
 from vae import load_vae
 from weights import WeightsError, find_unet, fingerprint
@@ -86,11 +87,17 @@ def draw(unet, vae, schedule, context, context_empty, seeds, size, steps, guidan
     for z in tqdm(diffusion.sample(denoise, noise, schedule, steps), total=steps, leave=False,
                   desc="draw with BPS" if steering else "draw"):
         pass
-    return vae.decode(z)
+    return torch.cat([vae.decode(part) for part in z.split(images_at_a_time(size))])
 
 
 def load_base(path, tokenizer_path=None, device="cpu"):
-    """Returns (unet, vae, tokenizer, text_model, schedule) of an SD folder or single file."""
+    """Returns (unet, vae, tokenizer, text_model, schedule) of an SD folder or single file.
+
+    Errors: WeightsError names the file and what is missing or does not fit.
+    """
+    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
+        raise WeightsError(f"{path}: no model_index.json in it; a base is a Stable Diffusion "
+                           f"folder with one, or a .safetensors file")
     return (load_unet(path, device=device), load_vae(path, device=device),
             *load_clip(path, tokenizer_path, device=device), diffusion.load_schedule(path))
 
@@ -122,8 +129,16 @@ def usable_device(name):
     return name
 
 
+def seed_number(text):
+    """Returns the integer that a seed's text means. Errors: ArgumentTypeError."""
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text}: allowed are 0 to {2**31 - 1}")
+    return int(text)
+
+
 def run(main, interrupted="interrupted"):
     """Runs a script's main(): a user's mistake ends in one line on stderr and exit code 2."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
     except (WeightsError, DataError, OSError) as error:
@@ -142,7 +157,7 @@ def parse_args():
     add("--cond", type=Path, default=HERE / "tiny" / "drawing.png", help="the drawing")
     add("--prompt", default="a red apple", help="what it shows (default: %(default)s)")
     add("--n", type=int, default=4, help="how many pictures (default: %(default)s)")
-    add("--seed", type=int, default=0, help="of picture 0 (default: %(default)s)")
+    add("--seed", type=seed_number, default=0, help="of picture 0 (default: %(default)s)")
     add("--steps", type=int, default=50, help="DDIM steps (default: %(default)s)")
     add("--guidance", type=float, default=3.0, help="1 is none (default: %(default)s)")
     add("--scale", type=float, default=1.0,
@@ -159,18 +174,30 @@ def parse_args():
     return args
 
 
-def check_fit(bps, bps_file, unet, base):
+def check_fit(bps, bps_file, unet, vae, base):
     """Raises WeightsError where the BPS was trained for a base of other sizes.
 
     SD 1 and SD 2 differ only in the width of their text states. A fine-tune of the same sizes fits.
     """
     for name, trained, own in (
             ("channels", bps.config.channels, unet.config.channels),
+            ("pixels per latent", bps.config.factor, vae.factor),
             ("blocks per level", bps.config.blocks_per_level, unet.config.blocks_per_level),
             ("text width", bps.metadata.get("context_dim"), unet.config.context_dim)):
         if trained != own:
             raise WeightsError(f"{bps_file}: for a base of {name} {trained}, but {base} has {own}; "
                                f"give the --base it was trained on")
+    if bps.config.cond_channels != 1 or "size" not in bps.metadata:
+        raise WeightsError(f"{bps_file}: not a BPS for drawings that train.py wrote")
+
+
+def unused(file):
+    """Returns the path if nothing is there yet, else the first free one of NAME-2, NAME-3 .."""
+    number, free = 1, file
+    while free.exists():
+        number += 1
+        free = file.with_stem(f"{file.stem}-{number}")
+    return free
 
 
 @torch.inference_mode()
@@ -179,7 +206,7 @@ def main():
     args = parse_args()
     bps = load_bps(args.bps, device=args.device)
     unet, vae, tokenizer, text_model, schedule = load_base(args.base, args.tokenizer, args.device)
-    check_fit(bps, args.bps, unet, args.base)
+    check_fit(bps, args.bps, unet, vae, args.base)
     size = bps.metadata["size"]
     cond, as_used = read_drawing(args.cond, size)
     context, empty = text_model(tokenizer([args.prompt, ""]).to(args.device)).split(1)
@@ -195,20 +222,21 @@ def main():
     for latents in tqdm(zip(*samplers), total=args.steps, desc="draw", leave=False):
         pass
 
-    args.out.mkdir(parents=True, exist_ok=True)
-    as_used.save(args.out / "drawing.png")
-    print(args.out / "drawing.png", "(the drawing as the network sees it)")
     facts = dict(prompt=args.prompt, steps=args.steps, guidance=args.guidance, scale=args.scale,
                  sampler="DDIM", base=fingerprint(find_unet(args.base)),
                  bps=fingerprint(args.bps), drawing=fingerprint(args.cond))
     if facts["base"] != bps.metadata.get("base"):
         print(f"note: {args.bps} was trained on other weights than {args.base}; it fits, but may "
               f"follow the drawing less", file=sys.stderr)
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = unused(args.out / "condition.png")
+    as_used.save(file)
+    print(file, "(the drawing as the network sees it)")
     for seed, z in zip(seeds, latents):
         text = PngImagePlugin.PngInfo()
         for key, value in (facts | dict(seed=seed)).items():
             text.add_itxt(key, str(value))
-        file = args.out / f"{seed:04d}.png"
+        file = unused(args.out / f"{seed:04d}.png")
         to_image(vae.decode(z)[0]).save(file, pnginfo=text)
         print(file)
 

@@ -9,6 +9,7 @@ command goes on from the last checkpoint; a finished run is never overwritten.
 Shapes: B batch, C channels, H W rows and columns of the latent.
 """
 import json
+import shlex
 import time
 from pathlib import Path
 
@@ -20,13 +21,23 @@ from tqdm import tqdm
 
 import weights
 from bps import BPS, config_for, save_bps
-from data import TASKS, Bank, DataError, extract_lines, line_f1, load_pairs, to_image, to_x
-from sample import BASE, Parser, Steering, draw, load_base, run
+from data import (
+    TASKS,
+    Bank,
+    DataError,
+    extract_lines,
+    images_at_a_time,
+    line_f1,
+    load_pairs,
+    to_image,
+    to_x,
+)
+from sample import BASE, Parser, Steering, draw, load_base, run, seed_number
 
 VALIDATION_T = tuple(range(62, 1000, 125))      # the fixed timesteps: 62, 187 .. 937
-VALIDATION_BATCH = 48
 OBEDIENCE_PICTURES = 48
 SHEET_ROWS = 12
+CHECKPOINT = "checkpoint.safetensors"           # there as long as a run is unfinished
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 25, 3.0
 
 
@@ -42,6 +53,8 @@ def train(bps, optimizer, unet, schedule, bank, args, start, on_save):
     average = None
     bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train")
     for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * (1 - step / args.steps)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         cond, z, context = (x.to(device) for x in bank.batch(args.batch, generator))
         t = torch.randint(schedule.timesteps, (args.batch,), generator=generator).to(device)
@@ -79,9 +92,9 @@ def paired_errors(unet, schedule, bank, bps=None, shift=0):
     for t in VALIDATION_T:
         generator = torch.Generator().manual_seed(t)            # the same noise for every model
         noise = torch.randn(bank.mean[:len(errors)].shape, generator=generator)
-        for i in torch.arange(len(errors)).split(VALIDATION_BATCH):
+        for i in torch.arange(len(errors)).split(images_at_a_time(bank.size)):
             ts = torch.full((len(i),), t)
-            z_t = schedule.add_noise(bank.mean[i], noise[i], ts).to(device)
+            z_t = schedule.add_noise(bank.mean[i].float(), noise[i], ts).to(device)
             z_t, ts = z_t.contiguous(memory_format=torch.channels_last), ts.to(device)
             residuals = bps and bps(conds[i].to(device), unet.time_embedding(ts))
             eps = unet(z_t, ts, context[i].to(device), residuals).cpu()
@@ -90,8 +103,9 @@ def paired_errors(unet, schedule, bank, bps=None, shift=0):
 
 
 def mean_and_error(values):
-    """Returns (mean, standard error of the mean) of values (n,) as floats."""
-    return values.mean().item(), (values.std() / len(values) ** 0.5).item()
+    """Returns (mean, standard error of the mean) of values (n,) as floats; n = 1 has error 0."""
+    deviation = values.std().item() if len(values) > 1 else 0.0
+    return values.mean().item(), deviation / len(values) ** 0.5
 
 
 def ratio(value, unit):
@@ -122,7 +136,7 @@ def draw_pairs(unet, vae, schedule, bank, bps, count, seed):
     device = next(unet.parameters()).device
     empty = bank.context([""]).to(device)
     pictures = []
-    for i in torch.arange(count).split(VALIDATION_BATCH):
+    for i in torch.arange(count).split(images_at_a_time(bank.size)):
         context = bank.context(bank.first_prompts(i.tolist())).to(device)
         steering = bps and Steering(bps, unet, bank.cond(i).to(device))
         pictures.append(draw(unet, vae, schedule, context, empty, (seed + i).tolist(), bank.size,
@@ -156,7 +170,7 @@ def contact_sheet(columns, titles, names, file):
                 pen.text((x, 2), title, "black")
             tile = to_image(column[i]).resize((W, H), Image.Resampling.NEAREST)
             sheet.paste(tile, (x, y))
-        pen.text((left, y + H + 1), names[i], "grey")
+        pen.text((left, y + H + 1), names[i][:group_width // 7], "grey")     # 6 px a letter
     temporary = file.with_suffix(".tmp.png")
     sheet.save(temporary)
     temporary.replace(file)
@@ -179,8 +193,8 @@ def report(unet, vae, schedule, bank, bps, out, seed):
     true = torch.stack([to_x(bank.image(i)) for i in range(count)])
     with torch.inference_mode():
         device = next(vae.parameters()).device
-        round_trip = torch.cat([vae.decode(z.to(device)).cpu()
-                                for z in bank.mean[:count].split(VALIDATION_BATCH)])
+        round_trip = torch.cat([vae.decode(z.float().to(device)).cpu()
+                                for z in bank.mean[:count].split(images_at_a_time(bank.size))])
     scores = dict(base=obedience(prior, conds), steered=obedience(steered, conds),
                   round_trip=obedience(round_trip, conds))
     share = ratio(scores["steered"] - scores["base"], scores["round_trip"] - scores["base"])
@@ -195,16 +209,18 @@ def report(unet, vae, schedule, bank, bps, out, seed):
 
 
 def choose_out(wanted, facts):
-    """Returns the run's folder: `wanted` if new or an unfinished run of the same arguments.
+    """Returns the run's folder: `wanted` if new or an unfinished run of the same facts.
 
     Otherwise the first free one of wanted-2, wanted-3 ..: a finished run is never overwritten.
+    facts: the arguments, and the base's fingerprint. Errors: WeightsError for a damaged args.json.
     """
+    wanted = wanted if wanted.name else wanted.resolve()        # "." has no name to count up
     for number in range(1, 10_000):
         out = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         if not (out / "args.json").is_file():
             return out
-        same = json.loads((out / "args.json").read_text(encoding="utf-8")) == facts
-        if same and not (out / "bps.safetensors").exists():
+        finished = (out / "bps.safetensors").exists() and not (out / CHECKPOINT).exists()
+        if not finished and weights.read_json(out / "args.json") == facts:
             return out
     raise DataError(f"{wanted}: 10,000 runs beside it; give another --out")
 
@@ -221,16 +237,19 @@ def parse_args():
                                              "(default: %(default)s)")
     add("--steps", type=int, default=900, help="(default: %(default)s)")
     add("--batch", type=int, default=16, help="(default: %(default)s)")
-    add("--lr", type=float, default=3e-4, help="AdamW's; 1e-5 for SD 1.5 (default: %(default)s)")
+    add("--lr", type=float, default=1e-3, help="AdamW's at the start, then falling to zero; 1e-5 "
+                                               "for SD 1.5 (default: %(default)s)")
     add("--save-every", type=int, default=150, help="steps between checkpoints, each with a "
                                                     "validation (default: %(default)s)")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=seed_number, default=0, help="(default: %(default)s)")
     parser.add_device()
     add("--out", type=Path, help="folder of the run (default: runs/TASK)")
     args = parser.parse_args()
     for name in ("size", "steps", "batch", "save_every"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if not 0 < args.lr < 1:
+        parser.error(f"--lr {args.lr}: allowed is what lies between 0 and 1")
     return args
 
 
@@ -238,16 +257,19 @@ def main():
     """Trains, measures, and writes everything of the run."""
     args = parse_args()
     started, task = time.monotonic(), TASKS[args.task]
-    facts = {key: str(value) for key, value in vars(args).items() if key != "out"}
-    out = choose_out(args.out or Path("runs") / args.task, facts)
-
     unet, vae, tokenizer, text_model, schedule = load_base(args.base, args.tokenizer, args.device)
     unit = vae.factor * 2 ** (len(unet.config.channels) - 1)
     if args.size % unit:
         raise DataError(f"--size {args.size}: this base takes multiples of {unit}")
-    bank, val_bank, test_bank = (
-        Bank(load_pairs(args.task, split, args.data), args.size, vae, tokenizer, text_model,
-             mirror=split == "train") for split in ("train", "val", "test"))
+    base = weights.fingerprint(weights.find_unet(args.base))
+    facts = {key: str(value) for key, value in vars(args).items() if key != "out"}
+    facts["base_sha256"] = base
+    out = choose_out(args.out or Path("runs") / args.task, facts)
+
+    pairs = {split: load_pairs(args.task, split, args.data) for split in ("train", "val", "test")}
+    bank = Bank(pairs["train"], args.size, vae, tokenizer, text_model, mirror=True)
+    val_bank, test_bank = (Bank(pairs[split], args.size, vae, tokenizer, text_model,
+                                light_on_dark=bank.light_on_dark) for split in ("val", "test"))
     del text_model
     print(f"{len(bank.pairs)} training, {len(val_bank.pairs)} validation and "
           f"{len(test_bank.pairs)} test pairs; latents and text states are cached")
@@ -258,7 +280,7 @@ def main():
     optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
     out.mkdir(parents=True, exist_ok=True)
     weights.write_json(facts, out / "args.json")
-    checkpoint, start = out / "checkpoint.safetensors", 0
+    checkpoint, start = out / CHECKPOINT, 0
     if checkpoint.exists():
         start = weights.load_training(checkpoint, dict(bps=bps), "bps", optimizer)["step"]
         print(f"{checkpoint}: resumed at step {start}")
@@ -273,20 +295,23 @@ def main():
         tqdm.write(f"step {step}: validation loss {steered:.4f}, frozen base {base_loss:.4f}")
 
     train(bps, optimizer, unet, schedule, bank, args, start, on_save)
+    metadata = dict(task=args.task, base=base, context_dim=unet.config.context_dim,
+                    size=args.size, steps=args.steps, batch=args.batch, lr=args.lr,
+                    seed=args.seed, light_on_dark=bank.light_on_dark)
+    file, drawing = out / "bps.safetensors", out / "drawing.png"
+    save_bps(bps, file, metadata)                       # first, should the report be interrupted
     numbers = report(unet, vae, schedule, test_bank, bps, out, args.seed)
-    metadata = dict(task=args.task, base=weights.fingerprint(weights.find_unet(args.base)),
-                    context_dim=unet.config.context_dim, size=args.size, steps=args.steps,
-                    batch=args.batch, lr=args.lr, seed=args.seed,
-                    light_on_dark=bank.light_on_dark, results=numbers)
-    save_bps(bps, out / "bps.safetensors", metadata)
-    checkpoint.unlink()
-    print(out / "bps.safetensors")
-    drawing = out / "drawing.png"
+    save_bps(bps, file, metadata | dict(results=numbers))
     to_image((1 - 2 * test_bank.cond([0])[0]).expand(3, -1, -1)).save(drawing)
+    checkpoint.unlink()
+    for written in (file, drawing, out / "log.jsonl", out / "args.json"):
+        print(written)
+    words = ["python", "sample.py", "--bps", file, "--cond", drawing,
+             "--prompt", test_bank.first_prompts([0])[0]]
+    words += ["--base", args.base] if args.base != BASE else []
+    words += ["--tokenizer", args.tokenizer] if args.tokenizer else []
     print(f"done in {(time.monotonic() - started) / 60:.1f} min; now draw from a drawing:\n"
-          f"python sample.py --bps {out / 'bps.safetensors'} --cond {drawing} "
-          f"--prompt \"{test_bank.first_prompts([0])[0]}\""
-          + (f" --base {args.base}" if args.base != BASE else ""))
+          + shlex.join(map(str, words)))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
@@ -54,7 +54,9 @@ def read_safetensors(file):
     Errors: WeightsError for pickles, Git-LFS pointers, truncated files and anything else.
     """
     file = Path(file)
-    if file.suffix in PICKLES:
+    if file.is_dir():
+        raise WeightsError(f"{file}: a folder; a .safetensors file is wanted here")
+    if file.suffix.lower() in PICKLES:
         raise WeightsError(f"{file}: a {file.suffix} file is a pickle and can run code; convert it "
                            f"where you trust it: safetensors.torch.save_file(torch.load(f, "
                            f"weights_only=True)['state_dict'], 'model.safetensors')")
@@ -75,7 +77,26 @@ def read_safetensors(file):
     if size != promised:
         raise WeightsError(f"{file}: {size} bytes, but its header promises {promised}; "
                            f"copy or download it again")
-    return load_file(file)
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise WeightsError(f"{file}: not a safetensors file ({error})") from None
+
+
+def read_json(file):
+    """Returns the dict that a JSON file holds.
+
+    Errors: WeightsError where there is no such file or it holds something else.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{file}: no such file") from None
+    except ValueError as error:
+        raise WeightsError(f"{file}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{file}: not a JSON object")
+    return content
 
 
 def find_weights(folder, stem):
@@ -89,8 +110,8 @@ def find_weights(folder, stem):
     if (folder / f"{stem}.safetensors").is_file():
         return [folder / f"{stem}.safetensors"]
     for index in sorted(folder.glob("*.index*.json")):
-        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        if all(name.endswith(".safetensors") for name in shards):
+        shards = set(read_json(index).get("weight_map", {}).values())
+        if shards and all(name.endswith(".safetensors") for name in shards):
             return [folder / name for name in sorted(shards)]
     found = sorted(folder.glob("*.safetensors"))
     fp16 = [file for file in found if ".fp16." in file.name]
@@ -99,7 +120,7 @@ def find_weights(folder, stem):
     if found:
         names = ", ".join(file.name for file in found)
         raise WeightsError(f"{folder}: which one? {names}; rename one to {stem}.safetensors")
-    pickles = [file for file in sorted(folder.iterdir()) if file.suffix in PICKLES]
+    pickles = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in PICKLES]
     if pickles:
         read_safetensors(pickles[0])        # says why not
     raise WeightsError(f"{folder}: no {stem}.safetensors in it")
@@ -116,11 +137,7 @@ def read_folder(path, part, stem):
     """Returns (config.json as a dict, tensors, file) of one part of an SD folder."""
     folder = Path(path) / part
     files = find_weights(folder, stem)
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise WeightsError(f"{folder / 'config.json'}: no such file; it says the sizes") from None
-    state = {}
+    config, state = read_json(folder / "config.json"), {}
     for file in files:
         state |= read_safetensors(file)
     return config, state, files[0]

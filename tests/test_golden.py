@@ -1,6 +1,7 @@
 """The authors' network, as recorded numbers, is reproduced through the public names.
 
-Computed in float64: the maps reach 108, where float32 itself rounds at about 1e-4.
+Computed in float64: the maps reach 108, and in float32 rounding adds up to about 1e-4, more or less
+by machine.
 """
 import json
 from pathlib import Path

@@ -67,7 +67,8 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch):
 
 @TRAINED
 def test_every_file_that_the_readme_links_to_exists():
-    targets = re.findall(r"\]\(([^)#]+)\)", README) + re.findall(r"^\| `([^`]+)`", README, re.M)
+    targets = re.findall(r"\]\(([^)#]+)\)", README)
+    targets += re.findall(r"^\| `([\w/]+\.\w+)`", README, re.M)
     assert targets
     for target in targets:
         assert target.startswith("http") or (ROOT / target).exists(), target

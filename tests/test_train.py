@@ -3,6 +3,7 @@ import json
 import shlex
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,7 +67,7 @@ def test_training_changes_bps_and_nothing_of_the_base():
     bps = BPS(config_for(unet.config, 1, vae.factor))
     start = {key: t.clone() for key, t in bps.state_dict().items()}
     optimizer = torch.optim.AdamW(bps.parameters(), lr=1e-3)
-    args = train.argparse.Namespace(steps=3, batch=2, seed=0, save_every=9, device="cpu")
+    args = SimpleNamespace(steps=3, lr=1e-3, batch=2, seed=0, save_every=9, device="cpu")
     train.train(bps, optimizer, unet, schedule, bank, args, 0, lambda step, loss: None)
     for part, saved in zip((unet, vae, text_model), before):
         assert all(torch.equal(saved[key], t) for key, t in part.state_dict().items())

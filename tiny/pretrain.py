@@ -395,7 +395,8 @@ def train(stage, args):
         optimizer.step()
         step += 1
         decay = min(EMA_DECAY, step / (step + 10))
-        torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
+        with torch.no_grad():       # else every average would hold on to the one before
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         if step % 20 == 0:
             average = loss.item() if average is None else 0.9 * average + 0.1 * loss.item()
             bar.update(20)
