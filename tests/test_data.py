@@ -7,7 +7,9 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 from data import (
+    Bank,
     DataError,
+    Pair,
     embedded_pairs,
     extract_lines,
     folder_pairs,
@@ -18,6 +20,7 @@ from data import (
     to_image,
     to_x,
 )
+from sample import BASE, load_base
 from tiny import world
 
 
@@ -29,6 +32,11 @@ def ring(width, height):
     return image
 
 
+def on_grey_paper(image):
+    """Darkens the paper to 200 and keeps the ink."""
+    return image.point(lambda grey: grey * 200 // 255)
+
+
 def as_transparent(image):
     ink = ImageOps.invert(image.convert("L"))
     return Image.merge("LA", (Image.new("L", image.size, 0), ink))
@@ -36,9 +44,9 @@ def as_transparent(image):
 
 @pytest.mark.parametrize("change", [
     lambda image: image.convert("L"), lambda image: image.convert("1"),
-    lambda image: image.convert("P"), as_transparent, ImageOps.invert,
+    lambda image: image.convert("P"), as_transparent, ImageOps.invert, on_grey_paper,
     lambda image: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)],
-    ids=["grey", "bilevel", "palette", "transparent", "light on dark", "16 bit"])
+    ids=["grey", "bilevel", "palette", "transparent", "light on dark", "grey paper", "16 bit"])
 def test_a_drawing_of_any_mode_and_polarity_gives_the_same_condition(tmp_path, change):
     ring(64, 64).save(tmp_path / "a.png")
     change(ring(64, 64)).save(tmp_path / "b.png")
@@ -59,9 +67,10 @@ def test_a_drawing_keeps_its_aspect_ratio_and_is_padded_with_paper(tmp_path):
 
 def test_what_is_no_drawing_is_refused(tmp_path):
     Image.new("RGB", (50, 50), "white").save(tmp_path / "blank.png")
+    Image.new("RGB", (50, 40), (200, 180, 90)).save(tmp_path / "yellow.png")
     (tmp_path / "text.png").write_text("not an image")
-    for name, message in (("blank.png", "no line in it"), ("text.png", "cannot be read"),
-                          ("absent.png", "absent.png")):
+    for name, message in (("blank.png", "no line in it"), ("yellow.png", "no line in it"),
+                          ("text.png", "cannot be read"), ("absent.png", "absent.png")):
         with pytest.raises(DataError, match=message):
             read_drawing(tmp_path / name, 64)
 
@@ -147,6 +156,83 @@ def test_a_folder_without_pairs_or_with_half_a_pair_is_refused(images, tmp_path)
     (images / "conditions" / "1.png").unlink()
     with pytest.raises(DataError, match="2 pairs; at least 10"):
         load_pairs("sketch", "train", images)
+
+
+def test_what_the_system_leaves_in_a_folder_is_no_pair_but_a_doubled_name_is_an_error(images):
+    (images / "conditions" / ".DS_Store").write_text("")
+    (images / "images" / "Thumbs.db").write_text("")
+    assert len(folder_pairs(images)) == 3
+    ring(32, 24).save(images / "images" / "1.jpg")
+    with pytest.raises(DataError, match="1.jpg and 1.png"):
+        folder_pairs(images)
+
+
+def test_a_listing_may_begin_with_a_byte_order_mark_but_must_be_utf8(images):
+    row = json.dumps(dict(source="conditions/0.png", target="images/0.png", prompt="grün"))
+    (images / "prompt.json").write_text(row, encoding="utf-8-sig")
+    assert folder_pairs(images)[0][2] == "grün"
+    (images / "prompt.json").write_bytes(b'{"source": "\xff"}')
+    with pytest.raises(DataError, match="prompt.json: not UTF-8"):
+        folder_pairs(images)
+
+
+def test_pairs_in_folders_of_their_own_are_told_apart(tmp_path):
+    rows = []
+    for i in range(12):
+        (tmp_path / f"{i:02d}").mkdir()
+        for name in ("source", "target"):
+            ring(32, 24).save(tmp_path / f"{i:02d}" / f"{name}.png")
+        rows.append(json.dumps(dict(source=f"{i:02d}/source.png", target=f"{i:02d}/target.png",
+                                    prompt="a ring")))
+    (tmp_path / "prompt.json").write_text("\n".join(rows))
+    sides = [len(load_pairs("sketch", side, tmp_path)) for side in ("train", "val", "test")]
+    assert sides == [9, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def base():
+    return load_base(BASE)
+
+
+def drawn_pairs(change, count=6):
+    return [Pair(str(i), lambda i=i: change(ring(64 - 2 * i, 64 - 2 * i)),
+                 lambda i=i: ring(64 - 2 * i, 64 - 2 * i), (f"ring {i}", "a ring"))
+            for i in range(count)]
+
+
+def test_a_set_of_light_drawings_gives_the_conditions_of_dark_ones(base):
+    _, vae, tokenizer, text_model, _ = base
+    dark = Bank(drawn_pairs(lambda image: image), 64, vae, tokenizer, text_model)
+    light = Bank(drawn_pairs(ImageOps.invert), 64, vae, tokenizer, text_model)
+    assert light.light_on_dark and not dark.light_on_dark
+    assert torch.equal(light.conds, dark.conds)
+    forced = Bank(drawn_pairs(lambda image: image), 64, vae, tokenizer, text_model,
+                  light_on_dark=True)                       # the training set's polarity rules
+    assert torch.equal(forced.conds, 255 - dark.conds)
+
+
+def test_a_condition_of_another_size_than_its_picture_is_refused(base):
+    _, vae, tokenizer, text_model, _ = base
+    pairs = drawn_pairs(lambda image: image.resize((70, 60)))
+    with pytest.raises(DataError, match="0: 70 x 60 px, but its picture has 64 x 64"):
+        Bank(pairs, 64, vae, tokenizer, text_model)
+
+
+def test_a_batch_has_pairs_mirrored_or_not_their_own_prompts_and_a_tenth_empty(base):
+    _, vae, tokenizer, text_model, _ = base
+    bank = Bank(drawn_pairs(lambda image: image), 64, vae, tokenizer, text_model, mirror=True)
+    assert len(bank) == 12 and torch.equal(bank.conds[:6].flip(-1), bank.conds[6:])
+    cond, z, context = bank.batch(2000, torch.Generator().manual_seed(0))
+    which = (cond[:, None] == bank.cond(slice(0, 12))[None]).flatten(2).all(dim=2).int().argmax(1)
+    empty = (context == bank.context([""])).flatten(1).all(dim=1)
+    assert empty.float().mean().item() == pytest.approx(0.1, abs=0.03)
+    for i in range(6):
+        own = bank.context(bank.pairs[i].prompts)
+        chosen = context[(which % 6 == i) & ~empty]
+        hits = (chosen[:, None] == own[None]).flatten(2).all(dim=2)
+        assert hits.any(dim=1).all() and hits.any(dim=0).all()      # both prompts, no other's
+    spread = (z - bank.mean[which].float()).std() / bank.std[which].float().square().mean().sqrt()
+    assert spread.item() == pytest.approx(1, abs=0.05)
 
 
 def test_a_users_pairs_are_split_by_name_with_some_on_every_side():

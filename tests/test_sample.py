@@ -1,4 +1,6 @@
 """Drawing from the command line: what a picture depends on, and what it remembers."""
+import hashlib
+import shutil
 import sys
 
 import numpy as np
@@ -39,12 +41,34 @@ def test_a_picture_depends_on_its_own_seed_alone(draw):
     assert not np.array_equal(pixels(three / "0005.png"), pixels(three / "0006.png"))
 
 
-def test_a_png_remembers_how_it_was_drawn(draw):
+def test_a_png_remembers_how_it_was_drawn(draw, bps_file):
     file = draw("--n", 1, "--prompt", "a grüne pear", "--guidance", 2.5) / "0000.png"
     text = Image.open(file).text
     assert text["prompt"] == "a grüne pear" and text["guidance"] == "2.5"
     assert text["seed"] == "0" and text["steps"] == "2" and text["sampler"] == "DDIM"
-    assert len(text["base"]) == len(text["bps"]) == len(text["drawing"]) == 16
+    tiny = sample.BASE.parent
+    for key, source in (("base", sample.BASE / "unet" / "diffusion_pytorch_model.safetensors"),
+                        ("bps", bps_file), ("drawing", tiny / "drawing.png")):
+        assert text[key] == hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+
+
+def test_nothing_that_is_there_is_overwritten(draw, tmp_path):
+    drawing = tmp_path / "condition.png"
+    shutil.copy(sample.BASE.parent / "drawing.png", drawing)
+    before = drawing.read_bytes()
+    for _ in range(2):
+        draw("--n", 1, "--cond", drawing, "--out", tmp_path)
+    assert drawing.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.glob("*.png")) == [
+        "0000-2.png", "0000.png", "condition-2.png", "condition-3.png", "condition.png"]
+
+
+def test_a_long_prompt_is_one_line_of_warning(draw, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [])
+    sample.run(lambda: draw("--n", 1, "--prompt", "a grüne pear " * 40))
+    warned = [line for line in capsys.readouterr().err.splitlines() if "pear" in line]
+    assert len(warned) == 1 and warned[0].startswith("warning: prompt longer than 75 tokens")
+    assert "grüne" in warned[0]
 
 
 @pytest.mark.parametrize("error, code, line", [

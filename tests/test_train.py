@@ -51,11 +51,13 @@ def test_a_run_writes_everything_and_its_last_line_draws(tmp_path, monkeypatch, 
     assert metadata["steps"] == 4 and metadata["size"] == 64 and metadata["results"]["pairs"] == 6
     assert Image.open(out / "samples.png").width > 500
 
-    command = capsys.readouterr().out.splitlines()[-1]
-    assert command.startswith("python sample.py --bps")
+    printed = capsys.readouterr()
+    command = printed.out.splitlines()[-1]
+    assert command.startswith("python sample.py --bps") and "'" in command      # quoted
     run(sample, monkeypatch, *shlex.split(command)[2:], "--n", 1, "--steps", 2,
         "--out", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "0000.png").is_file()
+    assert "note:" not in capsys.readouterr().err       # the base is the one it was trained on
 
 
 def test_training_changes_bps_and_nothing_of_the_base():
@@ -135,7 +137,26 @@ def test_validation_tells_a_steered_model_from_the_base():
     assert numbers["gain"][0] < 0 and numbers["gap"][0] != 0        # noise in the ports: worse
 
 
+def test_a_perfect_picture_is_obedient_and_a_blank_one_is_not():
+    cond = torch.zeros(2, 1, 24, 20)
+    cond[:, :, 6:18, 5:14] = 1.0
+    assert train.obedience((1 - 2 * cond).expand(-1, 3, -1, -1), cond) > 0.99
+    assert train.obedience(torch.ones(2, 3, 24, 20), cond) == 0
+
+
+def test_the_sheet_shows_its_columns_in_order(tmp_path):
+    columns = [torch.full((3, 3, 16, 16), value) for value in (-1.0, -0.5, 0.0, 0.5)]
+    train.contact_sheet(columns, "abcd", ["x", "y", "z"], tmp_path / "s.png")
+    sheet = Image.open(tmp_path / "s.png").convert("L")
+    assert [sheet.getpixel((k * 130 + 64, 80)) for k in range(4)] == [0, 64, 128, 191]
+
+
 @pytest.mark.parametrize("module, arguments, message", [
+    (train, ["--base", "tests"], "tests: no model_index.json in it"),
+    (train, ["--base", "model.ckpt"], "model.ckpt: a .ckpt file is a pickle"),
+    (sample, ["--cond", "README.md"], "README.md: cannot be read as an image"),
+    (sample, ["--bps", "tiny"], "tiny: a folder"),
+    (train, ["--data", "tests"], "tests: no pairs; allowed are"),
     (train, ["--base", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
     (train, ["--size", "60"], "multiples of 16"),
     (sample, ["--cond", "nowhere.png"], "nowhere.png"),
@@ -157,6 +178,8 @@ def test_bad_input_is_named_and_nothing_is_written(module, arguments, message, t
     (["sample.py", "--steps", "0"], "allowed are 1 to 999"),
     (["sample.py", "--device", "warp"], "warp is not there"),
     (["train.py", "--task", "nonsense"], "'nonsense' (choose from"),
+    (["train.py", "--lr", "-1"], "--lr -1.0: allowed is"),
+    (["sample.py", "--seed", "-3"], "allowed are 0 to"),
 ])
 def test_a_user_error_is_one_line_with_exit_code_2(arguments, message, tmp_path):
     done = subprocess.run([sys.executable, *arguments, "--out", tmp_path / "x"],
