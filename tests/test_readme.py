@@ -1,4 +1,4 @@
-"""Every command in README.md is one that runs, and every file it names is there."""
+"""The READMEs' commands are ones their scripts take, and every file named is there."""
 import re
 import shlex
 import sys
@@ -14,7 +14,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 TRAINED = pytest.mark.skipif(not (sample.BASE.parent / "bps_sketch.safetensors").exists(),
                              reason="the embedded base is still in training")
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+BOTH = README + (ROOT / "tiny" / "README.md").read_text(encoding="utf-8")
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", BOTH, re.DOTALL)
             for line in block.splitlines() if line.strip() and not line.startswith("#")]
 MODULES = {"train.py": train, "sample.py": sample, "tiny.pretrain": pretrain,
            "tiny.evaluate": evaluate, "tiny.make_data": make_data}

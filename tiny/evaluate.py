@@ -47,9 +47,9 @@ def eps_losses(unet, vae, schedule, context, x, seed):
             t = torch.randint(low, high, (len(x),), generator=generator).to(x.device)
             noise = torch.randn(latent.shape, generator=generator).to(x.device)
             z_t = schedule.add_noise(latent, noise, t)
-            errors += [F.mse_loss(unet(z_t[i], t[i], context[i]), noise[i])
+            errors += [(unet(z_t[i], t[i], context[i]) - noise[i]).square().mean(dim=(1, 2, 3))
                        for i in torch.arange(len(x)).split(BATCH)]
-        losses.append(torch.stack(errors).mean().item())
+        losses.append(torch.cat(errors).mean().item())
     return losses
 
 
@@ -129,7 +129,7 @@ def main():
     drawn = draw_all(unet, vae, schedule, encode([captions[i] for i in chosen]), empty, args.seed)
     real = (classify(x[chosen]).cpu() == wanted).float().mean().item()
     generated = (classify(drawn).cpu() == wanted).float().mean().item()
-    print(f"| category accuracy of the CLIP, {args.count} real test pictures | {real:.1%} |")
+    print(f"| category accuracy of the CLIP, {len(chosen)} real test pictures | {real:.1%} |")
     print(f"| category accuracy, drawn from the same captions | {generated:.1%} |")
     print(f"| drawn relative to real | {generated / max(real, 1e-9):.1%} |")
 
