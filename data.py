@@ -58,6 +58,8 @@ def open_image(file):
 
     Errors: DataError where the file cannot be read as an image.
     """
+    if not Path(file).is_file():
+        raise DataError(f"{file}: no such file")
     try:
         image = Image.open(file)
         image.load()

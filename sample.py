@@ -7,6 +7,7 @@ may have any size and either polarity. Picture i depends on seed + i alone, not 
 text fields hold all that is needed to draw it again.
 """
 import argparse
+import math
 import sys
 import warnings
 from pathlib import Path
@@ -171,6 +172,9 @@ def parse_args():
         parser.error(f"--n {args.n}: at least 1")
     if not 1 <= args.steps <= 999:
         parser.error(f"--steps {args.steps}: allowed are 1 to 999")
+    for name in ("guidance", "scale"):
+        if not math.isfinite(getattr(args, name)):
+            parser.error(f"--{name} {getattr(args, name)}: a finite number is wanted")
     return args
 
 
@@ -191,12 +195,12 @@ def check_fit(bps, bps_file, unet, vae, base):
         raise WeightsError(f"{bps_file}: not a BPS for drawings that train.py wrote")
 
 
-def unused(file):
-    """Returns the path if nothing is there yet, else the first free one of NAME-2, NAME-3 .."""
-    number, free = 1, file
-    while free.exists():
+def unused(files):
+    """Returns the paths if none is there yet, else all of them with -2, -3 .. after the name."""
+    number, free = 1, files
+    while any(file.exists() for file in free):
         number += 1
-        free = file.with_stem(f"{file.stem}-{number}")
+        free = [file.with_stem(f"{file.stem}-{number}") for file in files]
     return free
 
 
@@ -213,6 +217,7 @@ def main():
     steering = Steering(bps, unet, cond[None].to(args.device))
     denoise = make_denoiser(unet, context, empty, args.guidance, steering, args.scale)
 
+    args.out.mkdir(parents=True, exist_ok=True)         # before the work, should it not be possible
     # One sampler a seed, not one batch, so that a picture is the same to the bit whatever --n is;
     # they go in step, so that BPS runs once a timestep for all of them.
     seeds, side = range(args.seed, args.seed + args.n), size // vae.factor
@@ -228,15 +233,14 @@ def main():
     if facts["base"] != bps.metadata.get("base"):
         print(f"note: {args.bps} was trained on other weights than {args.base}; it fits, but may "
               f"follow the drawing less", file=sys.stderr)
-    args.out.mkdir(parents=True, exist_ok=True)
-    file = unused(args.out / "condition.png")
-    as_used.save(file)
-    print(file, "(the drawing as the network sees it)")
-    for seed, z in zip(seeds, latents):
+    condition, *files = unused([args.out / "condition.png",
+                                *(args.out / f"{seed:04d}.png" for seed in seeds)])
+    as_used.save(condition)
+    print(condition, "(the drawing as the network sees it)")
+    for seed, z, file in zip(seeds, latents, files):
         text = PngImagePlugin.PngInfo()
         for key, value in (facts | dict(seed=seed)).items():
             text.add_itxt(key, str(value))
-        file = unused(args.out / f"{seed:04d}.png")
         to_image(vae.decode(z)[0]).save(file, pnginfo=text)
         print(file)
 

@@ -278,6 +278,7 @@ def main():
     bps = BPS(config_for(unet.config, task.channels, vae.factor, task.head_heavy))
     bps = bps.to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
+    print(f"run: {out}")
     out.mkdir(parents=True, exist_ok=True)
     weights.write_json(facts, out / "args.json")
     checkpoint, start = out / CHECKPOINT, 0
@@ -287,11 +288,11 @@ def main():
     base_loss = paired_errors(unet, schedule, val_bank).mean().item()
 
     def on_save(step, loss):
-        weights.save_training(checkpoint, dict(bps=bps), "bps", optimizer, dict(step=step))
         steered = paired_errors(unet, schedule, val_bank, bps).mean().item()
         row = dict(step=step, train_loss=loss, val_base=base_loss, val_steered=steered)
         with open(out / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
+        weights.save_training(checkpoint, dict(bps=bps), "bps", optimizer, dict(step=step))
         tqdm.write(f"step {step}: validation loss {steered:.4f}, frozen base {base_loss:.4f}")
 
     train(bps, optimizer, unet, schedule, bank, args, start, on_save)

@@ -60,7 +60,7 @@ def test_nothing_that_is_there_is_overwritten(draw, tmp_path):
         draw("--n", 1, "--cond", drawing, "--out", tmp_path)
     assert drawing.read_bytes() == before
     assert sorted(file.name for file in tmp_path.glob("*.png")) == [
-        "0000-2.png", "0000.png", "condition-2.png", "condition-3.png", "condition.png"]
+        "0000-2.png", "0000-3.png", "condition-2.png", "condition-3.png", "condition.png"]
 
 
 def test_a_long_prompt_is_one_line_of_warning(draw, capsys, monkeypatch):
