@@ -41,6 +41,12 @@ def test_a_picture_depends_on_its_own_seed_alone(draw):
     assert not np.array_equal(pixels(three / "0005.png"), pixels(three / "0006.png"))
 
 
+def test_a_row_of_noise_is_that_of_its_seed():
+    both = sample.draw_noise([3, 4], (4, 5, 6))
+    assert torch.equal(both[1:], sample.draw_noise([4], (4, 5, 6)))
+    assert not torch.equal(both[0], both[1])
+
+
 def test_a_png_remembers_how_it_was_drawn(draw, bps_file):
     file = draw("--n", 1, "--prompt", "a grüne pear", "--guidance", 2.5) / "0000.png"
     text = Image.open(file).text

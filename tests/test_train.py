@@ -99,6 +99,36 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
 
 
+def test_a_run_that_is_interrupted_in_its_report_keeps_its_bps_and_goes_on(tmp_path, monkeypatch):
+    out, report = tmp_path / "run", train.report
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "report", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(train, monkeypatch, *SHORT, "--out", out)
+    trained = load_file(out / "bps.safetensors")
+    monkeypatch.setattr(train, "report", report)
+    run(train, monkeypatch, *SHORT, "--out", out)
+    assert not (tmp_path / "run-2").exists() and (out / "samples.png").exists()
+    again = load_file(out / "bps.safetensors")
+    assert all(torch.equal(trained[key], again[key]) for key in trained)
+    assert "results" in load_bps(out / "bps.safetensors").metadata
+
+
+def test_the_learning_rate_falls_linearly_to_zero(tmp_path, monkeypatch):
+    rates, step = [], torch.optim.AdamW.step
+
+    def recorded(self, *a, **k):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *a, **k)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    run(train, monkeypatch, *SHORT, "--lr", "8e-4", "--out", tmp_path / "run")
+    assert rates == pytest.approx([8e-4, 6e-4, 4e-4, 2e-4])
+
+
 def test_a_finished_run_is_never_overwritten(tmp_path):
     facts = dict(task="sketch")
     wanted = tmp_path / "run"

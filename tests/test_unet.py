@@ -5,7 +5,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from unet import GEGLU, CrossAttention, UNet, UNetConfig, timestep_embedding
+from unet import (
+    GEGLU,
+    CrossAttention,
+    SpatialTransformer,
+    UNet,
+    UNetConfig,
+    timestep_embedding,
+)
 
 
 def test_timestep_embedding_is_the_closed_form_cosines_first():
@@ -65,3 +72,13 @@ def test_a_wrong_number_of_residuals_is_refused():
     unet = UNet(UNetConfig(channels=(32,), attention=(False,), heads=(1,), blocks_per_level=1))
     with pytest.raises(ValueError, match="1 residuals for a U-Net of 5 blocks"):
         unet(torch.randn(1, 4, 4, 4), torch.tensor([1]), torch.randn(1, 2, 768), [None])
+
+
+def test_a_transformer_norms_with_the_checkpoints_own_eps():
+    layer = SpatialTransformer(64, 8, 2, 32, linear_projection=True).eval()
+    layer.transformer_blocks = torch.nn.ModuleList()
+    layer.proj_in = layer.proj_out = torch.nn.Linear(64, 64, bias=False)
+    torch.nn.init.eye_(layer.proj_in.weight)
+    h = torch.randn(2, 64, 3, 5) * 1e-3         # so small that eps decides
+    expected = h + F.group_norm(h, 32, eps=1e-6)
+    torch.testing.assert_close(layer(h, None), expected)
