@@ -215,7 +215,7 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
 
     Errors: weights.WeightsError names the file and what is wrong with it.
     """
-    state = weights.read_safetensors(file)
+    state = weights.read_header(file)
     with safe_open(file, "pt") as f:
         metadata = f.metadata() or {}
     try:
@@ -227,5 +227,4 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
     except (KeyError, TypeError, ValueError, AttributeError, IndexError):
         raise weights.WeightsError(f"{file}: not a BPS file; train.py writes "
                                    f"bps.safetensors") from None
-    weights.load_strict(bps, weights.Checkpoint({}, state, str, file))
-    return bps.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return weights.load_strict(bps, weights.Checkpoint({}, state, str, file), dtype, device)

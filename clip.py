@@ -66,6 +66,7 @@ class Tokenizer:
                                       continuing_subword_prefix="", fuse_unk=False)
         self.bpe = tokenizers.Tokenizer(model)
         self.bpe.normalizer, self.bpe.pre_tokenizer = split_words()
+        self.bpe.add_special_tokens([BEGIN, END, pad_token])    # whole, where a text spells them
         self.begin, self.end, self.pad = vocab[BEGIN], vocab[END], vocab[pad_token]
         self.largest = max(vocab.values())
 
@@ -174,11 +175,15 @@ class CLIPTextModel(nn.Module):
             layers=nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))))
         self.final_layer_norm = nn.LayerNorm(config.width)
 
-    def forward(self, ids):
-        """Returns context (B, L, D) for ids (B, L)."""
+    def forward(self, ids, clip_skip=1):
+        """Returns context (B, L, D) for ids (B, L).
+
+        clip_skip: 1 reads the last layer's states, 2 those of the one before, and so on; the final
+        norm is applied either way.
+        """
         h = self.embeddings["token_embedding"](ids)
         h = h + self.embeddings["position_embedding"].weight[:ids.shape[1]]
-        for layer in self.encoder["layers"]:
+        for layer in self.encoder["layers"][:len(self.encoder["layers"]) + 1 - clip_skip]:
             h = layer(h)
         return self.final_layer_norm(h)
 
@@ -186,28 +191,33 @@ class CLIPTextModel(nn.Module):
 def load_clip(path, tokenizer_path=None, dtype=torch.float32, device="cpu"):
     """Returns (tokenizer, frozen text encoder) of an SD folder or single .safetensors file.
 
-    tokenizer_path: a folder with vocab.json and merges.txt; a single file has none of its own.
-    Errors: weights.WeightsError names the file and what is missing or does not fit.
+    tokenizer_path: a folder with vocab.json and merges.txt, or an SD folder that has one; a single
+    file has none of its own. Errors: weights.WeightsError names the file and what is missing or
+    does not fit.
     """
-    if tokenizer_path is None:
-        if not Path(path).is_dir():
-            raise weights.WeightsError(f"{path}: a single file holds no tokenizer; give a folder "
-                                       f"with vocab.json and merges.txt as the tokenizer")
-        tokenizer_path = Path(path) / "tokenizer"
     checkpoint = weights.read_text(path)
+    if tokenizer_path is None and not Path(path).is_dir():
+        raise weights.WeightsError(f"{path}: a single file holds no tokenizer; give --tokenizer, "
+                                   f"a folder with vocab.json and merges.txt")
+    tokenizer_path = Path(tokenizer_path or path)
+    if (tokenizer_path / "tokenizer").is_dir():
+        tokenizer_path = tokenizer_path / "tokenizer"
     if checkpoint.config.get("activation", "quick_gelu") not in ACTIVATIONS:
         raise weights.WeightsError(f"{checkpoint.file}: activation "
                                    f"{checkpoint.config['activation']!r}; allowed are "
                                    f"{', '.join(ACTIVATIONS)}")
     with torch.device("meta"):
         text_model = CLIPTextModel(CLIPTextConfig(**checkpoint.config))
-    weights.load_strict(text_model, checkpoint)
+    weights.load_strict(text_model, checkpoint, dtype, device)
     tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.largest >= text_model.config.vocab_size:
         raise weights.WeightsError(f"{tokenizer_path}: ids up to {tokenizer.largest}, but "
                                    f"{checkpoint.file} knows {text_model.config.vocab_size} "
                                    f"tokens; give the tokenizer of this model")
-    return tokenizer, text_model.to(device, dtype).eval().requires_grad_(False)
+    if tokenizer.largest + 1 < text_model.config.vocab_size:
+        warnings.warn(f"{tokenizer_path}: {tokenizer.largest + 1} tokens, but {checkpoint.file} "
+                      f"knows {text_model.config.vocab_size}; is it this model's?", stacklevel=2)
+    return tokenizer, text_model
 
 
 # ---- scores --------------------------------------------------------------------------------
@@ -266,12 +276,13 @@ def save_score(score, file):
 
 def load_score(path, device="cpu"):
     """Returns (tokenizer, frozen CLIPScore) of the embedded base's folder."""
-    tokenizer, text_model = load_clip(path, device=device)
+    tokenizer, text_model = load_clip(path)
     file = Path(path) / "clip_score.safetensors"
-    state = weights.read_safetensors(file)
+    state = weights.read_header(file)
     with safe_open(file, "pt") as f:
         metadata = f.metadata()
     score = CLIPScore(text_model, json.loads(metadata["image_widths"]), int(metadata["dim"]))
-    state |= {f"text_model.{key}": tensor for key, tensor in text_model.state_dict().items()}
-    weights.load_strict(score, weights.Checkpoint({}, state, str, file))
-    return tokenizer, score.to(device, torch.float32).eval().requires_grad_(False)
+    state |= {f"text_model.{name}": stored
+              for name, stored in weights.read_text(path).state.items()}
+    return tokenizer, weights.load_strict(score, weights.Checkpoint({}, state, str, file),
+                                          device=device)

@@ -98,11 +98,6 @@ def crop_square(image, size):
     return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
 
 
-def pad_square(image, size, color):
-    """Returns the whole image scaled into a square of `size` px, the rest filled with a colour."""
-    return ImageOps.pad(image, (size, size), Image.Resampling.LANCZOS, color=color)
-
-
 # ---- line drawings -------------------------------------------------------------------------
 
 def border_grey(image):
@@ -122,12 +117,12 @@ def sketch_to_cond(image):
     return torch.from_numpy(ink)[None]
 
 
-def read_drawing(file, size):
-    """Returns (cond (1, size, size), drawing as used) of any drawing a user may have.
+def read_drawing(file, width, height):
+    """Returns (cond (1, height, width), drawing as used) of any drawing a user may have.
 
-    It is fitted into the square with paper around it; a light-on-dark one is inverted; paper that
-    is not white becomes white; lines that have become faint by shrinking are brought back to full
-    ink. Errors: DataError where the file is no image or holds no drawing.
+    It is fitted into that many pixels with paper around it; a light-on-dark one is inverted; paper
+    that is not white becomes white; lines that have become faint by shrinking are brought back to
+    full ink. Errors: DataError where the file is no image or holds no drawing.
     """
     image = open_image(file)
     if is_light_on_dark(image):
@@ -135,7 +130,8 @@ def read_drawing(file, size):
     # grey or yellowed paper is paper: what is as light as the border becomes white
     paper = max(border_grey(image), 1)
     image = image.convert("L").point(lambda grey: min(255, round(grey * 255 / paper)))
-    drawing = pad_square(image.convert("RGB"), size, "white")
+    drawing = ImageOps.pad(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS,
+                           color="white")
     cond = sketch_to_cond(drawing)
     if cond.max() < 0.1:
         raise DataError(f"{file}: no line in it; a drawing is dark on light or light on dark")

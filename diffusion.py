@@ -1,29 +1,47 @@
-"""Noise schedule, classifier-free guidance and the DDIM sampler, a generator.
+"""Noise schedule, classifier-free guidance and three samplers in one generator.
+
+With abar_t the share of signal at timestep t, a = sqrt(abar_t) and s = sqrt(1 - abar_t):
+
+    z_t = a z_0 + s noise,      v = a noise - s z_0,      sigma = s / a
+
+A model predicts the noise (SD 1.x, 2.x base) or v (SD 2.x at 768 px); either gives an estimate of
+z_0, and that is all a sampler needs. DDIM and Euler are the same step on other timesteps;
+DPM-Solver++ 2M replaces the estimate by an extrapolation from this step's and the one before.
 
 Shapes: B batch, 4 latent channels, H W rows and columns of the latent.
 
-    schedule = NoiseSchedule()
+    schedule = load_schedule("tiny/model")
     for z_t in sample(denoise, noise, schedule, steps=50):
         pass                                # z_t is one step cleaner each time; the last is z_0
 """
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from weights import WeightsError, read_json
+from weights import WeightsError, read_json, read_unet
+
+SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras")
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+SPACINGS = ("leading", "trailing", "linspace")
+RHO = 7                         # of Karras et al.: how much denser steps lie at low noise
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
     """How much noise a latent holds at each timestep; the defaults are Stable Diffusion's.
 
-    z_t = sqrt(abar_t) z_0 + sqrt(1 - abar_t) eps, with abar = `alphas_cumprod` (1000,) float64.
+    alphas_cumprod: abar (1000,) float64. prediction_type: what the model predicts. spacing: how
+    steps are laid over the timesteps. set_alpha_to_one: whether DDIM ends at abar = 1, not abar_0.
     """
     beta_start: float = 0.00085
     beta_end: float = 0.012
     timesteps: int = 1000
-    steps_offset: int = 1
+    prediction_type: str = "epsilon"
+    spacing: str = "leading"
+    steps_offset: int = 1                   # of leading steps
+    set_alpha_to_one: bool = False
     alphas_cumprod: torch.Tensor = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
@@ -32,63 +50,135 @@ class NoiseSchedule:
                                dtype=torch.float64) ** 2
         object.__setattr__(self, "alphas_cumprod", (1 - betas).cumprod(0))
 
+    def signal_and_noise(self, t, like):
+        """Returns a and s, each (B, 1, 1, 1), at timesteps t (B,), with dtype and device of a z."""
+        abar = self.alphas_cumprod.to(like.device, like.dtype)[t].view(-1, 1, 1, 1)
+        return abar.sqrt(), (1 - abar).sqrt()
+
     def add_noise(self, z, noise, t):
         """Returns z_t (B, 4, H, W): the clean z with as much noise as timestep t (B,) has."""
-        abar = self.alphas_cumprod.to(z.device, z.dtype)[t].view(-1, 1, 1, 1)
-        return abar.sqrt() * z + (1 - abar).sqrt() * noise
+        a, s = self.signal_and_noise(t, z)
+        return a * z + s * noise
+
+    def target(self, z, noise, t):
+        """Returns what the model should predict (B, 4, H, W) for add_noise(z, noise, t).
+
+        Source of v: Progressive Distillation, arXiv 2202.00512.
+        """
+        if self.prediction_type == "epsilon":
+            return noise
+        a, s = self.signal_and_noise(t, z)
+        return a * noise - s * z
+
+    def clean(self, z_t, prediction, a, s):
+        """Returns the estimate of z_0 (B, 4, H, W) that a prediction means; a, s are numbers."""
+        if self.prediction_type == "epsilon":
+            return (z_t - s * prediction) / a
+        return a * z_t - s * prediction
 
 
-def load_schedule(path):
+def load_schedule(path, prediction_type=None):
     """Returns the NoiseSchedule of an SD folder; a single file has Stable Diffusion's.
 
-    Errors: WeightsError where scheduler_config.json asks for what is not implemented.
+    prediction_type: overrules the folder's. Errors: WeightsError where scheduler_config.json asks
+    for what is not implemented, or nothing tells what an SD 2 model predicts.
     """
     file = Path(path) / "scheduler" / "scheduler_config.json"
     config = read_json(file) if file.is_file() else {}
-    for key, allowed in dict(beta_schedule="scaled_linear", prediction_type="epsilon").items():
-        if config.get(key, allowed) != allowed:
-            raise WeightsError(f"{file}: {key} = {config[key]!r} is not implemented; "
-                               f"allowed is {allowed!r}")
+    if not config and prediction_type is None and read_unet(path).config["context_dim"] == 1024:
+        raise WeightsError(f"{path}: does not say what its SD 2 model predicts; give "
+                           f"--prediction-type epsilon (512 px models) or v_prediction (768 px)")
+    # the k-diffusion samplers' configs mean linspace where they say nothing, all others leading
+    silent = "linspace" if config.get("_class_name", "").startswith(("Euler", "DPM", "Heun", "LMS",
+                                                                     "KDPM")) else "leading"
+    schedule = dict(prediction_type=prediction_type or config.get("prediction_type", "epsilon"),
+                    spacing=config.get("timestep_spacing", silent))
+    for key, value, allowed in (
+            ("beta_schedule", config.get("beta_schedule", "scaled_linear"), ("scaled_linear",)),
+            ("trained_betas", config.get("trained_betas"), (None,)),
+            ("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False), (False,)),
+            ("prediction_type", schedule["prediction_type"], PREDICTION_TYPES),
+            ("timestep_spacing", schedule["spacing"], SPACINGS)):
+        if value not in allowed:
+            raise WeightsError(f"{file}: {key} = {value!r} is not implemented; allowed is "
+                               f"{' or '.join(repr(entry) for entry in allowed)}")
     return NoiseSchedule(config.get("beta_start", 0.00085), config.get("beta_end", 0.012),
-                         config.get("num_train_timesteps", 1000))
+                         config.get("num_train_timesteps", 1000), **schedule,
+                         steps_offset=config.get("steps_offset", 1),
+                         set_alpha_to_one=config.get("set_alpha_to_one", False))
 
 
-def ddim_timesteps(steps, schedule):
-    """Returns `steps` timesteps, highest first, with leading spacing: 981, 961 .. 1 for 50."""
+def spaced_timesteps(steps, schedule, sampler="ddim"):
+    """Returns `steps` timesteps (steps,), highest first: for leading ones 981, 961 .. 1 for 50.
+
+    DPM-Solver++ lays one step more and leaves out the lowest, and Euler does not round linspace's,
+    as those samplers' users are used to. Source of the spacings: arXiv 2305.08891, table 2.
+    """
     if not 1 <= steps < schedule.timesteps:
         raise ValueError(f"{steps} steps: allowed are 1 to {schedule.timesteps - 1}")
-    stride = schedule.timesteps // steps
-    return [i * stride + schedule.steps_offset for i in reversed(range(steps))]
+    last, more = schedule.timesteps - 1, sampler.startswith("dpm++")
+    if schedule.spacing == "trailing":
+        return np.round(schedule.timesteps * (1 - np.arange(steps) / steps)) - 1
+    if schedule.spacing == "linspace":
+        spaced = np.linspace(0, last, steps + more)[::-1][:steps]
+        return spaced if sampler.startswith("euler") else spaced.round()
+    stride = schedule.timesteps // (steps + more)
+    leading = np.arange(steps + more)[::-1][:steps] * stride + schedule.steps_offset
+    return leading.clip(max=last)
+
+
+def noise_levels(steps, schedule, sampler="ddim"):
+    """Returns (timesteps (steps,), sigma (steps + 1,)) of a sampler, from noise to clean.
+
+    Karras's levels are equally spaced in sigma^(1/7), and their timesteps fall between the whole
+    ones; a 2M solver rounds them. Source: arXiv 2206.00364, equation 5.
+    """
+    abar = schedule.alphas_cumprod.numpy()
+    every, whole = np.sqrt((1 - abar) / abar), np.arange(schedule.timesteps)
+    timesteps = spaced_timesteps(steps, schedule, sampler)
+    sigmas = np.interp(timesteps, whole, every)
+    if sampler.endswith("-karras"):
+        second_order = sampler.startswith("dpm++")
+        high, low = (every[-1], every[0]) if second_order else (sigmas[0], sigmas[-1])
+        sigmas = np.linspace(high ** (1 / RHO), low ** (1 / RHO), steps) ** RHO
+        timesteps = np.interp(np.log(sigmas), np.log(every), whole)
+        timesteps = timesteps.round() if second_order else timesteps
+    end = every[0] if sampler == "ddim" and not schedule.set_alpha_to_one else 0.0
+    return timesteps, np.append(sigmas, end)
 
 
 def guide(eps_empty, eps_text, guidance_scale):
-    """Returns the guided eps: 1 is no guidance, more follows the prompt more strongly.
+    """Returns the guided eps (or v): 1 is no guidance, more follows the prompt more strongly.
 
     Source: classifier-free guidance, arXiv 2207.12598.
     """
     return eps_empty + guidance_scale * (eps_text - eps_empty)
 
 
-def ddim_step(z_t, eps, abar_t, abar_prev):
-    """Returns z at the previous timestep for the predicted noise eps; deterministic (eta 0).
+def sample(denoise, z_t, schedule, steps=50, sampler="ddim"):
+    """Yields z_t (B, 4, H, W) after each of the `steps` steps, the last one being clean.
 
-    z_0 = (z_t - sqrt(1 - abar_t) eps) / sqrt(abar_t)
-    z_prev = sqrt(abar_prev) z_0 + sqrt(1 - abar_prev) eps
-    Source: Denoising Diffusion Implicit Models, arXiv 2010.02502.
+    denoise(z_t, t) -> the model's prediction, with t a Python int where it is whole, else a float.
+    z_t: standard normal noise (B, 4, H, W). sampler: one of SAMPLERS; all are deterministic.
+    DDIM's last step goes to abar_0, not to 1, as Stable Diffusion's own does. Sources: DDIM, arXiv
+    2010.02502; DPM-Solver++ 2M, arXiv 2211.01095, algorithm 2; Euler, arXiv 2206.00364.
     """
-    z_0 = (z_t - (1 - abar_t) ** 0.5 * eps) / abar_t**0.5
-    return abar_prev**0.5 * z_0 + (1 - abar_prev) ** 0.5 * eps
-
-
-def sample(denoise, z_t, schedule, steps=50):
-    """Yields z_t (B, 4, H, W) after each of the `steps` DDIM steps, the last one being clean.
-
-    denoise(z_t, t) -> eps, with t a Python int. z_t: standard normal noise (B, 4, H, W). The last
-    step goes to abar_0, not to 1, as Stable Diffusion's own sampler does.
-    """
-    timesteps = ddim_timesteps(steps, schedule)
-    for i, t in enumerate(timesteps):
-        t_prev = timesteps[i + 1] if i + 1 < len(timesteps) else 0
-        abar_t, abar_prev = (schedule.alphas_cumprod[s].item() for s in (t, t_prev))
-        z_t = ddim_step(z_t, denoise(z_t, t), abar_t, abar_prev)
+    timesteps, sigmas = noise_levels(steps, schedule, sampler)
+    levels = [(1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5)       # a and s
+              for sigma in sigmas.tolist()]
+    if sampler.startswith("euler") and schedule.spacing != "leading":
+        z_t = z_t * levels[0][1]            # k-diffusion starts with sigma noise, not with noise
+    z_0_before, h_before = None, None
+    for i, t in enumerate(timesteps.tolist()):
+        (a, s), (a_next, s_next) = levels[i:i + 2]
+        z_0 = schedule.clean(z_t, denoise(z_t, int(t) if t == int(t) else t), a, s)
+        estimate = z_0
+        if sampler.startswith("dpm++") and s_next > 0:
+            h = np.log(a_next / s_next) - np.log(a / s)         # the step in log(a / s)
+            if z_0_before is not None:
+                estimate = z_0 + h / (2 * h_before) * (z_0 - z_0_before)
+            z_0_before, h_before = z_0, h
+        # a straight line through z_t and the estimate, as far as the noise shrinks; with the
+        # estimate z_0 it is a_next z_0 + s_next eps, DDIM's equation 12 without its random part
+        z_t = s_next / s * z_t + (a_next - a * s_next / s) * estimate
         yield z_t

@@ -1,10 +1,12 @@
-"""Draws pictures that follow a condition: the frozen base steered by a trained BPS.
+"""Draws pictures: by the frozen base alone, or steered by a BPS so that they follow a drawing.
 
     python sample.py --cond drawing.png --prompt "a red apple" --n 4
+    python sample.py --base SD --prompt "a red apple" --negative-prompt "a bowl" --size 768x512
 
-Without arguments it draws from a drawing and a BPS file that come with the project. The drawing
-may have any size and either polarity. Picture i depends on seed + i alone, not on --n. Each PNG's
-text fields hold all that is needed to draw it again.
+Without arguments it draws from a drawing and a BPS file that come with the project; with --base
+alone it is a plain Stable Diffusion sampler. The drawing may have any size and either polarity.
+Picture i depends on seed + i alone, not on --n. Each PNG's text fields hold all that is needed to
+draw it again.
 """
 import argparse
 import math
@@ -26,6 +28,7 @@ from weights import WeightsError, find_unet, fingerprint
 
 HERE = Path(__file__).parent
 BASE = HERE / "tiny" / "model"
+DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
 def draw_noise(seeds, shape):
@@ -42,35 +45,39 @@ class Steering:
         self.bps, self.unet, self.cond = bps, unet, cond
         self.t, self.residuals = None, None
 
-    def __call__(self, t):
-        """Returns the residuals at timestep t, for both halves of guidance: batch 1 or 2 B."""
+    def __call__(self, t, halves):
+        """Returns the residuals at timestep t for the halves of guidance: batch 1 or halves * B."""
         if t != self.t:
             t_emb = self.unet.time_embedding(torch.tensor([t], device=self.cond.device))
-            residuals = self.bps(self.cond, t_emb)
+            residuals = self.bps(self.cond.to(t_emb.dtype), t_emb)
             if len(self.cond) > 1:
-                residuals = [r if r is None else torch.cat([r, r]) for r in residuals]
+                residuals = [r if r is None else torch.cat([r] * halves) for r in residuals]
             self.t, self.residuals = t, residuals
         return self.residuals
 
 
 def make_denoiser(unet, context, context_empty, guidance_scale, steering=None, strength=1.0):
-    """Returns denoise(z_t, t) -> eps: the prior, or the posterior where there is steering.
+    """Returns denoise(z_t, t) -> eps (or v): the prior, or the posterior where there is steering.
 
-    context: (B, L, D); context_empty: (1, L, D). strength: 0 is the prior, 1 the posterior; others
-    cost a second pass of the U-Net.
+    context: (B, L, D); context_empty: (1, L, D), of the empty or negative prompt, which guidance 1
+    does not need. strength: 0 is the prior, 1 the posterior; others cost a second pass of the
+    U-Net. z_t and eps are float32, whatever the U-Net computes in.
     """
-    both = torch.cat([context_empty.expand_as(context), context])              # (2 B, L, D)
+    halves = 1 if guidance_scale == 1 else 2
+    context = torch.cat([context_empty.expand_as(context), context][-halves:])
 
     def denoise(z_t, t):
-        z_both = torch.cat([z_t, z_t]).contiguous(memory_format=torch.channels_last)
-        t_both = torch.full((len(z_both),), t, device=z_t.device)
+        """Returns the guided prediction (B, 4, H, W)."""
+        z = torch.cat([z_t] * halves).to(context.dtype, memory_format=torch.channels_last)
+        ts = torch.full((len(z),), t, device=z.device)
         if steering is None or strength == 0:
-            eps = unet(z_both, t_both, both)
+            eps = unet(z, ts, context)
         else:
-            eps = unet(z_both, t_both, both, steering(t))
+            eps = unet(z, ts, context, steering(t, halves))
             if strength != 1:
-                eps = posterior(unet(z_both, t_both, both), [eps], [strength])
-        return diffusion.guide(*eps.chunk(2), guidance_scale)
+                eps = posterior(unet(z, ts, context), [eps], [strength])
+        eps = eps.float()
+        return eps if halves == 1 else diffusion.guide(*eps.chunk(2), guidance_scale)
 
     return denoise
 
@@ -91,16 +98,29 @@ def draw(unet, vae, schedule, context, context_empty, seeds, size, steps, guidan
     return torch.cat([vae.decode(part) for part in z.split(images_at_a_time(size))])
 
 
-def load_base(path, tokenizer_path=None, device="cpu"):
+def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_path=None,
+              prediction_type=None):
     """Returns (unet, vae, tokenizer, text_model, schedule) of an SD folder or single file.
 
-    Errors: WeightsError names the file and what is missing or does not fit.
+    What a single file lacks comes from tokenizer_path, vae_path and prediction_type. The
+    autoencoder is float32 whatever the dtype. Errors: WeightsError names the file and what is
+    missing or does not fit.
     """
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
         raise WeightsError(f"{path}: no model_index.json in it; a base is a Stable Diffusion "
                            f"folder with one, or a .safetensors file")
-    return (load_unet(path, device=device), load_vae(path, device=device),
-            *load_clip(path, tokenizer_path, device=device), diffusion.load_schedule(path))
+    schedule = diffusion.load_schedule(path, prediction_type)
+    tokenizer, text_model = load_clip(path, tokenizer_path, dtype, device)
+    vae = load_vae(vae_path or path, device=device)
+    unet = load_unet(path, dtype, device)
+    for what, own, other in (
+            ("text states of width", text_model.config.width, unet.config.context_dim),
+            ("latents of channels", vae.config.latent_channels, unet.config.latent_channels)):
+        if own != other:
+            raise WeightsError(f"{path}: {what} {own}, but its U-Net takes {other}; the parts are "
+                               f"of different models")
+    unet, vae = (module.to(memory_format=torch.channels_last) for module in (unet, vae))
+    return unet, vae, tokenizer, text_model, schedule
 
 
 class Parser(argparse.ArgumentParser):
@@ -119,6 +139,17 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--device", type=usable_device,
                           default="cuda" if torch.cuda.is_available() else "cpu",
                           help="(default: %(default)s)")
+
+    def add_base(self):
+        """Adds --base, and the options that supply what a single file lacks."""
+        add = self.add_argument
+        add("--base", type=Path, default=BASE, help="Stable Diffusion 1.x or 2.x: a folder, or a "
+            ".safetensors file (default: tiny/model)")
+        add("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, where --base is "
+            "a single file")
+        add("--vae", type=Path, help="folder or file of another autoencoder than the base's own")
+        add("--prediction-type", choices=diffusion.PREDICTION_TYPES, help="where --base does not "
+            "say it: v_prediction for SD 2.x at 768 px")
 
 
 def usable_device(name):
@@ -150,21 +181,38 @@ def run(main, interrupted="interrupted"):
         sys.exit(130)
 
 
+def width_and_height(text):
+    """Returns (width, height) that a text like 768x512 or 512 means. Errors: ArgumentTypeError."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text}: allowed are WIDTHxHEIGHT or one number, in "
+                                         f"pixels, as in 768x512")
+    return int(sides[0]), int(sides[-1])
+
+
 def parse_args():
     """Returns the checked command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--bps", type=Path, default=HERE / "tiny" / "bps_sketch.safetensors", help="trained BPS")
-    add("--cond", type=Path, default=HERE / "tiny" / "drawing.png", help="the drawing")
+    add("--bps", type=Path, help="trained BPS file, or none (default: the embedded base's for "
+        "drawings, none for another --base)")
+    add("--cond", type=Path, help="the drawing (default: tiny/drawing.png)")
     add("--prompt", default="a red apple", help="what it shows (default: %(default)s)")
+    add("--negative-prompt", default="", help="what guidance leads away from (default: nothing)")
     add("--n", type=int, default=4, help="how many pictures (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="of picture 0 (default: %(default)s)")
-    add("--steps", type=int, default=50, help="DDIM steps (default: %(default)s)")
-    add("--guidance", type=float, default=3.0, help="1 is none (default: %(default)s)")
+    add("--size", type=width_and_height, help="of the pictures, as in 768x512 (default: what BPS, "
+        "or else the base, was trained with)")
+    add("--sampler", choices=diffusion.SAMPLERS, default="ddim", help="(default: %(default)s)")
+    add("--steps", type=int, default=50, help="of the sampler (default: %(default)s)")
+    add("--guidance", type=float, help="1 is none (default: 3 for the embedded base, else 7.5)")
     add("--scale", type=float, default=1.0,
         help="steering strength: 0 the prior, 1 the posterior (default: %(default)s)")
-    add("--base", type=Path, default=BASE, help="SD folder or .safetensors (default: tiny/model)")
-    add("--tokenizer", type=Path, help="folder with vocab.json, where --base is a single file")
+    add("--clip-skip", type=int, default=1, help="2 reads the text encoder's last layer but one, "
+        "as many fine-tunes want (default: %(default)s)")
+    parser.add_base()
+    add("--dtype", choices=DTYPES, default="fp32", help="what all but the autoencoder computes in "
+        "(default: %(default)s)")
     add("--out", type=Path, default=Path("pictures"), help="folder (default: %(default)s)")
     parser.add_device()
     args = parser.parse_args()
@@ -172,9 +220,21 @@ def parse_args():
         parser.error(f"--n {args.n}: at least 1")
     if not 1 <= args.steps <= 999:
         parser.error(f"--steps {args.steps}: allowed are 1 to 999")
+    embedded = args.base.resolve() == BASE.resolve()
+    if args.guidance is None:
+        args.guidance = 3.0 if embedded else 7.5
     for name in ("guidance", "scale"):
         if not math.isfinite(getattr(args, name)):
             parser.error(f"--{name} {getattr(args, name)}: a finite number is wanted")
+    if args.bps is None and embedded:
+        args.bps = HERE / "tiny" / "bps_sketch.safetensors"
+    if args.bps is None or str(args.bps) == "none":
+        args.bps = None
+        if args.cond:
+            parser.error(f"--cond {args.cond}: needs --bps, a file that train.py wrote for this "
+                         f"base")
+    elif args.cond is None:
+        args.cond = HERE / "tiny" / "drawing.png"
     return args
 
 
@@ -204,45 +264,81 @@ def unused(files):
     return free
 
 
-@torch.inference_mode()
-def main():
-    """Draws --n pictures of one prompt and one drawing."""
-    args = parse_args()
-    bps = load_bps(args.bps, device=args.device)
-    unet, vae, tokenizer, text_model, schedule = load_base(args.base, args.tokenizer, args.device)
-    check_fit(bps, args.bps, unet, vae, args.base)
-    size = bps.metadata["size"]
-    cond, as_used = read_drawing(args.cond, size)
-    context, empty = text_model(tokenizer([args.prompt, ""]).to(args.device)).split(1)
-    steering = Steering(bps, unet, cond[None].to(args.device))
-    denoise = make_denoiser(unet, context, empty, args.guidance, steering, args.scale)
+def picture_size(wanted, bps, unet, vae, schedule):
+    """Returns (width, height) in pixels: as wanted, else what BPS or the base was trained with.
 
-    args.out.mkdir(parents=True, exist_ok=True)         # before the work, should it not be possible
-    # One sampler a seed, not one batch, so that a picture is the same to the bit whatever --n is;
-    # they go in step, so that BPS runs once a timestep for all of them.
-    seeds, side = range(args.seed, args.seed + args.n), size // vae.factor
-    shape = (unet.config.latent_channels, side, side)
-    samplers = [diffusion.sample(denoise, draw_noise([seed], shape).to(args.device), schedule,
-                                 args.steps) for seed in seeds]
-    for latents in tqdm(zip(*samplers), total=args.steps, desc="draw", leave=False):
-        pass
+    Errors: WeightsError where a side is not a multiple of the autoencoder's factor.
+    """
+    side = unet.config.sample_size * vae.factor
+    if unet.config.context_dim == 1024 and schedule.prediction_type == "v_prediction":
+        side = 768                              # SD 2.x; a single file does not say its size
+    width, height = wanted or (bps.metadata["size"] if bps else side,) * 2
+    if width % vae.factor or height % vae.factor:
+        raise WeightsError(f"--size {width}x{height}: this base takes multiples of {vae.factor}")
+    return width, height
 
-    facts = dict(prompt=args.prompt, steps=args.steps, guidance=args.guidance, scale=args.scale,
-                 sampler="DDIM", base=fingerprint(find_unet(args.base)),
-                 bps=fingerprint(args.bps), drawing=fingerprint(args.cond))
-    if facts["base"] != bps.metadata.get("base"):
-        print(f"note: {args.bps} was trained on other weights than {args.base}; it fits, but may "
-              f"follow the drawing less", file=sys.stderr)
-    condition, *files = unused([args.out / "condition.png",
-                                *(args.out / f"{seed:04d}.png" for seed in seeds)])
-    as_used.save(condition)
-    print(condition, "(the drawing as the network sees it)")
-    for seed, z, file in zip(seeds, latents, files):
+
+def write_pictures(pictures, seeds, facts, as_used, out):
+    """Writes SEED.png for each of pictures x (3, H, W), with its facts, and perhaps condition.png.
+
+    as_used: the drawing as the network sees it, or None. Nothing is overwritten.
+    """
+    condition, *files = unused([out / "condition.png",
+                                *(out / f"{seed:04d}.png" for seed in seeds)])
+    if as_used:
+        as_used.save(condition)
+        print(condition, "(the drawing as the network sees it)")
+    for x, seed, file in zip(pictures, seeds, files):
         text = PngImagePlugin.PngInfo()
         for key, value in (facts | dict(seed=seed)).items():
             text.add_itxt(key, str(value))
-        to_image(vae.decode(z)[0]).save(file, pnginfo=text)
+        to_image(x).save(file, pnginfo=text)
         print(file)
+
+
+@torch.inference_mode()
+def main():
+    """Draws --n pictures of one prompt, and of one drawing where there is a BPS."""
+    args = parse_args()
+    dtype = DTYPES[args.dtype]
+    bps = args.bps and load_bps(args.bps, dtype, args.device)
+    unet, vae, tokenizer, text_model, schedule = load_base(
+        args.base, args.tokenizer, args.device, dtype, args.vae, args.prediction_type)
+    width, height = picture_size(args.size, bps, unet, vae, schedule)
+    layers = text_model.config.layers
+    if not 1 <= args.clip_skip <= layers:
+        raise WeightsError(f"--clip-skip {args.clip_skip}: allowed are 1 to {layers}")
+    facts = dict(prompt=args.prompt, negative_prompt=args.negative_prompt, steps=args.steps,
+                 sampler=args.sampler, guidance=args.guidance, size=f"{width}x{height}",
+                 clip_skip=args.clip_skip, dtype=args.dtype,
+                 prediction_type=schedule.prediction_type,
+                 base=fingerprint(*find_unet(args.base)))
+    steering, as_used = None, None
+    if bps:
+        check_fit(bps, args.bps, unet, vae, args.base)
+        cond, as_used = read_drawing(args.cond, width, height)
+        steering = Steering(bps, unet, cond[None].to(args.device))
+        facts |= dict(scale=args.scale, bps=fingerprint(args.bps), drawing=fingerprint(args.cond))
+        if facts["base"] != bps.metadata.get("base"):
+            print(f"note: {args.bps} was trained on other weights than {args.base}; it fits, but "
+                  f"may follow the drawing less", file=sys.stderr)
+    args.out.mkdir(parents=True, exist_ok=True)         # before the work, should it not be possible
+
+    ids = tokenizer([args.prompt, args.negative_prompt]).to(args.device)
+    context, empty = text_model(ids, args.clip_skip).split(1)
+    denoise = make_denoiser(unet, context, empty, args.guidance, steering, args.scale)
+    # One sampler a seed, not one batch, so that a picture is the same to the bit whatever --n is;
+    # they go in step, so that BPS runs once a timestep for all of them.
+    seeds = range(args.seed, args.seed + args.n)
+    shape = (unet.config.latent_channels, height // vae.factor, width // vae.factor)
+    samplers = [diffusion.sample(denoise, draw_noise([seed], shape).to(args.device), schedule,
+                                 args.steps, args.sampler) for seed in seeds]
+    for latents in tqdm(zip(*samplers), total=args.steps, desc="draw", leave=False):
+        pass
+    if not all(z.isfinite().all() for z in latents):
+        raise WeightsError(f"--dtype {args.dtype}: too narrow for {args.base}, its numbers ran "
+                           f"over; give --dtype bf16 or fp32")
+    write_pictures((vae.decode(z)[0] for z in latents), seeds, facts, as_used, args.out)
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def train(bps, optimizer, unet, schedule, bank, args, start, on_save):
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device != "cpu"):
             residuals = bps(cond, unet.time_embedding(t))
             eps = unet(z_t, t, context, residuals)
-        loss = F.mse_loss(eps.float(), noise)
+        loss = F.mse_loss(eps.float(), schedule.target(z, noise, t))
 
         optimizer.zero_grad()
         loss.backward()
@@ -81,7 +81,7 @@ def train(bps, optimizer, unet, schedule, bank, args, start, on_save):
 
 @torch.inference_mode()
 def paired_errors(unet, schedule, bank, bps=None, shift=0):
-    """Returns the squared error of eps (n,) for each pair, over VALIDATION_T with fixed noise.
+    """Returns the squared error of eps (or v) (n,) for each pair, over VALIDATION_T, fixed noise.
 
     bps None is the frozen base. shift 1 gives each pair the condition of the one before.
     """
@@ -94,11 +94,13 @@ def paired_errors(unet, schedule, bank, bps=None, shift=0):
         noise = torch.randn(bank.mean[:len(errors)].shape, generator=generator)
         for i in torch.arange(len(errors)).split(images_at_a_time(bank.size)):
             ts = torch.full((len(i),), t)
-            z_t = schedule.add_noise(bank.mean[i].float(), noise[i], ts).to(device)
+            z = bank.mean[i].float()
+            target = schedule.target(z, noise[i], ts)
+            z_t = schedule.add_noise(z, noise[i], ts).to(device)
             z_t, ts = z_t.contiguous(memory_format=torch.channels_last), ts.to(device)
             residuals = bps and bps(conds[i].to(device), unet.time_embedding(ts))
             eps = unet(z_t, ts, context[i].to(device), residuals).cpu()
-            errors[i] += (eps - noise[i]).square().mean(dim=(1, 2, 3)) / len(VALIDATION_T)
+            errors[i] += (eps - target).square().mean(dim=(1, 2, 3)) / len(VALIDATION_T)
     return errors
 
 
@@ -231,8 +233,7 @@ def parse_args():
     add = parser.add_argument
     add("--task", choices=TASKS, default="sketch", help="kind of condition (default: %(default)s)")
     add("--data", type=Path, help="folder of your own pairs (default: the embedded ones)")
-    add("--base", type=Path, default=BASE, help="SD folder or .safetensors (default: tiny/model)")
-    add("--tokenizer", type=Path, help="folder with vocab.json, where --base is a single file")
+    parser.add_base()
     add("--size", type=int, default=64, help="pixels of the square; 512 for SD 1.5 "
                                              "(default: %(default)s)")
     add("--steps", type=int, default=900, help="(default: %(default)s)")
@@ -257,11 +258,13 @@ def main():
     """Trains, measures, and writes everything of the run."""
     args = parse_args()
     started, task = time.monotonic(), TASKS[args.task]
-    unet, vae, tokenizer, text_model, schedule = load_base(args.base, args.tokenizer, args.device)
+    unet, vae, tokenizer, text_model, schedule = load_base(
+        args.base, args.tokenizer, args.device, vae_path=args.vae,
+        prediction_type=args.prediction_type)
     unit = vae.factor * 2 ** (len(unet.config.channels) - 1)
     if args.size % unit:
         raise DataError(f"--size {args.size}: this base takes multiples of {unit}")
-    base = weights.fingerprint(weights.find_unet(args.base))
+    base = weights.fingerprint(*weights.find_unet(args.base))
     facts = {key: str(value) for key, value in vars(args).items() if key != "out"}
     facts["base_sha256"] = base
     out = choose_out(args.out or Path("runs") / args.task, facts)
@@ -310,7 +313,9 @@ def main():
     words = ["python", "sample.py", "--bps", file, "--cond", drawing,
              "--prompt", test_bank.first_prompts([0])[0]]
     words += ["--base", args.base] if args.base != BASE else []
-    words += ["--tokenizer", args.tokenizer] if args.tokenizer else []
+    for name in ("tokenizer", "vae", "prediction_type"):
+        value = getattr(args, name)
+        words += [f"--{name.replace('_', '-')}", value] if value else []
     print(f"done in {(time.monotonic() - started) / 60:.1f} min; now draw from a drawing:\n"
           + shlex.join(map(str, words)))
 

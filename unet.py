@@ -32,6 +32,7 @@ class UNetConfig:
     latent_channels: int = 4
     norm_groups: int = 32
     linear_projection: bool = False                    # Linear (SD 2) or 1x1 conv (SD 1)
+    sample_size: int = 64                              # latent side of the training pictures
 
 
 def timestep_embedding(t, dim):
@@ -218,9 +219,11 @@ class UNet(nn.Module):
         t_emb_dim = base * 4
 
         def res_block(channels_in, channels):
+            """Returns a ResBlock of these widths."""
             return ResBlock(channels_in, channels, t_emb_dim, config.norm_groups)
 
         def transformer(level):
+            """Returns a level's SpatialTransformer."""
             return SpatialTransformer(config.channels[level], config.context_dim,
                                       config.heads[level], config.norm_groups,
                                       config.linear_projection)
@@ -297,11 +300,11 @@ class UNet(nn.Module):
 def load_unet(path, dtype=torch.float32, device="cpu"):
     """Returns the frozen U-Net of an SD checkpoint: a folder or a single .safetensors file.
 
+    On the CPU, weights that have the dtype already stay mapped from the file until they are used.
     Errors: weights.WeightsError names the file and every key that is missing, unexpected or of
     another shape.
     """
     checkpoint = weights.read_unet(path)
     with torch.device("meta"):
         unet = UNet(UNetConfig(**checkpoint.config))
-    weights.load_strict(unet, checkpoint)
-    return unet.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return weights.load_strict(unet, checkpoint, dtype, device)

@@ -222,11 +222,12 @@ class AutoencoderKL(nn.Module):
 def load_vae(path, dtype=torch.float32, device="cpu"):
     """Returns the frozen autoencoder of an SD checkpoint: a folder or a single .safetensors file.
 
+    An autoencoder's own folder or file will do too. fp16 is too narrow for some of them: draw with
+    float32.
     Errors: weights.WeightsError names the file and every key that is missing, unexpected or of
     another shape.
     """
     checkpoint = weights.read_vae(path)
     with torch.device("meta"):
         vae = AutoencoderKL(VAEConfig(**checkpoint.config))
-    weights.load_strict(vae, checkpoint)
-    return vae.to(device, dtype, memory_format=torch.channels_last).eval().requires_grad_(False)
+    return weights.load_strict(vae, checkpoint, dtype, device)

@@ -1,8 +1,9 @@
 """Finds and reads Stable Diffusion checkpoints: a folder or a single .safetensors file, strictly.
 
 The modules of unet.py, vae.py and clip.py carry the names of the single-file layout, so that one
-loads as it is. The folder ("diffusers") layout goes through the functions *_folder_name below,
-from a module's key to the folder's. Nothing is fetched from a network, and no pickle is opened.
+loads as it is. Other layouts go through the functions *_name below, from a module's key to the
+file's. Only headers are read at first, and tensors one at a time. Nothing is fetched from a
+network, and no pickle is opened.
 
     checkpoint = read_unet("tiny/model")        # config, tensors, and how keys are spelled there
     load_strict(UNet(UNetConfig(**checkpoint.config)), checkpoint)
@@ -11,45 +12,64 @@ import hashlib
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
+UNET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"       # of weights files in a folder
+TAKES = "this program takes text-to-image models of SD 1.x and 2.x"
 IN_CHANNELS_OF = {9: "an in-painting", 8: "an InstructPix2Pix", 7: "an up-scaler", 5: "a depth"}
-# Single files say nothing of their sizes: the width of the text states tells which model it is.
-SINGLE_FILE_UNET = {
-    768: {},                                                                        # SD 1.x
-    1024: dict(context_dim=1024, heads=(5, 10, 20, 20), linear_projection=True),    # SD 2.x
-}
-# Keys of the U-Net's config.json that would change the graph: only these values are implemented.
-UNET_FIXED = dict(act_fn=("silu",), class_embed_type=(None,), addition_embed_type=(None,),
-                  encoder_hid_dim=(None,), encoder_hid_dim_type=(None,),
-                  center_input_sample=(False,),
-                  resnet_time_scale_shift=("default",), time_embedding_type=("positional",),
-                  mid_block_type=("UNetMidBlock2DCrossAttn",), transformer_layers_per_block=(1,),
-                  dual_cross_attention=(False,), flip_sin_to_cos=(True,), freq_shift=(0,))
+
+# Keys of a config.json that would change the graph, with the value that is implemented.
+UNET_FIXED = dict(
+    _class_name="UNet2DConditionModel", act_fn="silu", norm_eps=1e-5, downsample_padding=1,
+    conv_in_kernel=3, conv_out_kernel=3, class_embed_type=None, num_class_embeds=None,
+    class_embeddings_concat=False, projection_class_embeddings_input_dim=None,
+    addition_embed_type=None, encoder_hid_dim=None, encoder_hid_dim_type=None,
+    attention_type="default", cross_attention_norm=None, only_cross_attention=False,
+    mid_block_only_cross_attention=None, dual_cross_attention=False,
+    transformer_layers_per_block=1, reverse_transformer_layers_per_block=None,
+    mid_block_type="UNetMidBlock2DCrossAttn", mid_block_scale_factor=1, center_input_sample=False,
+    resnet_time_scale_shift="default", resnet_skip_time_act=False, resnet_out_scale_factor=1.0,
+    time_embedding_type="positional", time_embedding_dim=None, time_embedding_act_fn=None,
+    timestep_post_act=None, time_cond_proj_dim=None, flip_sin_to_cos=True, freq_shift=0)
+VAE_FIXED = dict(
+    _class_name="AutoencoderKL", act_fn="silu", in_channels=3, out_channels=3,
+    down_block_types="DownEncoderBlock2D", up_block_types="UpDecoderBlock2D",
+    use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
+    shift_factor=None, latents_mean=None, latents_std=None)
+TEXT_FIXED = dict(max_position_embeddings=77, layer_norm_eps=1e-5)
 
 
 class WeightsError(ValueError):
     """A checkpoint that cannot be used; the message is one line for the user."""
 
 
+class Stored(NamedTuple):
+    """A tensor in a .safetensors file, not yet read."""
+    file: Path
+    name: str
+    shape: tuple
+    rows: slice | None = None               # the part of the first dimension that is meant
+
+
 class Checkpoint(NamedTuple):
     """One part of a checkpoint: U-Net, autoencoder or text encoder."""
     config: dict                            # keyword arguments of the part's config dataclass
-    state: dict                             # tensors by their names in the file
-    spelling: Callable[[str], str]          # a module's key -> its name in the file
+    state: dict                             # Stored tensors by name
+    spelling: Callable[[str], str]          # a module's key -> its name in `state`
     file: Path
 
 
 # ---- files ---------------------------------------------------------------------------------
 
-def read_safetensors(file):
-    """Returns the tensors of a .safetensors file by name.
+def read_header(file):
+    """Returns {name: Stored} of a .safetensors file; no tensor is read.
 
     Errors: WeightsError for pickles, Git-LFS pointers, truncated files and anything else.
     """
@@ -70,17 +90,31 @@ def read_safetensors(file):
         length = int.from_bytes(head, "little")
         try:
             header = json.loads(f.read(min(length, size)))
-            promised = 8 + length + max((entry["data_offsets"][1] for name, entry in header.items()
-                                         if name != "__metadata__"), default=0)
+            header.pop("__metadata__", None)
+            promised = 8 + length + max((entry["data_offsets"][1] for entry in header.values()),
+                                        default=0)
+            stored = {name: Stored(file, name, tuple(entry["shape"]))
+                      for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise WeightsError(f"{file}: not a safetensors file") from None
     if size != promised:
         raise WeightsError(f"{file}: {size} bytes, but its header promises {promised}; "
                            f"copy or download it again")
+    return stored
+
+
+def read_tensor(stored):
+    """Returns a tensor of a .safetensors file, mapped from the file: nothing is copied.
+
+    The file is opened anew for each tensor, so that a tensor that is converted afterwards leaves
+    nothing in memory. Errors: WeightsError where the file is damaged.
+    """
     try:
-        return load_file(file)
+        with safe_open(stored.file, "pt") as f:
+            tensor = f.get_tensor(stored.name)
+            return tensor if stored.rows is None else tensor[stored.rows]
     except SafetensorError as error:
-        raise WeightsError(f"{file}: not a safetensors file ({error})") from None
+        raise WeightsError(f"{stored.file}: not a safetensors file ({error})") from None
 
 
 def read_json(file):
@@ -102,57 +136,88 @@ def read_json(file):
 def find_weights(folder, stem):
     """Returns the weights files of a part's folder: exact name, else shards, fp16, or the only one.
 
-    Errors: WeightsError where there is none, only pickles, or a choice that cannot be made.
+    A name that is not the exact one is warned of. Errors: WeightsError where there is none, only
+    pickles, or a choice that cannot be made.
     """
     if not folder.is_dir():
         raise WeightsError(f"{folder}: no such folder; a Stable Diffusion folder has unet/, vae/, "
                            f"text_encoder/ and tokenizer/")
     if (folder / f"{stem}.safetensors").is_file():
         return [folder / f"{stem}.safetensors"]
-    for index in sorted(folder.glob("*.index*.json")):
+    for index in sorted(folder.glob("*.index*.json"), key=lambda file: ".fp16." in file.name):
         shards = set(read_json(index).get("weight_map", {}).values())
         if shards and all(name.endswith(".safetensors") for name in shards):
             return [folder / name for name in sorted(shards)]
     found = sorted(folder.glob("*.safetensors"))
-    fp16 = [file for file in found if ".fp16." in file.name]
-    if len(fp16) == 1 or len(found) == 1:
-        return fp16 or found
+    fp16 = folder / f"{stem}.fp16.safetensors"
+    if fp16 in found or len(found) == 1:
+        file = fp16 if fp16 in found else found[0]
+        warnings.warn(f"{folder}: no {stem}.safetensors; took {file.name}", stacklevel=2)
+        return [file]
     if found:
         names = ", ".join(file.name for file in found)
         raise WeightsError(f"{folder}: which one? {names}; rename one to {stem}.safetensors")
     pickles = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in PICKLES]
     if pickles:
-        read_safetensors(pickles[0])        # says why not
+        read_header(pickles[0])         # says why not
     raise WeightsError(f"{folder}: no {stem}.safetensors in it")
 
 
 def find_unet(path):
-    """Returns the (first) file that holds the U-Net of an SD folder or single file."""
-    if Path(path).is_dir():
-        return find_weights(Path(path) / "unet", "diffusion_pytorch_model")[0]
-    return Path(path)
+    """Returns the files that hold the U-Net of an SD folder or single file."""
+    path = Path(path)
+    return find_weights(path / "unet", UNET_STEM) if path.is_dir() else [path]
 
 
-def read_folder(path, part, stem):
-    """Returns (config.json as a dict, tensors, file) of one part of an SD folder."""
-    folder = Path(path) / part
+def read_folder(folder, stem, fixed):
+    """Returns (config.json as a dict, {name: Stored}, first file) of one part of an SD folder.
+
+    fixed: {key: the only value of it that is implemented}; absent keys are right. Errors:
+    WeightsError.
+    """
     files = find_weights(folder, stem)
     config, state = read_json(folder / "config.json"), {}
+    for key, allowed in fixed.items():
+        value = config.get(key, allowed)
+        values = value if isinstance(value, list) else [value]
+        if any((entry or None) != (allowed or None) for entry in values):      # false is null is 0
+            raise WeightsError(f"{folder / 'config.json'}: {key} = {value!r} is not implemented; "
+                               f"allowed is {allowed!r}")
     for file in files:
-        state |= read_safetensors(file)
+        state |= read_header(file)
     return config, state, files[0]
 
 
-def read_prefix(path, prefixes):
-    """Returns (tensors without the prefix, prefix found) of one part of a single file."""
-    state = read_safetensors(path)
-    for prefix in prefixes:
-        part = {name[len(prefix):]: tensor for name, tensor in state.items()
-                if name.startswith(prefix)}
-        if part:
-            return part, prefix
-    raise WeightsError(f"{path}: no tensor of it begins with {' or '.join(prefixes)}; "
-                       f"it is not a whole Stable Diffusion file")
+SINGLE_FILE_PARTS = {"model.diffusion_model.": "U-Net", "first_stage_model.": "autoencoder",
+                     "cond_stage_model.": "text encoder"}
+# What training left in single files: averages, the noise schedule, the autoencoder's own loss.
+SINGLE_FILE_IGNORED = re.compile(
+    r"(first_stage_model\.)?(model_ema|loss)\.|"
+    r"(betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|lvlb_weights|scale_factor)$")
+
+
+def read_single_file(path, part):
+    """Returns {name without the part's prefix: Stored} of a single file.
+
+    part: one of SINGLE_FILE_PARTS. Errors: WeightsError where the part is not there, the file
+    holds another model, or anything that is neither a part nor known to be of no use.
+    """
+    state = read_header(path)
+    if any(name.startswith("conditioner.embedders.") for name in state):
+        raise WeightsError(f"{path}: an SD XL model; {TAKES}")
+    if not any(name.startswith(tuple(SINGLE_FILE_PARTS)) for name in state):
+        raise WeightsError(f"{path}: no tensor of it begins with "
+                           f"{' or '.join(SINGLE_FILE_PARTS)}; it is not a Stable Diffusion file")
+    strange = [name for name in state if not name.startswith(tuple(SINGLE_FILE_PARTS))
+               and not SINGLE_FILE_IGNORED.match(name)]
+    if strange:
+        raise WeightsError(f"{path}: {len(strange)} unexpected tensors: {', '.join(strange)}")
+    state = {name.removeprefix(part): stored for name, stored in state.items()
+             if name.startswith(part) and not SINGLE_FILE_IGNORED.match(name)}
+    if not state:
+        supply = "give one with --vae" if part == "first_stage_model." else "give a whole model"
+        raise WeightsError(f"{path}: holds no {SINGLE_FILE_PARTS[part]}; {supply}")
+    return state
 
 
 def save(tensors, file, metadata):
@@ -199,40 +264,40 @@ def load_training(file, modules, trained, optimizer):
     return facts
 
 
-def fingerprint(file):
-    """Returns the first 16 hex digits of the file's SHA-256."""
+def fingerprint(*files):
+    """Returns the first 16 hex digits of the SHA-256 of the files, one after the other."""
     digest = hashlib.sha256()
-    with open(file, "rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
+    for file in files:
+        with open(file, "rb") as f:
+            while chunk := f.read(1 << 20):
+                digest.update(chunk)
     return digest.hexdigest()[:16]
 
 
 # ---- strict loading ------------------------------------------------------------------------
 
-def load_strict(module, checkpoint):
-    """Puts the checkpoint into the module, whose own keys are in the single-file spelling.
+def load_strict(module, checkpoint, dtype=torch.float32, device="cpu"):
+    """Puts the checkpoint into the module, frozen, and returns it; the module's keys are our own.
 
-    The module may be on the meta device, which saves drawing weights only to replace them. A
-    linear layer may be stored as a 1x1 convolution and the other way round. Errors: WeightsError
-    names every missing, unexpected and mis-shaped key.
+    The module may be on the meta device, which saves drawing weights only to replace them. One
+    tensor is read at a time; what already has the dtype stays mapped from its file, without a
+    copy. A linear layer may be stored as a 1x1 convolution and the other way round. Errors:
+    WeightsError names every missing, unexpected and mis-shaped key.
     """
-    wanted = {checkpoint.spelling(key): (key, own) for key, own in module.state_dict().items()}
+    wanted = {checkpoint.spelling(key): (key, own.shape)
+              for key, own in module.state_dict().items()}
     faults = [f"missing {name}" for name in wanted if name not in checkpoint.state]
     faults += [f"unexpected {name}" for name in checkpoint.state if name not in wanted]
-    state = {}
-    for name, (key, own) in wanted.items():
-        tensor = checkpoint.state.get(name)
-        if tensor is None:
-            continue
-        if _squeezed(tensor.shape) != _squeezed(own.shape):
-            faults.append(f"{name} is {tuple(tensor.shape)}, not {tuple(own.shape)}")
-        else:
-            state[key] = tensor.reshape(own.shape)
+    faults += [f"{name} is {checkpoint.state[name].shape}, not {tuple(shape)}"
+               for name, (_, shape) in wanted.items() if name in checkpoint.state
+               and _squeezed(checkpoint.state[name].shape) != _squeezed(shape)]
     if faults:
         raise WeightsError(f"{checkpoint.file}: {len(faults)} keys do not fit a "
                            f"{type(module).__name__} of this size: {'; '.join(faults)}")
+    state = {key: read_tensor(checkpoint.state[name]).to(device, dtype).reshape(shape)
+             for name, (key, shape) in wanted.items()}
     module.load_state_dict(state, assign=True)
+    return module.eval().requires_grad_(False)
 
 
 def _squeezed(shape):
@@ -241,6 +306,14 @@ def _squeezed(shape):
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
+
+
+def _count(state, name):
+    """Returns how many of name.format(0), name.format(1) .. there are without a gap."""
+    number = 0
+    while name.format(number) in state:
+        number += 1
+    return number
 
 
 # ---- U-Net ---------------------------------------------------------------------------------
@@ -278,51 +351,86 @@ def unet_folder_name(key, blocks_per_level):
 
 def unet_config_from_json(config, file):
     """Returns UNetConfig's arguments from a folder's config.json; absent keys are SD 1.5's."""
-    for key, allowed in UNET_FIXED.items():
-        if config.get(key, allowed[0]) not in allowed:
-            raise WeightsError(f"{file}: {key} = {config[key]!r} is not implemented; "
-                               f"allowed is {allowed[0]!r}")
     channels = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
     down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     up = config.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
-    if (set(down) | set(up)) - {"CrossAttnDownBlock2D", "DownBlock2D", "CrossAttnUpBlock2D",
-                                "UpBlock2D"}:
+    attention = tuple(kind == "CrossAttnDownBlock2D" for kind in down)
+    mirrored = ["CrossAttnUpBlock2D" if with_text else "UpBlock2D" for with_text in attention][::-1]
+    if set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"} or list(up) != mirrored:
         raise WeightsError(f"{file}: block types {down + up}; allowed are (CrossAttn)DownBlock2D "
-                           f"and (CrossAttn)UpBlock2D")
+                           f"and, mirrored, (CrossAttn)UpBlock2D")
     # SD's configs say attention_head_dim where they mean the number of heads.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
-    return dict(channels=channels, attention=tuple(kind.startswith("CrossAttn") for kind in down),
-                heads=heads, blocks_per_level=config.get("layers_per_block", 2),
+    for key in ("layers_per_block", "cross_attention_dim"):
+        if not isinstance(config.get(key, 1), int):
+            raise WeightsError(f"{file}: {key} = {config[key]!r}; allowed is one number")
+    return dict(channels=channels, attention=attention, heads=heads,
+                blocks_per_level=config.get("layers_per_block", 2),
                 context_dim=config.get("cross_attention_dim", 768),
                 latent_channels=config.get("out_channels", 4),
                 norm_groups=config.get("norm_num_groups", 32),
-                linear_projection=config.get("use_linear_projection", False))
+                linear_projection=config.get("use_linear_projection", False),
+                sample_size=config.get("sample_size") or 64)
+
+
+def unet_config_from_shapes(state, path):
+    """Returns UNetConfig's arguments of a single file, which says nothing of its sizes.
+
+    The width of the text states tells SD 1.x (768), with 8 heads, from SD 2.x (1024), with heads
+    of width 64.
+    """
+    ops = [n for n in range(99) if f"input_blocks.{n}.0.op.weight" in state]
+    stride = ops[0] if ops else _count(state, "input_blocks.{}.0.weight")      # entries of a level
+    levels = [1 + stride * level for level in range(len(ops) + 1)]
+    try:
+        channels = tuple(state[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in levels)
+        context_dim = next(stored.shape[1] for name, stored in state.items()
+                           if name.endswith("attn2.to_k.weight"))
+    except (KeyError, StopIteration):
+        raise WeightsError(f"{path}: its U-Net's names are not those of SD 1.x or 2.x; "
+                           f"{TAKES}") from None
+    if context_dim not in (768, 1024):
+        model = {2048: "an SD XL model", 1280: "an SD XL refiner"}.get(context_dim,
+                                                                      "an unknown model")
+        raise WeightsError(f"{path}: text states of width {context_dim}: {model}; {TAKES}")
+    return dict(channels=channels, context_dim=context_dim, blocks_per_level=stride - 1,
+                attention=tuple(f"input_blocks.{n}.1.norm.weight" in state for n in levels),
+                heads=tuple(8 if context_dim == 768 else c // 64 for c in channels),
+                latent_channels=state["out.2.weight"].shape[0] if "out.2.weight" in state else 4,
+                linear_projection=context_dim == 1024)
 
 
 def read_unet(path):
     """Returns the Checkpoint of the U-Net of an SD folder or single file."""
-    if Path(path).is_dir():
-        config, state, file = read_folder(path, "unet", "diffusion_pytorch_model")
-        arguments = unet_config_from_json(config, file.parent / "config.json")
+    path = Path(path)
+    if path.is_dir():
+        config_file = path / "unet" / "config.json"
+        config = read_json(config_file) if config_file.is_file() else {}
+        if config.get("cross_attention_dim") == 2048:
+            raise WeightsError(f"{path}: an SD XL model; {TAKES}")
+        check_in_channels(config.get("in_channels", 4), path)
+        config, state, file = read_folder(path / "unet", UNET_STEM, UNET_FIXED)
+        arguments = unet_config_from_json(config, config_file)
         stem, blocks = "conv_in.weight", arguments["blocks_per_level"]
 
         def spelling(key):
+            """Returns the folder's name of a key."""
             return unet_folder_name(key, blocks)
     else:
-        state, _ = read_prefix(path, ["model.diffusion_model."])
-        file, stem, spelling = Path(path), "input_blocks.0.0.weight", str
-        attention = state.get("input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight")
-        width = None if attention is None else attention.shape[1]
-        if width not in SINGLE_FILE_UNET:
-            raise WeightsError(f"{path}: text states of width {width}: not SD 1.x (768) or 2.x "
-                               f"(1024); SD XL has another graph")
-        arguments = SINGLE_FILE_UNET[width]
-    in_channels = state[stem].shape[1] if stem in state else 4
-    if in_channels in IN_CHANNELS_OF:
-        raise WeightsError(f"{file}: {in_channels} input channels, {IN_CHANNELS_OF[in_channels]} "
-                           f"model; only text-to-image models (4) can be steered")
+        state = read_single_file(path, "model.diffusion_model.")
+        arguments = unet_config_from_shapes(state, path)
+        file, stem, spelling = path, "input_blocks.0.0.weight", str
+    if stem in state:
+        check_in_channels(state[stem].shape[1], path)
     return Checkpoint(arguments, state, spelling, file)
+
+
+def check_in_channels(channels, path):
+    """Raises WeightsError where a U-Net's number of input channels is that of another task."""
+    if channels in IN_CHANNELS_OF:
+        raise WeightsError(f"{path}: {channels} input channels, {IN_CHANNELS_OF[channels]} model; "
+                           f"{TAKES}")
 
 
 # ---- autoencoder ---------------------------------------------------------------------------
@@ -330,65 +438,124 @@ def read_unet(path):
 VAE_NAMES = {".block.": ".resnets.", ".nin_shortcut.": ".conv_shortcut.",
              ".downsample.conv.": ".downsamplers.0.conv.", ".upsample.conv.": ".upsamplers.0.conv.",
              ".norm_out.": ".conv_norm_out.", ".mid.block_1.": ".mid_block.resnets.0.",
-             ".mid.block_2.": ".mid_block.resnets.1.",
-             ".mid.attn_1.norm.": ".mid_block.attentions.0.group_norm.",
-             ".mid.attn_1.q.": ".mid_block.attentions.0.to_q.",
-             ".mid.attn_1.k.": ".mid_block.attentions.0.to_k.",
-             ".mid.attn_1.v.": ".mid_block.attentions.0.to_v.",
-             ".mid.attn_1.proj_out.": ".mid_block.attentions.0.to_out.0."}
-OLD_ATTENTION = {".query.": ".to_q.", ".key.": ".to_k.", ".value.": ".to_v.",
-                 ".proj_attn.": ".to_out.0."}       # the official SD 1.5 folder still has these
+             ".mid.block_2.": ".mid_block.resnets.1.", ".mid.attn_1.": ".mid_block.attentions.0."}
+# The middle's attention is spelled in three ways, which occur under either of its two names.
+VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v",
+                 "proj_out": "to_out.0", "query": "to_q", "key": "to_k", "value": "to_v",
+                 "proj_attn": "to_out.0"}
+
+
+def vae_attention_name(name):
+    """Returns an autoencoder's name with its attention spelled group_norm, to_q .. to_out.0."""
+    return re.sub(r"(\.mid\.attn_1|\.mid_block\.attentions\.0)\.(\w+)\.(?=weight|bias)",
+                  lambda m: f"{m[1]}.{VAE_ATTENTION.get(m[2], m[2])}.", name)
 
 
 def vae_folder_name(key, levels):
     """Returns what the folder layout calls an autoencoder key of the single-file layout."""
+    key = vae_attention_name(key)
     for own, name in VAE_NAMES.items():
         key = key.replace(own, name)
     key = re.sub(r"\.down\.(\d+)\.", r".down_blocks.\1.", key)
     return re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", key)
 
 
+def vae_config_from_json(config):
+    """Returns VAEConfig's arguments from a folder's config.json; absent keys are SD's."""
+    return dict(channels=tuple(config.get("block_out_channels", (128, 256, 512, 512))),
+                blocks_per_level=config.get("layers_per_block", 2),
+                latent_channels=config.get("latent_channels", 4),
+                norm_groups=config.get("norm_num_groups", 32),
+                scaling_factor=config.get("scaling_factor") or 0.18215)
+
+
 def read_vae(path):
-    """Returns the Checkpoint of the autoencoder of an SD folder or single file."""
-    if not Path(path).is_dir():
-        state, _ = read_prefix(path, ["first_stage_model."])
-        return Checkpoint({}, state, str, Path(path))
-    config, state, file = read_folder(path, "vae", "diffusion_pytorch_model")
-    for old, name in OLD_ATTENTION.items():
-        state = {key.replace(old, name): tensor for key, tensor in state.items()}
-    channels = tuple(config.get("block_out_channels", (128, 256, 512, 512)))
-    arguments = dict(channels=channels, blocks_per_level=config.get("layers_per_block", 2),
-                     latent_channels=config.get("latent_channels", 4),
-                     norm_groups=config.get("norm_num_groups", 32),
-                     scaling_factor=config.get("scaling_factor", 0.18215))
-    return Checkpoint(arguments, state, lambda key: vae_folder_name(key, len(channels)), file)
+    """Returns the Checkpoint of an autoencoder, from wherever one may lie.
+
+    path: an SD folder or single file, or an autoencoder's own folder or file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = path if (path / "config.json").is_file() else path / "vae"
+        config, state, file = read_folder(folder, UNET_STEM, VAE_FIXED)
+        arguments = vae_config_from_json(config)
+    else:
+        state, file = read_header(path), path
+        if not any(name.startswith(("encoder.", "decoder.")) for name in state):
+            state = read_single_file(path, "first_stage_model.")
+        state = {name: stored for name, stored in state.items()
+                 if not name.startswith(("loss.", "model_ema."))}
+        levels = _count(state, "encoder.down.{}.block.0.conv1.weight")
+        arguments = dict(
+            channels=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0]
+                           for i in range(levels)),
+            blocks_per_level=_count(state, "encoder.down.0.block.{}.conv1.weight"),
+        ) if levels else {}                             # a folder's file, without its config.json
+    state = {vae_attention_name(name): stored for name, stored in state.items()}
+    if any(".up_blocks." in name for name in state):
+        levels = len(arguments.get("channels", range(4)))
+        return Checkpoint(arguments, state, lambda key: vae_folder_name(key, levels), file)
+    return Checkpoint(arguments, state, vae_attention_name, file)
 
 
 # ---- text encoder --------------------------------------------------------------------------
 
-TEXT_IGNORED = ("position_ids", "logit_scale", "text_projection")
+TEXT_IGNORED = re.compile(r"(^|\.)(position_ids|logit_scale|text_projection|attn_mask)\b|"
+                          r"(^|\.)(vision_model|visual_projection|visual)\.")
+OPENCLIP_NAMES = {"encoder.layers.": "transformer.resblocks.", ".self_attn.": ".attn.",
+                  ".layer_norm1.": ".ln_1.", ".layer_norm2.": ".ln_2.", ".mlp.fc1.": ".mlp.c_fc.",
+                  ".mlp.fc2.": ".mlp.c_proj.", "final_layer_norm.": "ln_final.",
+                  "embeddings.token_embedding.": "token_embedding.",
+                  "embeddings.position_embedding.weight": "positional_embedding"}
+
+
+def openclip_name(key):
+    """Returns what an SD 2 single file calls a text encoder's key, with in_proj split in three."""
+    for own, name in OPENCLIP_NAMES.items():
+        key = key.replace(own, name)
+    return key
+
+
+def split_in_proj(state, width):
+    """Returns the state with each in_proj (3 D, ..) of attention as q_proj, k_proj and v_proj."""
+    split = {}
+    for name, stored in state.items():
+        if ".attn.in_proj_" not in name:
+            split[name] = stored
+            continue
+        for i, own in enumerate("qkv"):
+            rows = slice(i * width, (i + 1) * width)
+            split[name.replace("in_proj_", f"{own}_proj.")] = stored._replace(
+                shape=(width, *stored.shape[1:]), rows=rows)
+    return split
 
 
 def read_text(path):
     """Returns the Checkpoint of the CLIP text encoder of an SD folder or single file."""
-    if Path(path).is_dir():
-        config, state, file = read_folder(path, "text_encoder", "model")
-        prefix = "text_model." if any(name.startswith("text_model.") for name in state) else ""
-        state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        arguments = dict(width=config.get("hidden_size", 768),
-                         layers=config.get("num_hidden_layers", 12),
-                         heads=config.get("num_attention_heads", 12),
-                         vocab_size=config.get("vocab_size", 49408),
-                         activation=config.get("hidden_act", "quick_gelu"))
+    path = Path(path)
+    config = {}
+    if path.is_dir():
+        config, state, file = read_folder(path / "text_encoder", TEXT_STEM, TEXT_FIXED)
     else:
-        state, prefix = read_prefix(path, ["cond_stage_model.transformer.text_model.",
-                                           "cond_stage_model.transformer.",
-                                           "cond_stage_model.model."])
-        if prefix == "cond_stage_model.model.":
-            raise WeightsError(f"{path}: the OpenCLIP text encoder of an SD 2 single file; "
-                               f"give the SD 2 folder instead")
-        file, arguments = Path(path), {}
-    state = {name: tensor for name, tensor in state.items()
-             if not name.split(".")[-1].startswith(TEXT_IGNORED) and
-             not name.startswith(TEXT_IGNORED)}
-    return Checkpoint(arguments, state, str, file)
+        state, file = read_single_file(path, "cond_stage_model."), path
+    state = {name: stored for name, stored in state.items() if not TEXT_IGNORED.search(name)}
+    # whatever stands before the embedding's name is the prefix: text_model., transformer. or more
+    embedding = next((name for name in state if name.endswith("token_embedding.weight")), None)
+    if embedding is None:
+        raise WeightsError(f"{file}: holds no CLIP text encoder; give a folder or file with one")
+    prefix = embedding.removesuffix("token_embedding.weight").removesuffix("embeddings.")
+    vocab_size, width = state[embedding].shape
+    state = {name.removeprefix(prefix): stored for name, stored in state.items()}
+    # what a config.json does not say: SD 1's heads are 64 wide, and so are SD 2's
+    arguments = dict(width=width, vocab_size=vocab_size,
+                     heads=config.get("num_attention_heads", width // 64),
+                     activation=config.get("hidden_act", "quick_gelu"))
+    layers = _count(state, "encoder.layers.{}.layer_norm1.weight")
+    if layers or "embeddings.token_embedding.weight" in state:
+        layers = config.get("num_hidden_layers", layers)
+        return Checkpoint(arguments | dict(layers=layers), state, str, file)
+    # OpenCLIP: SD 2 reads the states before the last block, which is therefore left out
+    last = _count(state, "transformer.resblocks.{}.ln_1.weight") - 1
+    state = {name: stored for name, stored in split_in_proj(state, width).items()
+             if not name.startswith(f"transformer.resblocks.{last}.")}
+    return Checkpoint(arguments | dict(layers=last, activation="gelu"), state, openclip_name, file)

@@ -50,8 +50,8 @@ def as_transparent(image):
 def test_a_drawing_of_any_mode_and_polarity_gives_the_same_condition(tmp_path, change):
     ring(64, 64).save(tmp_path / "a.png")
     change(ring(64, 64)).save(tmp_path / "b.png")
-    expected, _ = read_drawing(tmp_path / "a.png", 64)
-    cond, used = read_drawing(tmp_path / "b.png", 64)
+    expected, _ = read_drawing(tmp_path / "a.png", 64, 64)
+    cond, used = read_drawing(tmp_path / "b.png", 64, 64)
     assert cond.shape == (1, 64, 64) and cond.min() == 0 and cond.max() == 1
     torch.testing.assert_close(cond, expected, atol=0.02, rtol=0)
     assert used.size == (64, 64) and used.getpixel((0, 0)) == (255, 255, 255)
@@ -59,7 +59,7 @@ def test_a_drawing_of_any_mode_and_polarity_gives_the_same_condition(tmp_path, c
 
 def test_a_drawing_keeps_its_aspect_ratio_and_is_padded_with_paper(tmp_path):
     ring(400, 200).save(tmp_path / "wide.png")
-    cond, _ = read_drawing(tmp_path / "wide.png", 64)
+    cond, _ = read_drawing(tmp_path / "wide.png", 64, 64)
     rows, columns = cond[0].max(dim=1).values > 0.5, cond[0].max(dim=0).values > 0.5
     assert columns.sum() / rows.sum() == pytest.approx(2.0, rel=0.15)
     assert cond[0, :16].max() == 0 and cond[0, -16:].max() == 0
@@ -72,7 +72,7 @@ def test_what_is_no_drawing_is_refused(tmp_path):
     for name, message in (("blank.png", "no line in it"), ("yellow.png", "no line in it"),
                           ("text.png", "cannot be read"), ("absent.png", "absent.png")):
         with pytest.raises(DataError, match=message):
-            read_drawing(tmp_path / name, 64)
+            read_drawing(tmp_path / name, 64, 64)
 
 
 def test_images_survive_the_way_to_x_and_back():

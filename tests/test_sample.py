@@ -51,7 +51,7 @@ def test_a_png_remembers_how_it_was_drawn(draw, bps_file):
     file = draw("--n", 1, "--prompt", "a grüne pear", "--guidance", 2.5) / "0000.png"
     text = Image.open(file).text
     assert text["prompt"] == "a grüne pear" and text["guidance"] == "2.5"
-    assert text["seed"] == "0" and text["steps"] == "2" and text["sampler"] == "DDIM"
+    assert text["seed"] == "0" and text["steps"] == "2" and text["sampler"] == "ddim"
     tiny = sample.BASE.parent
     for key, source in (("base", sample.BASE / "unet" / "diffusion_pytorch_model.safetensors"),
                         ("bps", bps_file), ("drawing", tiny / "drawing.png")):
@@ -113,7 +113,7 @@ def test_a_bps_of_another_base_is_refused(config, context_dim, message, draw, tm
 def test_scale_zero_is_the_prior_and_scale_one_is_not(draw, monkeypatch):
     zero, one = (pixels(draw("--n", 1, "--scale", s) / "0000.png") for s in (0, 1))
     assert not np.array_equal(zero, one)
-    monkeypatch.setattr(sample.Steering, "__call__", lambda self, t: None)      # the base alone
+    monkeypatch.setattr(sample.Steering, "__call__", lambda *_: None)      # the base alone
     assert np.array_equal(zero, pixels(draw("--n", 1, "--scale", 1) / "0000.png"))
 
 
@@ -122,7 +122,7 @@ def test_the_strength_tempers_the_posterior_linearly(bps_file):
     unet, vae, tokenizer, text_model, _ = sample.load_base(sample.BASE)
     bps = sample.load_bps(bps_file)
     context, empty = text_model(tokenizer(["a red apple", ""])).split(1)
-    cond, _ = read_drawing(sample.BASE.parent / "drawing.png", 64)
+    cond, _ = read_drawing(sample.BASE.parent / "drawing.png", 64, 64)
     steering = sample.Steering(bps, unet, cond[None])
     z_t = torch.randn(1, 4, 16, 16)
     prior, half, full = (sample.make_denoiser(unet, context, empty, 3.0, steering, s)(z_t, 500)
