@@ -33,13 +33,14 @@ class NoiseSchedule:
     """How much noise a latent holds at each timestep; the defaults are Stable Diffusion's.
 
     alphas_cumprod: abar (1000,) float64. prediction_type: what the model predicts. spacing: how
-    steps are laid over the timesteps. set_alpha_to_one: whether DDIM ends at abar = 1, not abar_0.
+    steps are laid over the timesteps; None is each sampler's usual way. set_alpha_to_one: whether
+    DDIM ends at abar = 1, not abar_0.
     """
     beta_start: float = 0.00085
     beta_end: float = 0.012
     timesteps: int = 1000
     prediction_type: str = "epsilon"
-    spacing: str = "leading"
+    spacing: str | None = None
     steps_offset: int = 1                   # of leading steps
     set_alpha_to_one: bool = False
     alphas_cumprod: torch.Tensor = field(init=False, repr=False, compare=False)
@@ -88,17 +89,14 @@ def load_schedule(path, prediction_type=None):
     if not config and prediction_type is None and read_unet(path).config["context_dim"] == 1024:
         raise WeightsError(f"{path}: does not say what its SD 2 model predicts; give "
                            f"--prediction-type epsilon (512 px models) or v_prediction (768 px)")
-    # the k-diffusion samplers' configs mean linspace where they say nothing, all others leading
-    silent = "linspace" if config.get("_class_name", "").startswith(("Euler", "DPM", "Heun", "LMS",
-                                                                     "KDPM")) else "leading"
     schedule = dict(prediction_type=prediction_type or config.get("prediction_type", "epsilon"),
-                    spacing=config.get("timestep_spacing", silent))
+                    spacing=config.get("timestep_spacing"))
     for key, value, allowed in (
             ("beta_schedule", config.get("beta_schedule", "scaled_linear"), ("scaled_linear",)),
             ("trained_betas", config.get("trained_betas"), (None,)),
             ("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False), (False,)),
             ("prediction_type", schedule["prediction_type"], PREDICTION_TYPES),
-            ("timestep_spacing", schedule["spacing"], SPACINGS)):
+            ("timestep_spacing", schedule["spacing"], (*SPACINGS, None))):
         if value not in allowed:
             raise WeightsError(f"{file}: {key} = {value!r} is not implemented; allowed is "
                                f"{' or '.join(repr(entry) for entry in allowed)}")
@@ -109,17 +107,19 @@ def load_schedule(path, prediction_type=None):
 
 
 def spaced_timesteps(steps, schedule, sampler="ddim"):
-    """Returns `steps` timesteps (steps,), highest first: for leading ones 981, 961 .. 1 for 50.
+    """Returns `steps` timesteps (steps,), highest first: for DDIM and 50 steps 981, 961 .. 1.
 
-    DPM-Solver++ lays one step more and leaves out the lowest, and Euler does not round linspace's,
-    as those samplers' users are used to. Source of the spacings: arXiv 2305.08891, table 2.
+    The usual spacing is leading for DDIM, as in Stable Diffusion's own code, and linspace for the
+    others. DPM-Solver++ lays one step more and leaves out the lowest, and Euler does not round, as
+    diffusers does it. Source of the spacings: arXiv 2305.08891, table 2.
     """
     if not 1 <= steps < schedule.timesteps:
         raise ValueError(f"{steps} steps: allowed are 1 to {schedule.timesteps - 1}")
     last, more = schedule.timesteps - 1, sampler.startswith("dpm++")
-    if schedule.spacing == "trailing":
+    spacing = schedule.spacing or ("leading" if sampler == "ddim" else "linspace")
+    if spacing == "trailing":
         return np.round(schedule.timesteps * (1 - np.arange(steps) / steps)) - 1
-    if schedule.spacing == "linspace":
+    if spacing == "linspace":
         spaced = np.linspace(0, last, steps + more)[::-1][:steps]
         return spaced if sampler.startswith("euler") else spaced.round()
     stride = schedule.timesteps // (steps + more)

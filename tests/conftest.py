@@ -1,5 +1,8 @@
 """Fixtures that several test files share."""
+import functools
+
 import pytest
+import references
 import torch
 
 from bps import BPS, config_for, save_bps
@@ -18,3 +21,14 @@ def bps_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("bps") / "bps.safetensors"
     save_bps(bps, file, dict(task="sketch", size=64, context_dim=128))
     return file
+
+
+@pytest.fixture(scope="session")
+def random_states():
+    """A function of a small model's name: random state dicts of its U-Net, VAE and text encoder."""
+    @functools.cache
+    def states(name):
+        modules = references.own_modules(references.MODELS[name], meta=True)
+        return [references.random_weights(module, seed) for seed, module in enumerate(modules)]
+
+    return states

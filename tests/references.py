@@ -1,0 +1,332 @@
+"""What diffusers and transformers say of random models, recorded for the default tests.
+
+    pip install -r requirements.txt diffusers transformers accelerate   # not where BPS is used
+    PYTHONPATH=. python tests/references.py
+
+writes tests/data/references.safetensors (outputs; the versions used are in its metadata) and
+tests/data/references.json.gz (names of tensors, token ids, timesteps). The random weights and the
+inputs come from NumPy's RandomState, whose numbers never change, so they need not be stored.
+test_peers.py makes the same comparisons live, at full size too.
+"""
+import gzip
+import itertools
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+
+DATA = Path(__file__).parent / "data"
+TENSORS, FACTS = DATA / "references.safetensors", DATA / "references.json.gz"
+
+# config.json's of the models: small ones, and Stable Diffusion's own sizes (all other keys absent)
+BLOCKS = dict(down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+              up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
+VAE_BLOCKS = dict(down_block_types=["DownEncoderBlock2D"] * 4,
+                  up_block_types=["UpDecoderBlock2D"] * 4, latent_channels=4, layers_per_block=2)
+SD1_TEXT = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12,
+                hidden_act="quick_gelu")
+SD2_TEXT = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
+                hidden_act="gelu")
+MODELS = {
+    "small1": dict(
+        unet=dict(BLOCKS, block_out_channels=[32, 64, 64, 64], attention_head_dim=8,
+                  cross_attention_dim=768),
+        vae=dict(VAE_BLOCKS, block_out_channels=[32, 32, 64, 64]),
+        text=dict(SD1_TEXT, num_hidden_layers=2, vocab_size=2547)),
+    "small2": dict(
+        unet=dict(BLOCKS, block_out_channels=[64, 128, 128, 128], cross_attention_dim=1024,
+                  attention_head_dim=[1, 2, 2, 2], use_linear_projection=True),
+        vae=dict(VAE_BLOCKS, block_out_channels=[32, 64, 64, 64]),
+        text=dict(SD2_TEXT, num_hidden_layers=2, vocab_size=2547)),
+    "sd15": dict(
+        unet=dict(BLOCKS, block_out_channels=[320, 640, 1280, 1280], attention_head_dim=8,
+                  cross_attention_dim=768),
+        vae=dict(VAE_BLOCKS, block_out_channels=[128, 256, 512, 512]),
+        text=dict(SD1_TEXT, num_hidden_layers=12, vocab_size=49408)),
+    "sd21": dict(
+        unet=dict(BLOCKS, block_out_channels=[320, 640, 1280, 1280], cross_attention_dim=1024,
+                  attention_head_dim=[5, 10, 20, 20], use_linear_projection=True,
+                  sample_size=96),
+        vae=dict(VAE_BLOCKS, block_out_channels=[128, 256, 512, 512]),
+        text=dict(SD2_TEXT, num_hidden_layers=23, vocab_size=49408)),
+}
+SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras")
+# scheduler_config.json as the repositories have it, without the keys that are always the same
+OLD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+           num_train_timesteps=1000)
+SCHEDULERS = {
+    "sd14, first version": dict(OLD, _class_name="PNDMScheduler", skip_prk_steps=True),
+    "sd15": dict(OLD, _class_name="PNDMScheduler", skip_prk_steps=True, set_alpha_to_one=False,
+                 steps_offset=1, clip_sample=False, trained_betas=None),
+    "sd21": dict(OLD, _class_name="DDIMScheduler", skip_prk_steps=True, set_alpha_to_one=False,
+                 steps_offset=1, clip_sample=False, trained_betas=None,
+                 prediction_type="v_prediction"),
+    "trailing": dict(OLD, _class_name="DDIMScheduler", set_alpha_to_one=False, clip_sample=False,
+                     prediction_type="v_prediction", timestep_spacing="trailing",
+                     steps_offset=1),
+    "one": dict(OLD, _class_name="DDIMScheduler", set_alpha_to_one=True, clip_sample=False,
+                timestep_spacing="leading", steps_offset=1),
+    "k-diffusion": dict(OLD, _class_name="EulerDiscreteScheduler", steps_offset=1,
+                        interpolation_type="linear", use_karras_sigmas=False),
+}
+
+
+# ---- what needs neither package ------------------------------------------------------------
+
+def numbers(seed, *shape):
+    """Returns standard normal numbers, float32, that are the same everywhere and for ever."""
+    return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
+
+
+def random_weights(module, seed):
+    """Returns a state dict for one of our modules in which no two tensors are alike.
+
+    Weights keep the size of what passes through; norms are near one, biases near zero. All are
+    numbers that fp16 holds exactly.
+    """
+    state = {}
+    for i, (key, own) in enumerate(sorted(module.state_dict().items())):
+        values = numbers(seed * 10_000 + i, *own.shape)
+        if own.dim() > 1:
+            values = values / own[0].numel() ** 0.5
+        else:
+            values = 0.1 * values + (1.0 if key.endswith("weight") else 0.0)
+        state[key] = values.half().float()
+    return state
+
+
+def unet_inputs(config, rows=9, columns=14):
+    """Returns (z_t, t, context): odd and unequal sides, two timesteps, one of them fractional."""
+    width = config["cross_attention_dim"]
+    return (numbers(1, 2, 4, rows, columns), torch.tensor([3.0, 901.5]), numbers(2, 2, 7, width))
+
+
+def vae_inputs():
+    """Returns (x, scaled latent) of H != W."""
+    return numbers(3, 2, 3, 24, 40).clamp(-2, 2) / 2, numbers(4, 2, 4, 3, 5)
+
+
+def text_ids(vocab_size):
+    """Returns token ids (2, 77)."""
+    return torch.from_numpy(np.random.RandomState(5).randint(0, vocab_size, (2, 77)))
+
+
+def predict(z, t):
+    """Returns a made-up model's prediction (1, 2, 1, 2), a smooth function of z_t and t."""
+    return torch.tanh(z.flip(3) + t / 1000) + 0.5 * z.flip(1)
+
+
+def texts(count, words):
+    """Returns prompts of every kind: words, contractions, Unicode, control characters, 500 words.
+    """
+    known = ["", " ", "a photo of a cat", "a cat!", "Hello!!! World?!", "\x00\x01 tab\tnew\nline",
+             "don't I'll we've he'd I'm you're it's", "<|endoftext|> x", "a<|startoftext|>b",
+             "A\u0301 \u00e9 \u00c9 \u00df \u1e9e \u0130stanbul \u01c5", "\u65e5\u672c\u8a9e",
+             "\U0001f44d\U0001f3fd\U0001f468\u200d\U0001f469\u200d\U0001f467", "\uff11\u2167 12345",
+             " leading", "nbsp\u00a0em\u2003zero\u200bwidth"]
+    ranges = [(32, 127), (0, 32), (160, 0x250), (0x300, 0x370), (0x370, 0x530), (0x600, 0x700),
+              (0x900, 0xa00), (0x2000, 0x2070), (0x3040, 0x3100), (0x4e00, 0x5000),
+              (0xac00, 0xad00), (0x1f300, 0x1f650)]
+    ends = ["'s", "'T", ", ", "...", "!?", "'LL", "\u2019s", "-", " 4,5 "]
+    pick = random.Random(0)
+    while len(known) < count:
+        kind, length = pick.randrange(4), pick.choice((1, 5, 20, 60))
+        if kind == 0:
+            text = "".join(chr(pick.randrange(*pick.choice(ranges))) for _ in range(length))
+        elif kind == 1:
+            text = " ".join(pick.choice(words) for _ in range(pick.choice((3, 10, 40, 500))))
+        elif kind == 2:
+            text = " ".join(pick.choice(words).title() + pick.choice(ends) for _ in range(length))
+        else:
+            low, high = pick.choice(ranges)
+            text = "".join(chr(pick.randrange(low, high)) for _ in range(length))
+        known.append(text)
+    return known
+
+
+def words_of(vocab):
+    """Returns the vocabulary's whole words in plain letters, in order."""
+    return [token[:-4] for token in vocab if token.endswith("</w>") and token[:-4].isalpha()
+            and token.isascii()]
+
+
+def read_facts():
+    """Returns the dict of references.json.gz."""
+    return json.loads(gzip.decompress(FACTS.read_bytes()))
+
+
+# ---- what needs them -----------------------------------------------------------------------
+
+def peer_modules(model, meta=False):
+    """Returns diffusers' U-Net and autoencoder and transformers' text encoder of a MODELS entry."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+    with torch.device("meta" if meta else "cpu"):
+        return (UNet2DConditionModel(**model["unet"]).eval(), AutoencoderKL(**model["vae"]).eval(),
+                CLIPTextModel(CLIPTextConfig(**model["text"], bos_token_id=0,
+                                             eos_token_id=2)).eval())
+
+
+def to_folder_names(single, model):
+    """Returns the state dicts (U-Net, autoencoder, text) of a single file by diffusers' own rules.
+
+    single: {name with its prefix: tensor}; the text encoder may be CLIP's or OpenCLIP's.
+    """
+    from diffusers.loaders import single_file_utils as rules
+    unet = rules.convert_ldm_unet_checkpoint(dict(single), dict(model["unet"], layers_per_block=2,
+                                                                class_embed_type=None,
+                                                                addition_embed_type=None))
+    vae = rules.convert_ldm_vae_checkpoint(dict(single), model["vae"])
+    if any("resblocks" in name for name in single):
+        text = rules.convert_open_clip_checkpoint(peer_modules(model, meta=True)[2], dict(single))
+    else:
+        text = rules.convert_ldm_clip_checkpoint(dict(single))
+    return unet, vae, {name.removeprefix("text_model."): tensor for name, tensor in text.items()
+                       if "position_ids" not in name}
+
+
+def single_file_of(modules):
+    """Returns {name with its prefix: tensor} of our own modules (U-Net, autoencoder, text)."""
+    prefixes = ("model.diffusion_model.", "first_stage_model.",
+                "cond_stage_model.transformer.text_model.")
+    return {f"{prefix}{key}": tensor for prefix, module in zip(prefixes, modules)
+            for key, tensor in module.state_dict().items()}
+
+
+def openclip_names(blocks):
+    """Returns the names of OpenCLIP's text tower, as SD 2 single files have them."""
+    block = ["ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias", "attn.in_proj_weight",
+             "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias", "mlp.c_fc.weight",
+             "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"]
+    names = ["positional_embedding", "token_embedding.weight", "ln_final.weight", "ln_final.bias",
+             "text_projection", "logit_scale"]
+    return names + [f"transformer.resblocks.{i}.{name}" for i in range(blocks) for name in block]
+
+
+def name_tables():
+    """Returns {part: {name in a single file: name(s) in a folder}} by diffusers' own rules."""
+    ours, model = own_modules(MODELS["sd15"], meta=True), MODELS["sd15"]
+    single = single_file_of(ours)
+    tagged = {name: torch.tensor(i) for i, name in enumerate(single)}
+    names = list(single)
+    tables = {part: {names[tag]: name for name, tag in state.items()}
+              for part, state in zip(("unet", "vae", "text"), to_folder_names(tagged, model))}
+    openclip = [f"cond_stage_model.model.{name}" for name in openclip_names(23)]
+    rows = {name: torch.arange(3072 if "in_proj" in name else 1024) + 10_000 * i
+            for i, name in enumerate(openclip)}
+    rows = {name: value[:, None].expand(-1, 2) if "in_proj_weight" in name else value
+            for name, value in rows.items()}
+    tables["openclip"] = {}
+    for name, value in to_folder_names(rows, MODELS["sd21"])[2].items():
+        if "text_projection" in name:
+            continue
+        first = value.flatten()[0].item()
+        tables["openclip"][name] = [openclip[first // 10_000], first % 10_000]
+    return tables
+
+
+def own_modules(model, meta=False):
+    """Returns our U-Net, autoencoder and text encoder of a MODELS entry."""
+    import clip
+    import unet
+    import vae
+    import weights
+    text = model["text"]
+    with torch.device("meta" if meta else "cpu"):
+        return (unet.UNet(unet.UNetConfig(**weights.unet_config_from_json(model["unet"], ""))),
+                vae.AutoencoderKL(vae.VAEConfig(**weights.vae_config_from_json(model["vae"]))),
+                clip.CLIPTextModel(clip.CLIPTextConfig(
+                    text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"],
+                    text["vocab_size"], text["hidden_act"])))
+
+
+def small_peers(name):
+    """Returns diffusers' and transformers' small models, with random_weights put in by their rules.
+    """
+    model = MODELS[name]
+    ours, theirs = own_modules(model, meta=True), peer_modules(model)
+    single = {}
+    for seed, (module, prefix) in enumerate(zip(ours, ("model.diffusion_model.",
+                                                       "first_stage_model.",
+                                                       "cond_stage_model.transformer."
+                                                       "text_model."))):
+        single |= {f"{prefix}{key}": value for key, value in random_weights(module, seed).items()}
+    for module, state in zip(theirs, to_folder_names(single, model)):
+        own = module.state_dict()
+        module.load_state_dict({key: value.reshape(own[key].shape) for key, value in state.items()})
+    return theirs
+
+
+@torch.inference_mode()
+def outputs(peers, model):
+    """Returns {what: tensor}: the models' outputs for the inputs above."""
+    unet, vae, text = peers
+    factor = vae.config.scaling_factor
+    x, z = vae_inputs()
+    latent = vae.encode(x).latent_dist
+    ids = text_ids(model["text"]["vocab_size"])
+    states = text(ids, output_hidden_states=True)
+    norm = getattr(text, "text_model", text).final_layer_norm
+    return dict(eps=unet(*unet_inputs(model["unet"])).sample, mean=latent.mean * factor,
+                std=latent.std * factor, x=vae.decode(z / factor).sample,
+                context=states.last_hidden_state, context_skip2=norm(states.hidden_states[-2]))
+
+
+def peer_trajectory(config, sampler, steps, start):
+    """Returns (timesteps, every z_t) of diffusers' scheduler of this name; z_t = a z_0 + s eps.
+
+    start: float64 noise. Where a config is silent it is given Stable Diffusion's own values for
+    latents first, as diffusers' pipelines repair old ones; the spacing stays each scheduler's own.
+    """
+    import diffusers
+    kinds = {"ddim": "DDIMScheduler", "dpm++2m": "DPMSolverMultistepScheduler",
+             "euler": "EulerDiscreteScheduler"}
+    repaired = dict(set_alpha_to_one=False, steps_offset=1) | config | dict(clip_sample=False)
+    karras = dict(use_karras_sigmas=True) if sampler.endswith("-karras") else {}
+    scheduler = getattr(diffusers, kinds[sampler.removesuffix("-karras")]).from_config(
+        repaired, **karras)
+    scheduler.set_timesteps(steps)
+    z, trajectory = start * scheduler.init_noise_sigma, []
+    for i, t in enumerate(scheduler.timesteps):
+        prediction = predict(scheduler.scale_model_input(z, t).double(), t.item())
+        z = scheduler.step(prediction, t, z).prev_sample.double()
+        sigma = scheduler.sigmas[i + 1].item() if sampler.startswith("euler") else 0.0
+        trajectory.append(z / (1 + sigma**2) ** 0.5)
+    return scheduler.timesteps.tolist(), torch.cat(trajectory)
+
+
+def main():
+    """Writes both files."""
+    import diffusers
+    import transformers
+    from safetensors.torch import save_file
+    tensors, timesteps = {}, {}
+    for name in ("small1", "small2"):
+        for what, value in outputs(small_peers(name), MODELS[name]).items():
+            value = value[:, ::19] if what.startswith("context") else value     # a tenth will do
+            tensors[f"{name}.{what}"] = value.contiguous()
+    for config, sampler in itertools.product(SCHEDULERS, SAMPLERS):
+        steps, trajectory = peer_trajectory(SCHEDULERS[config], sampler, 10,
+                                            numbers(6, 1, 2, 1, 2).double())
+        tensors[f"{config}.{sampler}"] = trajectory
+        timesteps[f"{config}.{sampler}"] = steps
+    folder = Path(__file__).parent.parent / "tiny" / "model" / "tokenizer"
+    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    merges = [tuple(line.split()) for line in
+              (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]]
+    tokens = {}
+    for pad in ("<|endoftext|>", "!"):
+        tokenizer = transformers.CLIPTokenizerFast(vocab=vocab, merges=merges, pad_token=pad)
+        tokens[pad] = tokenizer(texts(300, words_of(vocab)), padding="max_length", max_length=77,
+                                truncation=True).input_ids
+    versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
+    save_file(tensors, TENSORS, versions)
+    facts = dict(names=name_tables(), tokens=tokens, timesteps=timesteps, versions=versions)
+    FACTS.write_bytes(gzip.compress(json.dumps(facts).encode(), mtime=0))
+    print(TENSORS, FACTS)
+
+
+if __name__ == "__main__":
+    main()

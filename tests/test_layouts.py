@@ -1,0 +1,426 @@
+"""Every way in which SD 1.x and 2.x weights are stored gives the very same tensors."""
+import functools
+import json
+import sys
+
+import pytest
+import references
+import torch
+from PIL import Image
+from safetensors.torch import save_file as save_float32
+
+import diffusion
+import sample
+import weights
+from clip import load_clip
+from unet import load_unet
+from vae import load_vae
+
+PREFIXES = ("model.diffusion_model.", "first_stage_model.",
+            "cond_stage_model.transformer.text_model.")
+PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
+         "text_encoder": "model"}
+SCHEDULE = dict(references.OLD, _class_name="PNDMScheduler")
+
+
+@pytest.fixture(params=["small1", "small2"])
+def name(request):
+    """A small model in the manner of SD 1, then of SD 2."""
+    return request.param
+
+
+def save_file(state, file):
+    """Writes tensors in fp16, which loses nothing of the random ones and halves the work."""
+    save_float32({name: tensor.half() for name, tensor in state.items()}, file)
+
+
+def folder_states(states):
+    """Returns {part: {folder name: tensor}}; the autoencoder's attention has today's names."""
+    unet, vae, text = states
+    return {"unet": {weights.unet_folder_name(key, 2): tensor for key, tensor in unet.items()},
+            "vae": {weights.vae_folder_name(key, 4): tensor for key, tensor in vae.items()},
+            "text_encoder": {f"text_model.{key}": tensor for key, tensor in text.items()}}
+
+
+def write_folder(path, name, states):
+    """Writes an SD folder with the embedded base's tokenizer and an old scheduler config."""
+    parts, model = folder_states(states), references.MODELS[name]
+    for part, config in (("unet", model["unet"]), ("vae", model["vae"]),
+                         ("text_encoder", model["text"]), ("scheduler", SCHEDULE)):
+        (path / part).mkdir(parents=True)
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (path / part / file).write_text(json.dumps(config))
+    for part, stem in PARTS.items():
+        save_file(parts[part], path / part / f"{stem}.safetensors")
+    (path / "tokenizer").symlink_to(sample.BASE / "tokenizer")
+    (path / "model_index.json").write_text("{}")
+    return path
+
+
+def single_file(states, text_prefix=PREFIXES[2]):
+    """Returns {name: tensor} of a single file, with what training leaves in one."""
+    state = {f"{prefix}{key}": tensor for prefix, part in zip(PREFIXES, states)
+             for key, tensor in part.items() if prefix != PREFIXES[2]}
+    state |= {f"{text_prefix}{key}": tensor for key, tensor in states[2].items()}
+    return state | {name: torch.zeros(1) for name in (
+        "model_ema.decay", "model_ema.diffusion_modelout2bias", "model_ema.num_updates", "betas",
+        "alphas_cumprod_prev", "sqrt_recipm1_alphas_cumprod", "log_one_minus_alphas_cumprod",
+        "posterior_mean_coef1", "logvar", "scale_factor", "first_stage_model.loss.logvar",
+        "first_stage_model.model_ema.decay", f"{text_prefix}embeddings.position_ids")}
+
+
+def only(states, *parts):
+    """Returns the states with those parts empty that are not named: smaller files."""
+    return [state if i in parts else {} for i, state in enumerate(states)]
+
+
+def assert_same(module, state):
+    """Checks that a loaded module holds exactly the tensors of a state."""
+    loaded = module.state_dict()
+    assert loaded.keys() == state.keys()
+    for key, tensor in state.items():
+        assert torch.equal(loaded[key], tensor.reshape(loaded[key].shape)), key
+
+
+def test_a_folder_and_a_single_file_give_the_same_tensors(name, random_states, tmp_path):
+    states = random_states(name)
+    folder, file = write_folder(tmp_path / "folder", name, states), tmp_path / "all.safetensors"
+    save_file(single_file(states), file)
+    for path, tokenizer in ((folder, None), (file, sample.BASE)):
+        unet, vae, (_, text) = load_unet(path), load_vae(path), load_clip(path, tokenizer)
+        for module, state in zip((unet, vae, text), states):
+            assert_same(module, state)
+        heads = (8,) * 4 if name == "small1" else (1, 2, 2, 2)
+        assert unet.config.heads == heads and unet.config.blocks_per_level == 2
+        assert unet.config.linear_projection == (name == "small2")
+        assert text.config.heads == text.config.width // 64
+        assert vae.config.scaling_factor == 0.18215
+
+
+def test_fp16_variants_are_taken_where_there_is_nothing_else(random_states, tmp_path):
+    states = only(random_states("small1"), 0, 1)
+    path = write_folder(tmp_path / "sd", "small1", states)
+    for part, stem in PARTS.items():
+        save_file(folder_states(states)[part], path / part / f"{stem}.fp16.safetensors")
+        save_file({"wrong": torch.zeros(1)}, path / part / f"{stem}.non_ema.safetensors")
+    assert_same(load_unet(path), states[0])         # the exact name wins
+    for part, stem in PARTS.items():
+        (path / part / f"{stem}.safetensors").unlink()
+    with pytest.warns(UserWarning, match="took diffusion_pytorch_model.fp16.safetensors"):
+        assert_same(load_unet(path), states[0])
+    file = path / "unet" / "diffusion_pytorch_model.fp16.safetensors"
+    file.rename(file.with_name("anything.safetensors"))
+    with pytest.raises(weights.WeightsError, match="which one"):
+        load_unet(path)
+    (path / "unet" / "diffusion_pytorch_model.non_ema.safetensors").unlink()
+    with pytest.warns(UserWarning, match="took anything.safetensors"):
+        load_unet(path)
+
+
+@pytest.mark.parametrize("index", ["{}.safetensors.index.json", "{}.safetensors.index.fp16.json"])
+def test_shards_are_read_by_their_index(index, random_states, tmp_path):
+    states = random_states("small1")
+    path = write_folder(tmp_path / "sd", "small1", states)
+    for part, stem in PARTS.items():
+        (path / part / f"{stem}.safetensors").unlink()
+        state = folder_states(states)[part]
+        shards = {"a.safetensors": sorted(state)[::2], "b.safetensors": sorted(state)[1::2]}
+        for file, names in shards.items():
+            save_file({key: state[key] for key in names}, path / part / file)
+        weight_map = {key: file for file, names in shards.items() for key in names}
+        (path / part / index.format(stem)).write_text(json.dumps(dict(weight_map=weight_map)))
+        (path / part / "pytorch_model.bin.index.json").write_text(
+            json.dumps(dict(weight_map=dict(a="pytorch_model-1.bin"))))
+    for module, state in zip((load_unet(path), load_vae(path), load_clip(path)[1]), states):
+        assert_same(module, state)
+    (path / "unet" / "b.safetensors").unlink()
+    with pytest.raises(weights.WeightsError, match="b.safetensors: no such file"):
+        load_unet(path)
+
+
+SPELLINGS = {"old": ("norm", "q", "k", "v", "proj_out"),
+             "first folders": ("group_norm", "query", "key", "value", "proj_attn"),
+             "today's": ("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
+             "mixture": ("norm", "to_q", "key", "v", "to_out.0"),
+             "another": ("group_norm", "q", "k", "value", "proj_attn")}
+
+
+@pytest.mark.parametrize("rank", [2, 3, 4])
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_the_autoencoders_attention_loads_in_every_spelling(spelling, rank, random_states,
+                                                            tmp_path):
+    vae, renamed = random_states("small1")[1], {}
+    for key, tensor in vae.items():
+        for own, other in zip(SPELLINGS["old"], SPELLINGS[spelling]):
+            if f".attn_1.{own}." in key:
+                if own != "norm" and key.endswith("weight"):
+                    tensor = tensor.reshape(*tensor.shape[:2], *[1] * (rank - 2))
+                key = key.replace(f".attn_1.{own}.", f".attn_1.{other}.")
+                break
+        renamed[key] = tensor
+    file = tmp_path / "single.safetensors"
+    save_file({f"first_stage_model.{key}": tensor for key, tensor in renamed.items()}, file)
+    assert_same(load_vae(file), vae)
+    save_float32(renamed, file)                                     # an autoencoder's own file
+    assert_same(load_vae(file), vae)
+    folder = tmp_path / "vae"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(references.MODELS["small1"]["vae"]))
+    save_file({weights.vae_folder_name(key, 4): tensor
+               for key, tensor in renamed.items()},
+              folder / "diffusion_pytorch_model.safetensors")
+    assert_same(load_vae(folder), vae)                              # an autoencoder's own folder
+    assert_same(load_vae(tmp_path), vae)
+
+
+def test_projections_load_as_linear_layers_and_as_convolutions(name, random_states, tmp_path):
+    states = only(random_states(name), 0)
+    for rank in (2, 4):
+        unet = {key: tensor.reshape(*tensor.shape[:2], *[1] * (rank - 2))
+                if ".proj_" in key and key.endswith("weight") else tensor
+                for key, tensor in states[0].items()}
+        path = write_folder(tmp_path / f"rank{rank}", name, (unet, *states[1:]))
+        file = tmp_path / f"rank{rank}.safetensors"
+        save_file(single_file((unet, *states[1:])), file)
+        assert_same(load_unet(path), states[0])
+        assert_same(load_unet(file), states[0])
+
+
+@pytest.mark.parametrize("prefix", ["cond_stage_model.transformer.text_model.",
+                                    "cond_stage_model.transformer.",
+                                    "cond_stage_model.transformer.text_model.text_model.",
+                                    "cond_stage_model.transformer.transformer.text_model.",
+                                    "text_model.", "", "text_model.text_model.", "transformer."])
+def test_the_text_encoder_loads_under_every_prefix(prefix, random_states, tmp_path):
+    states = only(random_states("small1"), 2)
+    extra = {f"{prefix}embeddings.position_ids": torch.arange(77), "logit_scale": torch.zeros(1),
+             "text_projection.weight": torch.zeros(2, 2),
+             "vision_model.post_layernorm.weight": torch.zeros(2)}
+    if prefix.startswith("cond_stage_model."):
+        path, tokenizer = tmp_path / "single.safetensors", sample.BASE
+        extra = {name if name.startswith("cond") else f"cond_stage_model.{name}": tensor
+                 for name, tensor in extra.items()}
+        save_file(single_file(states, prefix) | extra, path)
+    else:
+        path, tokenizer = write_folder(tmp_path / "sd", "small1", states), None
+        save_file({f"{prefix}{key}": tensor for key, tensor in states[2].items()} | extra,
+                  path / "text_encoder" / "model.safetensors")
+    assert_same(load_clip(path, tokenizer)[1], states[2])
+
+
+def test_an_sd2_single_files_openclip_tower_loads_without_its_last_block(random_states, tmp_path):
+    own = random_states("small2")[2]
+    tower = {"positional_embedding": own["embeddings.position_embedding.weight"],
+             "token_embedding.weight": own["embeddings.token_embedding.weight"],
+             "text_projection": torch.zeros(4, 4), "logit_scale": torch.zeros(())}
+    for kind in ("weight", "bias"):
+        tower[f"ln_final.{kind}"] = own[f"final_layer_norm.{kind}"]
+        for i in range(3):
+            block = {key.removeprefix(f"encoder.layers.{i % 2}."): tensor * (1 if i < 2 else 0)
+                     for key, tensor in own.items() if f"layers.{i % 2}." in key}
+            name = f"transformer.resblocks.{i}"
+            tower |= {f"{name}.ln_1.{kind}": block[f"layer_norm1.{kind}"],
+                      f"{name}.ln_2.{kind}": block[f"layer_norm2.{kind}"],
+                      f"{name}.mlp.c_fc.{kind}": block[f"mlp.fc1.{kind}"],
+                      f"{name}.mlp.c_proj.{kind}": block[f"mlp.fc2.{kind}"],
+                      f"{name}.attn.out_proj.{kind}": block[f"self_attn.out_proj.{kind}"],
+                      f"{name}.attn.in_proj_{kind}": torch.cat(
+                          [block[f"self_attn.{part}_proj.{kind}"] for part in "qkv"])}
+    file = tmp_path / "sd2.safetensors"
+    save_file({f"cond_stage_model.model.{key}": tensor for key, tensor in tower.items()}, file)
+    text_model = load_clip(file, sample.BASE)[1]
+    assert_same(text_model, own)
+    assert text_model.config.layers == 2 and text_model.config.activation == "gelu"
+
+
+# ---- refusals ------------------------------------------------------------------------------
+
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+TO_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"conditioner.embedders.0.transformer.x": (1,)}, "all.safetensors: an SD XL model"),
+    ({TO_K: (32, 2048)}, "width 2048: an SD XL model"),
+    ({TO_K: (32, 640)}, "width 640: an unknown model"),
+    ({CONV_IN: (32, 9, 3, 3)}, "9 input channels, an in-painting model"),
+    ({CONV_IN: (32, 8, 3, 3)}, "8 input channels, an InstructPix2Pix model"),
+    ({CONV_IN: (32, 7, 3, 3)}, "7 input channels, an up-scaler model"),
+    ({CONV_IN: (32, 5, 3, 3)}, "5 input channels, a depth model"),
+    ({"lora_unet_x": (1,)}, "1 unexpected tensors: lora_unet_x"),
+    ({"model.diffusion_model.extra.weight": (1,)}, "unexpected extra.weight"),
+    ({"model.diffusion_model.out.2.bias": (7,)}, r"out.2.bias is \(7,\), not \(4,\)"),
+])
+def test_a_single_file_of_another_model_is_refused_by_name(change, message, random_states,
+                                                           tmp_path):
+    file = tmp_path / "all.safetensors"
+    save_file(single_file(only(random_states("small1"), 0)) |
+              {key: torch.zeros(shape) for key, shape in change.items()}, file)
+    with pytest.raises(weights.WeightsError, match=message):
+        load_unet(file)
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(cross_attention_dim=2048, addition_embed_type="text_time"), "an SD XL model"),
+    (dict(in_channels=9), "an in-painting model"),
+    (dict(in_channels=8), "an InstructPix2Pix model"),
+    (dict(in_channels=7, num_class_embeds=1000), "an up-scaler model"),
+    (dict(in_channels=5), "a depth model"),
+    (dict(time_cond_proj_dim=256), "time_cond_proj_dim = 256 is not implemented; allowed is None"),
+    (dict(class_embed_type="timestep"), "class_embed_type = 'timestep'"),
+    (dict(only_cross_attention=[True, True, True, False]), "only_cross_attention"),
+    (dict(mid_block_type="UNetMidBlock2D"), "mid_block_type"),
+    (dict(norm_eps=1e-6), "norm_eps"),
+    (dict(down_block_types=["AttnDownBlock2D"] * 4), "block types"),
+    (dict(layers_per_block=[2, 2, 2, 2]), "layers_per_block"),
+])
+def test_a_folder_of_another_model_is_refused_by_name(change, message, random_states, tmp_path):
+    path = write_folder(tmp_path / "sd", "small1", only(random_states("small1"), 0))
+    config = references.MODELS["small1"]["unet"] | change
+    (path / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(weights.WeightsError, match=message):
+        load_unet(path)
+
+
+def test_values_that_mean_nothing_in_a_config_are_ignored(random_states, tmp_path):
+    path = write_folder(tmp_path / "sd", "small1", only(random_states("small1"), 0))
+    config = references.MODELS["small1"]["unet"] | dict(
+        in_channels=4, out_channels=4, upcast_attention=True, only_cross_attention=False,
+        mid_block_only_cross_attention=None, transformer_layers_per_block=[1, 1, 1, 1],
+        dropout=0.0, num_class_embeds=None, new_key_of_tomorrow=3, act_fn="silu", norm_eps=1e-05)
+    (path / "unet" / "config.json").write_text(json.dumps(config))
+    assert_same(load_unet(path), random_states("small1")[0])
+
+
+@pytest.mark.parametrize("part, change, message", [
+    ("vae", dict(use_quant_conv=False), "use_quant_conv"),
+    ("vae", dict(_class_name="AutoencoderTiny"), "_class_name"),
+    ("vae", dict(shift_factor=0.1), "shift_factor"),
+    ("text_encoder", dict(max_position_embeddings=248), "max_position_embeddings"),
+    ("text_encoder", dict(hidden_act="relu"), "activation 'relu'"),
+])
+def test_other_autoencoders_and_text_encoders_are_refused(part, change, message, random_states,
+                                                          tmp_path):
+    path = write_folder(tmp_path / "sd", "small1", random_states("small1"))
+    file = path / part / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(weights.WeightsError, match=message):
+        load_vae(path) if part == "vae" else load_clip(path)
+
+
+def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states, tmp_path):
+    states, file = random_states(name), tmp_path / "all.safetensors"
+    save_file(single_file(states), file)
+    if name == "small2":
+        with pytest.raises(weights.WeightsError, match="--prediction-type epsilon"):
+            sample.load_base(file, sample.BASE)
+    schedule = diffusion.load_schedule(file, "v_prediction")
+    assert schedule.prediction_type == "v_prediction"
+    with pytest.raises(weights.WeightsError, match="holds no tokenizer; give --tokenizer"):
+        sample.load_base(file, prediction_type="epsilon")
+    state = {key: tensor for key, tensor in single_file(states).items()
+             if not key.startswith("first_stage_model.")}
+    save_file(state, file)
+    with pytest.raises(weights.WeightsError, match="holds no autoencoder; give one with --vae"):
+        sample.load_base(file, sample.BASE, prediction_type="epsilon")
+    own = tmp_path / "vae.safetensors"
+    save_file(states[1], own)
+    base = sample.load_base(file, sample.BASE, vae_path=own, prediction_type="epsilon")
+    assert_same(base[1], states[1])
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(prediction_type="sample"), "prediction_type = 'sample'"),
+    (dict(beta_schedule="linear"), "beta_schedule"),
+    (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
+    (dict(trained_betas=[0.1]), "trained_betas"),
+    (dict(timestep_spacing="other"), "timestep_spacing = 'other'"),
+])
+def test_another_noise_schedule_is_refused(change, message, tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULE | change))
+    with pytest.raises(weights.WeightsError, match=message):
+        diffusion.load_schedule(tmp_path)
+
+
+def test_parts_of_different_models_are_refused(random_states, tmp_path):
+    states = random_states("small1")[:2] + random_states("small2")[2:]
+    path = write_folder(tmp_path / "sd", "small1", states)
+    (path / "text_encoder" / "config.json").write_text(
+        json.dumps(references.MODELS["small2"]["text"]))
+    with pytest.raises(weights.WeightsError, match="text states of width 1024.*takes 768"):
+        sample.load_base(path)
+
+
+# ---- drawing with them ---------------------------------------------------------------------
+
+@pytest.fixture
+def draw(tmp_path, monkeypatch):
+    """Runs sample.py with arguments, on the CPU, two steps, one picture; returns the picture."""
+    def run(*arguments):
+        out = tmp_path / "pictures"
+        before = set(out.glob("*.png"))
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--steps", "2", "--n", "1", "--device",
+                                          "cpu", "--out", str(out), *map(str, arguments)])
+        sample.main()
+        [file] = set(out.glob("*.png")) - before
+        return Image.open(file)
+
+    return run
+
+
+def test_a_base_alone_is_a_plain_sampler(random_states, tmp_path, draw, monkeypatch):
+    monkeypatch.setattr(sample, "load_base", functools.cache(sample.load_base))
+    states, file = random_states("small1"), tmp_path / "all.safetensors"
+    save_file(single_file(states), file)
+    folder = write_folder(tmp_path / "sd", "small1", states)
+    options = ("--size", "40x24")           # a latent of 3 x 5
+    one = draw("--base", folder, *options)
+    assert one.size == (40, 24) and "bps" not in one.text and one.text["guidance"] == "7.5"
+    assert one.tobytes() == draw("--base", file, "--tokenizer", folder, *options).tobytes()
+    seen = {one.tobytes()}
+    for change in (("--negative-prompt", "a bowl"), ("--clip-skip", 2), ("--guidance", 1.0),
+                   ("--sampler", "dpm++2m"), ("--sampler", "euler-karras"), ("--seed", 1),
+                   ("--prompt", "a pear"), ("--prediction-type", "v_prediction")):
+        picture = draw("--base", folder, *options, *change)
+        assert picture.text[change[0][2:].replace("-", "_")] == str(change[1])
+        seen.add(picture.tobytes())
+    assert len(seen) == 9                   # each option changes the picture
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--size", "41x24"), "--size 41x24: this base takes multiples of 8"),
+    (("--clip-skip", "9"), "--clip-skip 9: allowed are 1 to 2"),
+    (("--clip-skip", "0"), "--clip-skip 0: allowed are 1 to 2"),
+])
+def test_a_wrong_option_is_refused_with_what_is_allowed(arguments, message, random_states,
+                                                        tmp_path, draw):
+    folder = write_folder(tmp_path / "sd", "small1", random_states("small1"))
+    with pytest.raises(weights.WeightsError, match=message):
+        draw("--base", folder, *arguments)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (("--size", "wide"), "wide: allowed are WIDTHxHEIGHT"),
+    (("--size", "8x8x8"), "8x8x8: allowed"),
+    (("--bps", "none", "--cond", "x.png"), "--cond x.png: needs --bps"),
+    (("--sampler", "pndm"), "invalid choice: 'pndm'"),
+])
+def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, draw, capsys):
+    with pytest.raises(SystemExit) as stop:
+        draw(*arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_usual_size_is_what_the_base_was_trained_with(random_states, tmp_path):
+    unet, vae = load_unet(sample.BASE), load_vae(sample.BASE)
+    schedule = diffusion.load_schedule(sample.BASE)
+    assert sample.picture_size(None, None, unet, vae, schedule) == (64, 64)
+    assert sample.picture_size((32, 48), None, unet, vae, schedule) == (32, 48)
+    file = tmp_path / "all.safetensors"
+    save_file(single_file(only(random_states("small2"), 0, 1)), file)
+    unet, vae = load_unet(file), load_vae(file)
+    for kind, side in (("epsilon", 512), ("v_prediction", 768)):
+        schedule = diffusion.load_schedule(file, kind)
+        assert sample.picture_size(None, None, unet, vae, schedule) == (side, side)
