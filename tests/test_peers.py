@@ -1,0 +1,148 @@
+"""The same model in diffusers and transformers gives the same numbers, live: pytest -m peers -s.
+
+Small and at the full sizes of SD 1.5 and SD 2.1, with random weights; prints the differences. Needs
+diffusers and transformers beside requirements.txt, for the real vocabulary the package
+open_clip_torch, and 10 GB of disk and memory.
+"""
+import gzip
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import references
+import torch
+from safetensors.torch import save_file
+from test_references import relative
+
+import clip
+import diffusion
+from unet import load_unet
+from vae import load_vae
+
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def installed():
+    """Skips all of this where the peers are not installed."""
+    pytest.importorskip("diffusers")
+    pytest.importorskip("transformers")
+
+
+@torch.no_grad()
+def randomise(modules):
+    """Moves biases and norms away from the zeros and ones that they start as, in place."""
+    torch.manual_seed(0)
+    for module in modules:
+        for parameter in module.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return modules
+
+
+@pytest.fixture(params=["small1", "small2", "sd15", "sd21"])
+def peers(request, tmp_path):
+    """(name, folder, diffusers' and transformers' modules) of a random model saved by them."""
+    modules = randomise(references.peer_modules(references.MODELS[request.param]))
+    for module, part in zip(modules, ("unet", "vae", "text_encoder")):
+        module.save_pretrained(tmp_path / part, max_shard_size="100GB")
+    yield request.param, tmp_path, modules
+    for file in tmp_path.glob("*/*.safetensors"):
+        file.unlink()                               # pytest keeps folders of earlier runs
+
+
+def vocabulary():
+    """Returns (vocab, merges) of CLIP from the merges that open_clip_torch carries."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None:
+        pytest.skip("open_clip_torch is not installed")
+    text = gzip.decompress(Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes())
+    merges = [tuple(line.split()) for line in text.decode().split("\n")[1:49152 - 256 - 2 + 1]]
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [256 + i for i in range(256 - len(printable))]         # stand for the other bytes
+    letters = [chr(number) for number in printable + others]
+    tokens = (letters + [f"{letter}</w>" for letter in letters] + ["".join(m) for m in merges]
+              + [clip.BEGIN, clip.END])
+    return {token: i for i, token in enumerate(tokens)}, merges
+
+
+def write_tokenizer(folder, vocab, merges, pad):
+    """Writes a tokenizer's folder as the repositories have it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(pad_token=pad)))
+
+
+@torch.inference_mode()
+def test_the_networks_are_exact(peers):
+    name, folder, theirs = peers
+    model = references.MODELS[name]
+    wanted = references.outputs(theirs, model)
+    vocab = {token: i for i, token in enumerate(
+        [f"t{i}" for i in range(model["text"]["vocab_size"] - 2)] + [clip.BEGIN, clip.END])}
+    write_tokenizer(folder / "tokenizer", vocab, [], clip.END)
+    unet, vae, (_, text) = load_unet(folder), load_vae(folder), clip.load_clip(folder)
+    x, z = references.vae_inputs()
+    latent, ids = vae.encode(x), references.text_ids(model["text"]["vocab_size"])
+    found = dict(eps=unet(*references.unet_inputs(model["unet"])), mean=latent.mean,
+                 std=latent.std, x=vae.decode(z), context=text(ids),
+                 context_skip2=text(ids, clip_skip=2))
+    differences = {what: relative(value, wanted[what]) for what, value in found.items()}
+    print(f"\n{name}:", ", ".join(f"{what} {value:.1e}" for what, value in differences.items()))
+    for what, value in differences.items():
+        assert value < (5e-5 if what == "eps" else 1e-5), what
+
+
+@pytest.mark.parametrize("peers", ["small1", "small2"], indirect=True)
+def test_a_single_file_is_converted_by_diffusers_as_by_us(peers, tmp_path):
+    """Our keys as a single file, through diffusers' own rules, are the folder that it wrote."""
+    name, folder, theirs = peers
+    ours = load_unet(folder), load_vae(folder)
+    single = {f"{prefix}{key}": tensor for prefix, module in
+              zip(("model.diffusion_model.", "first_stage_model."), ours)
+              for key, tensor in module.state_dict().items()}
+    save_file(single, tmp_path / "all.safetensors")
+    unet_and_vae = references.to_folder_names(single, references.MODELS[name])[:2]
+    for state, module in zip(unet_and_vae, theirs):
+        own = module.state_dict()
+        assert state.keys() == own.keys()
+        assert all(torch.equal(state[key].reshape(own[key].shape), own[key]) for key in own)
+    assert torch.equal(load_unet(tmp_path / "all.safetensors").out[2].weight, ours[0].out[2].weight)
+
+
+@pytest.mark.parametrize("pad", [clip.END, "!"])
+def test_2000_prompts_of_every_kind_have_the_same_ids(pad, tmp_path):
+    from transformers import CLIPTokenizerFast
+    vocab, merges = vocabulary()
+    write_tokenizer(tmp_path, vocab, merges, pad)
+    ours = clip.load_tokenizer(tmp_path)
+    start = [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert ours(["a photo of a cat"])[0, :7].tolist() == start
+    prompts = references.texts(2000, references.words_of(vocab))
+    theirs = CLIPTokenizerFast(vocab=vocab, merges=merges, pad_token=pad)(
+        prompts, padding="max_length", max_length=77, truncation=True).input_ids
+    different = [prompt for prompt, a, b in zip(prompts, ours(prompts).tolist(), theirs) if a != b]
+    print(f"\npad {pad}: {len(different)} of {len(prompts)} differ")
+    assert not different
+
+
+@pytest.mark.parametrize("prediction_type, spacing", list(itertools.product(
+    ("epsilon", "v_prediction"), ("leading", "trailing", "linspace"))))
+def test_whole_trajectories_are_the_same(prediction_type, spacing):
+    config = dict(references.SCHEDULERS["sd15"], prediction_type=prediction_type,
+                  timestep_spacing=spacing)
+    schedule = diffusion.NoiseSchedule(prediction_type=prediction_type, spacing=spacing)
+    worst, start = 0.0, references.numbers(6, 1, 2, 1, 2).double()
+    for sampler, steps in itertools.product(references.SAMPLERS, (1, 2, 5, 10, 20, 30, 50)):
+        if sampler == "ddim" and (spacing == "linspace" or (spacing, steps) == ("trailing", 30)):
+            continue        # diffusers takes the previous t from t - 1000 // n, not from its list
+        _, wanted = references.peer_trajectory(config, sampler, steps, start)
+        found = torch.cat(list(diffusion.sample(references.predict, start, schedule, steps,
+                                                sampler)))
+        worst = max(worst, relative(found, wanted))
+    print(f"\n{prediction_type}, {spacing}: {worst:.1e}")
+    assert worst < 1e-4
