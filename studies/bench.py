@@ -29,7 +29,10 @@ PREFIXES = dict(unet="model.diffusion_model.", vae="first_stage_model.",
                 text_encoder="cond_stage_model.transformer.text_model.")
 CONFIGS = dict(
     unet=dict(_class_name="UNet2DConditionModel", sample_size=64, cross_attention_dim=768,
-              attention_head_dim=8, block_out_channels=[320, 640, 1280, 1280]),
+              attention_head_dim=8, block_out_channels=[320, 640, 1280, 1280],
+              layers_per_block=2, down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+              up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, act_fn="silu",
+              norm_eps=1e-5, norm_num_groups=32, class_embed_type=None, addition_embed_type=None),
     vae=dict(_class_name="AutoencoderKL", block_out_channels=[128, 256, 512, 512],
              layers_per_block=2, latent_channels=4, down_block_types=["DownEncoderBlock2D"] * 4,
              up_block_types=["UpDecoderBlock2D"] * 4),
@@ -46,6 +49,7 @@ DIFFUSERS = all(importlib.util.find_spec(name) for name in ("diffusers", "transf
 def make_base(folder):
     """Writes FOLDER/sd15 and FOLDER/sd15.safetensors with seeded random weights, in fp32."""
     torch.manual_seed(0)
+    folder = Path(folder)
     modules = dict(unet=UNet(UNetConfig()), vae=AutoencoderKL(VAEConfig()),
                    text_encoder=CLIPTextModel(CLIPTextConfig()))
     names = dict(unet=lambda key: weights.unet_folder_name(key, 2),
@@ -96,7 +100,9 @@ def peak():
 
 
 def measure_load(program, path, dtype):
-    """Returns seconds to load, seconds to then read every weight once, and peak / weights."""
+    """Returns seconds to load, to make our convolutions channels_last as sample.py does, to then
+    read every weight once, and peak / weights.
+    """
     if program == "diffusers":
         import diffusers  # noqa: F401      its import is not loading
         import transformers  # noqa: F401
@@ -104,12 +110,15 @@ def measure_load(program, path, dtype):
     before, started = peak(), time.perf_counter()
     modules = load(program, path, dtype)
     loaded = time.perf_counter()
+    if program == "ours":
+        modules = [module.to(memory_format=torch.channels_last) for module in modules]
+    converted = time.perf_counter()
     parameters = [p for module in modules for p in module.parameters()]
     for parameter in parameters:
         parameter.sum()
     size = sum(p.numel() for p in parameters) * DTYPES[dtype].itemsize
-    return dict(load=loaded - started, read=time.perf_counter() - loaded,
-                peak=(peak() - before) / size)
+    return dict(load=loaded - started, convert=converted - loaded,
+                read=time.perf_counter() - converted, peak=(peak() - before) / size)
 
 
 def unet_calls(path, device, dtype, programs):
@@ -193,8 +202,8 @@ def in_a_process(function, *arguments):
 
 def load_table(base, repeat):
     """Prints the seconds and the memory of loading."""
-    print("\n| load | dtype | ours s | diffusers s | ratio | then read all, ours s | diffusers s | "
-          "peak / weights, ours | diffusers |\n|---|---|---|---|---|---|---|---|---|")
+    print("\n| load | dtype | ours s | diffusers s | ratio | ours to channels_last s | read all, "
+          "ours s | diffusers s | peak / weights, ours | diffusers |\n" + "|---" * 10 + "|")
     for path in (base / "sd15", base / "sd15.safetensors"):
         for dtype in DTYPES:
             rows = {"ours": [], "diffusers": []}
@@ -204,12 +213,12 @@ def load_table(base, repeat):
             cells = {}
             for program, runs in rows.items():
                 cells[program] = {what: statistics.median(run[what] for run in runs)
-                                  for what in ("load", "read", "peak")} if runs else None
-            ours, peer = cells["ours"], cells["diffusers"]
-            nan = float("nan")
-            peer = peer or dict(load=nan, read=nan, peak=nan)
+                                  for what in runs[0]} if runs else None
+            ours, nan = cells["ours"], float("nan")
+            peer = cells["diffusers"] or dict(load=nan, read=nan, peak=nan)
             print(f"| {path.name} | {dtype} | {ours['load']:.2f} | {peer['load']:.2f} | "
-                  f"{ours['load'] / peer['load']:.2f} | {ours['read']:.2f} | {peer['read']:.2f} | "
+                  f"{ours['load'] / peer['load']:.2f} | {ours['convert']:.2f} | "
+                  f"{ours['read']:.2f} | {peer['read']:.2f} | "
                   f"{ours['peak']:.2f} | {peer['peak']:.2f} |", flush=True)
 
 
@@ -249,7 +258,7 @@ def main():
     add("--only", choices=("load", "forward", "rounding"), help="one table")
     args = parser.parse_args()
     if not (args.base / "sd15" / "model_index.json").is_file():
-        make_base(args.base)
+        in_a_process("make_base", args.base)    # a big parent would pass its peak on
     for name in ("diffusers", "transformers"):
         if not importlib.util.find_spec(name):
             print(f"{name} is not installed: only our own figures")
