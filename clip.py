@@ -21,6 +21,7 @@ from safetensors import safe_open
 from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import nn
 
+import layouts
 import weights
 
 CONTEXT_LENGTH = 77         # begin + 75 tokens + end
@@ -195,7 +196,7 @@ def load_clip(path, tokenizer_path=None, dtype=torch.float32, device="cpu"):
     file has none of its own. Errors: weights.WeightsError names the file and what is missing or
     does not fit.
     """
-    checkpoint = weights.read_text(path)
+    checkpoint = layouts.read_text(path)
     if tokenizer_path is None and not Path(path).is_dir():
         raise weights.WeightsError(f"{path}: a single file holds no tokenizer; give --tokenizer, "
                                    f"a folder with vocab.json and merges.txt")
@@ -283,6 +284,6 @@ def load_score(path, device="cpu"):
         metadata = f.metadata()
     score = CLIPScore(text_model, json.loads(metadata["image_widths"]), int(metadata["dim"]))
     state |= {f"text_model.{name}": stored
-              for name, stored in weights.read_text(path).state.items()}
+              for name, stored in layouts.read_text(path).state.items()}
     return tokenizer, weights.load_strict(score, weights.Checkpoint({}, state, str, file),
                                           device=device)

@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from weights import WeightsError, read_json, read_unet
+from layouts import read_unet
+from weights import WeightsError, read_json
 
 SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras")
 PREDICTION_TYPES = ("epsilon", "v_prediction")

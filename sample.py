@@ -22,9 +22,10 @@ import diffusion
 from bps import load_bps, posterior
 from clip import load_clip
 from data import DataError, images_at_a_time, read_drawing, to_image
+from layouts import find_unet
 from unet import load_unet
 from vae import load_vae
-from weights import WeightsError, find_unet, fingerprint
+from weights import WeightsError, fingerprint
 
 HERE = Path(__file__).parent
 BASE = HERE / "tiny" / "model"

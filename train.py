@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw
 from torch import nn
 from tqdm import tqdm
 
+import layouts
 import weights
 from bps import BPS, config_for, save_bps
 from data import (
@@ -264,7 +265,7 @@ def main():
     unit = vae.factor * 2 ** (len(unet.config.channels) - 1)
     if args.size % unit:
         raise DataError(f"--size {args.size}: this base takes multiples of {unit}")
-    base = weights.fingerprint(*weights.find_unet(args.base))
+    base = weights.fingerprint(*layouts.find_unet(args.base))
     facts = {key: str(value) for key, value in vars(args).items() if key != "out"}
     facts["base_sha256"] = base
     out = choose_out(args.out or Path("runs") / args.task, facts)

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import layouts
 import weights
 
 MAX_PERIOD = 10_000     # longest period of the timestep sinusoids (Attention Is All You Need, 3.5)
@@ -304,7 +305,7 @@ def load_unet(path, dtype=torch.float32, device="cpu"):
     Errors: weights.WeightsError names the file and every key that is missing, unexpected or of
     another shape.
     """
-    checkpoint = weights.read_unet(path)
+    checkpoint = layouts.read_unet(path)
     with torch.device("meta"):
         unet = UNet(UNetConfig(**checkpoint.config))
     return weights.load_strict(unet, checkpoint, dtype, device)

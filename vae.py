@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import layouts
 import weights
 
 LOGVAR_RANGE = (-30.0, 20.0)    # the original's clamp; keeps exp() finite
@@ -227,7 +228,7 @@ def load_vae(path, dtype=torch.float32, device="cpu"):
     Errors: weights.WeightsError names the file and every key that is missing, unexpected or of
     another shape.
     """
-    checkpoint = weights.read_vae(path)
+    checkpoint = layouts.read_vae(path)
     with torch.device("meta"):
         vae = AutoencoderKL(VAEConfig(**checkpoint.config))
     return weights.load_strict(vae, checkpoint, dtype, device)

@@ -1,17 +1,15 @@
-"""Finds and reads Stable Diffusion checkpoints: a folder or a single .safetensors file, strictly.
+"""Reads and writes weights: .safetensors files, strictly, a tensor at a time, never a pickle.
 
-The modules of unet.py, vae.py and clip.py carry the names of the single-file layout, so that one
-loads as it is. Other layouts go through the functions *_name below, from a module's key to the
-file's. Only headers are read at first, and tensors one at a time. Nothing is fetched from a
-network, and no pickle is opened.
+Only headers are read at first: names and shapes decide whether a file fits, and then each tensor
+is mapped from the file into its module. What the names are is layouts.py's business. Nothing is
+fetched from a network.
 
-    checkpoint = read_unet("tiny/model")        # config, tensors, and how keys are spelled there
+    checkpoint = layouts.read_unet("tiny/model")    # config, tensors, how keys are spelled there
     load_strict(UNet(UNetConfig(**checkpoint.config)), checkpoint)
 """
 import hashlib
 import json
 import os
-import re
 import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -21,32 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-UNET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"       # of weights files in a folder
 TENSORS_AT_A_TIME = 16          # that a file is kept open for; opening one takes milliseconds
-TAKES = "this program takes text-to-image models of SD 1.x and 2.x"
-IN_CHANNELS_OF = {9: "an in-painting", 8: "an InstructPix2Pix", 7: "an up-scaler", 5: "a depth"}
-
-# Keys of a config.json that would change the graph, with the value that is implemented.
-UNET_FIXED = dict(
-    _class_name="UNet2DConditionModel", act_fn="silu", norm_eps=1e-5, downsample_padding=1,
-    conv_in_kernel=3, conv_out_kernel=3, class_embed_type=None, num_class_embeds=None,
-    class_embeddings_concat=False, projection_class_embeddings_input_dim=None,
-    addition_embed_type=None, encoder_hid_dim=None, encoder_hid_dim_type=None,
-    attention_type="default", cross_attention_norm=None, only_cross_attention=False,
-    mid_block_only_cross_attention=None, dual_cross_attention=False,
-    transformer_layers_per_block=1, reverse_transformer_layers_per_block=None,
-    mid_block_type="UNetMidBlock2DCrossAttn", mid_block_scale_factor=1, center_input_sample=False,
-    resnet_time_scale_shift="default", resnet_skip_time_act=False, resnet_out_scale_factor=1.0,
-    time_embedding_type="positional", time_embedding_dim=None, time_embedding_act_fn=None,
-    timestep_post_act=None, time_cond_proj_dim=None, flip_sin_to_cos=True, freq_shift=0)
-VAE_FIXED = dict(
-    _class_name="AutoencoderKL", act_fn="silu", in_channels=3, out_channels=3,
-    down_block_types="DownEncoderBlock2D", up_block_types="UpDecoderBlock2D",
-    use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
-    shift_factor=None, latents_mean=None, latents_std=None)
-TEXT_FIXED = dict(max_position_embeddings=77, layer_norm_eps=1e-5)
-
-
 class WeightsError(ValueError):
     """A checkpoint that cannot be used; the message is one line for the user."""
 
@@ -168,12 +141,6 @@ def find_weights(folder, stem):
     raise WeightsError(f"{folder}: no {stem}.safetensors in it")
 
 
-def find_unet(path):
-    """Returns the files that hold the U-Net of an SD folder or single file."""
-    path = Path(path)
-    return find_weights(path / "unet", UNET_STEM) if path.is_dir() else [path]
-
-
 def read_folder(folder, stem, fixed):
     """Returns (config.json as a dict, {name: Stored}, first file) of one part of an SD folder.
 
@@ -191,38 +158,6 @@ def read_folder(folder, stem, fixed):
     for file in files:
         state |= read_header(file)
     return config, state, files[0]
-
-
-SINGLE_FILE_PARTS = {"model.diffusion_model.": "U-Net", "first_stage_model.": "autoencoder",
-                     "cond_stage_model.": "text encoder"}
-# What training left in single files: averages, the noise schedule, the autoencoder's own loss.
-SINGLE_FILE_IGNORED = re.compile(
-    r"(first_stage_model\.)?(model_ema|loss)\.|"
-    r"(betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|lvlb_weights|scale_factor)$")
-
-
-def read_single_file(path, part):
-    """Returns {name without the part's prefix: Stored} of a single file.
-
-    part: one of SINGLE_FILE_PARTS. Errors: WeightsError where the part is not there, the file
-    holds another model, or anything that is neither a part nor known to be of no use.
-    """
-    state = read_header(path)
-    if any(name.startswith("conditioner.embedders.") for name in state):
-        raise WeightsError(f"{path}: an SD XL model; {TAKES}")
-    if not any(name.startswith(tuple(SINGLE_FILE_PARTS)) for name in state):
-        raise WeightsError(f"{path}: no tensor of it begins with "
-                           f"{' or '.join(SINGLE_FILE_PARTS)}; it is not a Stable Diffusion file")
-    strange = [name for name in state if not name.startswith(tuple(SINGLE_FILE_PARTS))
-               and not SINGLE_FILE_IGNORED.match(name)]
-    if strange:
-        raise WeightsError(f"{path}: {len(strange)} unexpected tensors: {', '.join(strange)}")
-    state = {name.removeprefix(part): stored for name, stored in state.items()
-             if name.startswith(part) and not SINGLE_FILE_IGNORED.match(name)}
-    if not state:
-        supply = "give one with --vae" if part == "first_stage_model." else "give a whole model"
-        raise WeightsError(f"{path}: holds no {SINGLE_FILE_PARTS[part]}; {supply}")
-    return state
 
 
 def save(tensors, file, metadata):
@@ -313,256 +248,3 @@ def _squeezed(shape):
     while len(shape) > 2 and shape[-1] == 1:
         shape = shape[:-1]
     return shape
-
-
-def _count(state, name):
-    """Returns how many of name.format(0), name.format(1) .. there are without a gap."""
-    number = 0
-    while name.format(number) in state:
-        number += 1
-    return number
-
-
-# ---- U-Net ---------------------------------------------------------------------------------
-
-UNET_NAMES = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-              "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-              "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
-              "middle_block.2": "mid_block.resnets.1"}
-RES_NAMES = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
-             "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
-
-
-def unet_folder_name(key, blocks_per_level):
-    """Returns what the folder layout calls a U-Net key of the single-file layout."""
-    for own, name in UNET_NAMES.items():
-        key = re.sub(rf"^{re.escape(own)}\.", f"{name}.", key)
-    match = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.*)", key)
-    if match:
-        path, rest = match[1], match[4]
-        block, layer = int(match[2]), int(match[3])
-        # a level of either path is blocks_per_level + 1 entries; the input path starts at 1
-        level, i = divmod(block - (path == "input"), blocks_per_level + 1)
-        side = "down_blocks" if path == "input" else "up_blocks"
-        if rest.startswith("op."):
-            key = f"{side}.{level}.downsamplers.0.conv.{rest[3:]}"
-        elif rest.startswith("conv."):
-            key = f"{side}.{level}.upsamplers.0.{rest}"
-        else:
-            key = f"{side}.{level}.{'resnets' if layer == 0 else 'attentions'}.{i}.{rest}"
-    if ".resnets." in key:
-        for own, name in RES_NAMES.items():
-            key = key.replace(f".{own}.", f".{name}.")
-    return key
-
-
-def unet_config_from_json(config, file):
-    """Returns UNetConfig's arguments from a folder's config.json; absent keys are SD 1.5's."""
-    channels = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
-    down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
-    up = config.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
-    attention = tuple(kind == "CrossAttnDownBlock2D" for kind in down)
-    mirrored = ["CrossAttnUpBlock2D" if with_text else "UpBlock2D" for with_text in attention][::-1]
-    if set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"} or list(up) != mirrored:
-        raise WeightsError(f"{file}: block types {down + up}; allowed are (CrossAttn)DownBlock2D "
-                           f"and, mirrored, (CrossAttn)UpBlock2D")
-    # SD's configs say attention_head_dim where they mean the number of heads.
-    heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-    heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
-    for key in ("layers_per_block", "cross_attention_dim"):
-        if not isinstance(config.get(key, 1), int):
-            raise WeightsError(f"{file}: {key} = {config[key]!r}; allowed is one number")
-    return dict(channels=channels, attention=attention, heads=heads,
-                blocks_per_level=config.get("layers_per_block", 2),
-                context_dim=config.get("cross_attention_dim", 768),
-                latent_channels=config.get("out_channels", 4),
-                norm_groups=config.get("norm_num_groups", 32),
-                linear_projection=config.get("use_linear_projection", False),
-                sample_size=config.get("sample_size") or 64)
-
-
-def unet_config_from_shapes(state, path):
-    """Returns UNetConfig's arguments of a single file, which says nothing of its sizes.
-
-    The width of the text states tells SD 1.x (768), with 8 heads, from SD 2.x (1024), with heads
-    of width 64.
-    """
-    ops = [n for n in range(99) if f"input_blocks.{n}.0.op.weight" in state]
-    stride = ops[0] if ops else _count(state, "input_blocks.{}.0.weight")      # entries of a level
-    levels = [1 + stride * level for level in range(len(ops) + 1)]
-    try:
-        channels = tuple(state[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in levels)
-        context_dim = next(stored.shape[1] for name, stored in state.items()
-                           if name.endswith("attn2.to_k.weight"))
-    except (KeyError, StopIteration):
-        raise WeightsError(f"{path}: its U-Net's names are not those of SD 1.x or 2.x; "
-                           f"{TAKES}") from None
-    if context_dim not in (768, 1024):
-        model = {2048: "an SD XL model", 1280: "an SD XL refiner"}.get(context_dim,
-                                                                      "an unknown model")
-        raise WeightsError(f"{path}: text states of width {context_dim}: {model}; {TAKES}")
-    return dict(channels=channels, context_dim=context_dim, blocks_per_level=stride - 1,
-                attention=tuple(f"input_blocks.{n}.1.norm.weight" in state for n in levels),
-                heads=tuple(8 if context_dim == 768 else c // 64 for c in channels),
-                latent_channels=state["out.2.weight"].shape[0] if "out.2.weight" in state else 4,
-                linear_projection=context_dim == 1024)
-
-
-def read_unet(path):
-    """Returns the Checkpoint of the U-Net of an SD folder or single file."""
-    path = Path(path)
-    if path.is_dir():
-        config_file = path / "unet" / "config.json"
-        config = read_json(config_file) if config_file.is_file() else {}
-        if config.get("cross_attention_dim") == 2048:
-            raise WeightsError(f"{path}: an SD XL model; {TAKES}")
-        check_in_channels(config.get("in_channels", 4), path)
-        config, state, file = read_folder(path / "unet", UNET_STEM, UNET_FIXED)
-        arguments = unet_config_from_json(config, config_file)
-        stem, blocks = "conv_in.weight", arguments["blocks_per_level"]
-
-        def spelling(key):
-            """Returns the folder's name of a key."""
-            return unet_folder_name(key, blocks)
-    else:
-        state = read_single_file(path, "model.diffusion_model.")
-        arguments = unet_config_from_shapes(state, path)
-        file, stem, spelling = path, "input_blocks.0.0.weight", str
-    if stem in state:
-        check_in_channels(state[stem].shape[1], path)
-    return Checkpoint(arguments, state, spelling, file)
-
-
-def check_in_channels(channels, path):
-    """Raises WeightsError where a U-Net's number of input channels is that of another task."""
-    if channels in IN_CHANNELS_OF:
-        raise WeightsError(f"{path}: {channels} input channels, {IN_CHANNELS_OF[channels]} model; "
-                           f"{TAKES}")
-
-
-# ---- autoencoder ---------------------------------------------------------------------------
-
-VAE_NAMES = {".block.": ".resnets.", ".nin_shortcut.": ".conv_shortcut.",
-             ".downsample.conv.": ".downsamplers.0.conv.", ".upsample.conv.": ".upsamplers.0.conv.",
-             ".norm_out.": ".conv_norm_out.", ".mid.block_1.": ".mid_block.resnets.0.",
-             ".mid.block_2.": ".mid_block.resnets.1.", ".mid.attn_1.": ".mid_block.attentions.0."}
-# The middle's attention is spelled in three ways, which occur under either of its two names.
-VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v",
-                 "proj_out": "to_out.0", "query": "to_q", "key": "to_k", "value": "to_v",
-                 "proj_attn": "to_out.0"}
-
-
-def vae_attention_name(name):
-    """Returns an autoencoder's name with its attention spelled group_norm, to_q .. to_out.0."""
-    return re.sub(r"(\.mid\.attn_1|\.mid_block\.attentions\.0)\.(\w+)\.(?=weight|bias)",
-                  lambda m: f"{m[1]}.{VAE_ATTENTION.get(m[2], m[2])}.", name)
-
-
-def vae_folder_name(key, levels):
-    """Returns what the folder layout calls an autoencoder key of the single-file layout."""
-    key = vae_attention_name(key)
-    for own, name in VAE_NAMES.items():
-        key = key.replace(own, name)
-    key = re.sub(r"\.down\.(\d+)\.", r".down_blocks.\1.", key)
-    return re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", key)
-
-
-def vae_config_from_json(config):
-    """Returns VAEConfig's arguments from a folder's config.json; absent keys are SD's."""
-    return dict(channels=tuple(config.get("block_out_channels", (128, 256, 512, 512))),
-                blocks_per_level=config.get("layers_per_block", 2),
-                latent_channels=config.get("latent_channels", 4),
-                norm_groups=config.get("norm_num_groups", 32),
-                scaling_factor=config.get("scaling_factor") or 0.18215)
-
-
-def read_vae(path):
-    """Returns the Checkpoint of an autoencoder, from wherever one may lie.
-
-    path: an SD folder or single file, or an autoencoder's own folder or file.
-    """
-    path = Path(path)
-    if path.is_dir():
-        folder = path if (path / "config.json").is_file() else path / "vae"
-        config, state, file = read_folder(folder, UNET_STEM, VAE_FIXED)
-        arguments = vae_config_from_json(config)
-    else:
-        state, file = read_header(path), path
-        if not any(name.startswith(("encoder.", "decoder.")) for name in state):
-            state = read_single_file(path, "first_stage_model.")
-        state = {name: stored for name, stored in state.items()
-                 if not name.startswith(("loss.", "model_ema."))}
-        levels = _count(state, "encoder.down.{}.block.0.conv1.weight")
-        arguments = dict(
-            channels=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0]
-                           for i in range(levels)),
-            blocks_per_level=_count(state, "encoder.down.0.block.{}.conv1.weight"),
-        ) if levels else {}                             # a folder's file, without its config.json
-    state = {vae_attention_name(name): stored for name, stored in state.items()}
-    if any(".up_blocks." in name for name in state):
-        levels = len(arguments.get("channels", range(4)))
-        return Checkpoint(arguments, state, lambda key: vae_folder_name(key, levels), file)
-    return Checkpoint(arguments, state, vae_attention_name, file)
-
-
-# ---- text encoder --------------------------------------------------------------------------
-
-TEXT_IGNORED = re.compile(r"(^|\.)(position_ids|logit_scale|text_projection|attn_mask)\b|"
-                          r"(^|\.)(vision_model|visual_projection|visual)\.")
-OPENCLIP_NAMES = {"encoder.layers.": "transformer.resblocks.", ".self_attn.": ".attn.",
-                  ".layer_norm1.": ".ln_1.", ".layer_norm2.": ".ln_2.", ".mlp.fc1.": ".mlp.c_fc.",
-                  ".mlp.fc2.": ".mlp.c_proj.", "final_layer_norm.": "ln_final.",
-                  "embeddings.token_embedding.": "token_embedding.",
-                  "embeddings.position_embedding.weight": "positional_embedding"}
-
-
-def openclip_name(key):
-    """Returns what an SD 2 single file calls a text encoder's key, with in_proj split in three."""
-    for own, name in OPENCLIP_NAMES.items():
-        key = key.replace(own, name)
-    return key
-
-
-def split_in_proj(state, width):
-    """Returns the state with each in_proj (3 D, ..) of attention as q_proj, k_proj and v_proj."""
-    split = {}
-    for name, stored in state.items():
-        if ".attn.in_proj_" not in name:
-            split[name] = stored
-            continue
-        for i, own in enumerate("qkv"):
-            rows = slice(i * width, (i + 1) * width)
-            split[name.replace("in_proj_", f"{own}_proj.")] = stored._replace(
-                shape=(width, *stored.shape[1:]), rows=rows)
-    return split
-
-
-def read_text(path):
-    """Returns the Checkpoint of the CLIP text encoder of an SD folder or single file."""
-    path = Path(path)
-    config = {}
-    if path.is_dir():
-        config, state, file = read_folder(path / "text_encoder", TEXT_STEM, TEXT_FIXED)
-    else:
-        state, file = read_single_file(path, "cond_stage_model."), path
-    state = {name: stored for name, stored in state.items() if not TEXT_IGNORED.search(name)}
-    # whatever stands before the embedding's name is the prefix: text_model., transformer. or more
-    embedding = next((name for name in state if name.endswith("token_embedding.weight")), None)
-    if embedding is None:
-        raise WeightsError(f"{file}: holds no CLIP text encoder; give a folder or file with one")
-    prefix = embedding.removesuffix("token_embedding.weight").removesuffix("embeddings.")
-    vocab_size, width = state[embedding].shape
-    state = {name.removeprefix(prefix): stored for name, stored in state.items()}
-    # what a config.json does not say: SD 1's heads are 64 wide, and so are SD 2's
-    arguments = dict(width=width, vocab_size=vocab_size,
-                     heads=config.get("num_attention_heads", width // 64),
-                     activation=config.get("hidden_act", "quick_gelu"))
-    layers = _count(state, "encoder.layers.{}.layer_norm1.weight")
-    if layers or "embeddings.token_embedding.weight" in state:
-        layers = config.get("num_hidden_layers", layers)
-        return Checkpoint(arguments | dict(layers=layers), state, str, file)
-    # OpenCLIP: SD 2 reads the states before the last block, which is therefore left out
-    last = _count(state, "transformer.resblocks.{}.ln_1.weight") - 1
-    state = {name: stored for name, stored in split_in_proj(state, width).items()
-             if not name.startswith(f"transformer.resblocks.{last}.")}
-    return Checkpoint(arguments | dict(layers=last, activation="gelu"), state, openclip_name, file)

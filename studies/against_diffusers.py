@@ -3,7 +3,7 @@
 Needs an environment of its own, never that of requirements.txt:
 
     pip install "torch<=2.13.0" diffusers transformers accelerate tqdm tokenizers pillow
-    PYTHONPATH=. python studies/against_diffusers.py
+    python -m studies.against_diffusers
 """
 import torch
 from diffusers import StableDiffusionPipeline
@@ -17,10 +17,12 @@ STEPS, GUIDANCE = 50, 3.0
 
 @torch.inference_mode()
 def main():
+    """Prints the largest differences, part by part and then of a picture."""
     pipe = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
     unet, vae, tokenizer, text_model, schedule = load_base(BASE)
 
     def show(what, ours, theirs):
+        """Prints how far two tensors are apart."""
         print(f"{what}: largest difference {(ours - theirs).abs().max().item():.2e}")
 
     ids = tokenizer(PROMPTS)

@@ -1,13 +1,12 @@
 """Time, memory and rounding of Stable Diffusion's networks, side by side with diffusers.
 
-    PYTHONPATH=. python studies/bench.py --base runs/bench
+    python -m studies.bench --base runs/bench
 
 The base is made where it is missing: a folder and a single file of SD 1.5's sizes with random
 weights, 8.5 GB in all. Every measurement of memory is a process of its own, files are in the page
 cache, times are medians of --repeat runs that take turns. What is not installed is skipped; to
 compare, run it in an environment with diffusers, transformers and accelerate.
 """
-import gc
 import importlib.util
 import json
 import resource
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+import layouts
 import weights
 from clip import BEGIN, END, CLIPTextConfig, CLIPTextModel, load_clip
 from sample import BASE, DTYPES, Parser, draw, load_base, run
@@ -41,6 +41,7 @@ CONFIGS = dict(
                       model_type="clip_text_model", vocab_size=49408, bos_token_id=0,
                       eos_token_id=2))
 SIDE = 64                       # of the latent: 512 px
+STEPS = 25                      # of the picture whose rounding is measured
 DIFFUSERS = all(importlib.util.find_spec(name) for name in ("diffusers", "transformers"))
 
 
@@ -52,15 +53,15 @@ def make_base(folder):
     folder = Path(folder)
     modules = dict(unet=UNet(UNetConfig()), vae=AutoencoderKL(VAEConfig()),
                    text_encoder=CLIPTextModel(CLIPTextConfig()))
-    names = dict(unet=lambda key: weights.unet_folder_name(key, 2),
-                 vae=lambda key: weights.vae_folder_name(key, 4), text_encoder=str)
+    names = dict(unet=lambda key: layouts.unet_folder_name(key, 2),
+                 vae=lambda key: layouts.vae_folder_name(key, 4), text_encoder=str)
     sd15 = folder / "sd15"
     for part, module in modules.items():
         (sd15 / part).mkdir(parents=True, exist_ok=True)
         # the folder layout holds the autoencoder's attention as linear layers
         tensors = {names[part](key): tensor.flatten(1) if "attn_1" in key and tensor.dim() == 4
                    else tensor for key, tensor in module.state_dict().items()}
-        stem = weights.TEXT_STEM if part == "text_encoder" else weights.UNET_STEM
+        stem = layouts.TEXT_STEM if part == "text_encoder" else layouts.UNET_STEM
         weights.save(tensors, sd15 / part / f"{stem}.safetensors", dict(format="pt"))
         weights.write_json(CONFIGS[part], sd15 / part / "config.json")
     single = {f"{PREFIXES[part]}{key}": tensor for part, module in modules.items()
@@ -124,8 +125,9 @@ def measure_load(program, path, dtype):
 def unet_calls(path, device, dtype, programs):
     """Returns {program: a function without arguments that predicts once, 512 px, batch 2}."""
     generator, dtype = torch.Generator().manual_seed(0), DTYPES[dtype]
+    width = layouts.read_unet(path).config["context_dim"]
     z_t, context = (torch.randn(shape, generator=generator).to(device, dtype)
-                    for shape in ((2, 4, SIDE, SIDE), (2, 77, 768)))
+                    for shape in ((2, 4, SIDE, SIDE), (2, 77, width)))
     t, last = torch.tensor([981, 981], device=device), torch.channels_last
     calls = {}
     if "ours" in programs:
@@ -170,20 +172,19 @@ def measure_rounding(path, device):
     """Returns {dtype: {what: largest difference from fp32, relative to the largest value}}."""
     generator = torch.Generator().manual_seed(0)
     z_t = torch.randn(2, 4, 24, 32, generator=generator).to(device)
-    ids = torch.randint(49408, (2, 77), generator=generator).to(device)
+    vocab_size = layouts.read_text(path).config["vocab_size"]
+    ids = torch.randint(vocab_size, (2, 77), generator=generator).to(device)
     t, found = torch.tensor([21, 981], device=device), {}
     for name, dtype in DTYPES.items():
         text = load_clip(path, dtype=dtype, device=device)[1]
         context = text(ids)
         unet = load_unet(path, dtype, device)
         eps = unet(z_t.to(dtype), t, context)
-        base = load_base(BASE, device=device, dtype=dtype)
-        tiny, vae, tokenizer, tiny_text, schedule = base
+        tiny, vae, tokenizer, tiny_text, schedule = load_base(BASE, device=device, dtype=dtype)
         states, empty = tiny_text(tokenizer(["a red apple", ""]).to(device)).split(1)
-        picture = draw(tiny, vae, schedule, states, empty, [0], 64, 25, 3.0)
+        picture = draw(tiny, vae, schedule, states, empty, [0], 64, STEPS, 3.0)
         found[name] = dict(context=context.float(), eps=eps.float(), picture=picture.clamp(-1, 1))
-        del text, unet, base
-        gc.collect()
+        del text, unet
     exact = found.pop("fp32")
     return {name: {what: ((value - exact[what]).abs().max() / exact[what].abs().max()).item()
                    for what, value in values.items()} for name, values in found.items()}
@@ -193,8 +194,8 @@ def measure_rounding(path, device):
 
 def in_a_process(function, *arguments):
     """Returns what a function of this file returns in a process of its own."""
-    words = [sys.executable, __file__, "--child", function, *map(str, arguments)]
-    done = subprocess.run(words, capture_output=True, text=True)
+    words = [sys.executable, "-m", "studies.bench", "--child", function, *map(str, arguments)]
+    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
@@ -242,7 +243,7 @@ def rounding_table(base, device):
     print("\n| largest difference from fp32, of the largest value | fp16 | bf16 |\n|---|---|---|")
     for what, words in (("context", "text states, SD 1.5's size"),
                         ("eps", "eps, SD 1.5's size, 192 x 256 px"),
-                        ("picture", "embedded base, picture after 25 steps")):
+                        ("picture", f"embedded base, picture after {STEPS} steps")):
         print(f"| {words} | {found['fp16'][what]:.1e} | {found['bf16'][what]:.1e} |")
 
 
@@ -257,6 +258,7 @@ def main():
     add("--repeat", type=int, default=5, help="runs of each program (default: %(default)s)")
     add("--only", choices=("load", "forward", "rounding"), help="one table")
     args = parser.parse_args()
+    args.base = args.base.resolve()
     if not (args.base / "sd15" / "model_index.json").is_file():
         in_a_process("make_base", args.base)    # a big parent would pass its peak on
     for name in ("diffusers", "transformers"):

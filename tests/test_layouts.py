@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import save_file as save_float32
 
 import diffusion
+import layouts
 import sample
 import weights
 from clip import load_clip
@@ -37,8 +38,8 @@ def save_file(state, file):
 def folder_states(states):
     """Returns {part: {folder name: tensor}}; the autoencoder's attention has today's names."""
     unet, vae, text = states
-    return {"unet": {weights.unet_folder_name(key, 2): tensor for key, tensor in unet.items()},
-            "vae": {weights.vae_folder_name(key, 4): tensor for key, tensor in vae.items()},
+    return {"unet": {layouts.unet_folder_name(key, 2): tensor for key, tensor in unet.items()},
+            "vae": {layouts.vae_folder_name(key, 4): tensor for key, tensor in vae.items()},
             "text_encoder": {f"text_model.{key}": tensor for key, tensor in text.items()}}
 
 
@@ -166,7 +167,7 @@ def test_the_autoencoders_attention_loads_in_every_spelling(spelling, rank, rand
     folder = tmp_path / "vae"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(references.MODELS["small1"]["vae"]))
-    save_file({weights.vae_folder_name(key, 4): tensor
+    save_file({layouts.vae_folder_name(key, 4): tensor
                for key, tensor in renamed.items()},
               folder / "diffusion_pytorch_model.safetensors")
     assert_same(load_vae(folder), vae)                              # an autoencoder's own folder

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_layouts import save_file, single_file, write_folder
 
 import sample
 import train
@@ -48,14 +49,19 @@ def test_a_command_of_the_readme_has_arguments_that_its_script_takes(command, mo
     assert stop.value.code == 0
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "sample.py" in c and "SD" not in c])
-def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch):
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "sample.py" in c])
+def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, random_states):
     _, arguments = split(command)
-    if "runs/" in command:      # what training writes: here the committed one stands in for it
-        arguments = [str(sample.BASE.parent / "bps_sketch.safetensors")
-                     if word == "runs/sketch/bps.safetensors" else word for word in arguments]
-    arguments = [str(sample.BASE.parent / "drawing.png") if word == "drawing.png" else word
-                 for word in arguments]
+    tiny, small = sample.BASE.parent, write_folder(tmp_path / "sd", "small1",
+                                                   random_states("small1"))
+    save_file(single_file(random_states("small1")), tmp_path / "model.safetensors")
+    # what stands in for a user's own files: the base is the embedded one where BPS steers it
+    stand_ins = {"runs/sketch/bps.safetensors": tiny / "bps_sketch.safetensors",
+                 "runs/sd/bps.safetensors": tiny / "bps_sketch.safetensors",
+                 "drawing.png": tiny / "drawing.png", "768x512": "96x64",
+                 "SD_FOLDER": sample.BASE if "--bps" in arguments else small,
+                 "MODEL.safetensors": tmp_path / "model.safetensors"}
+    arguments = [str(stand_ins.get(word, word)) for word in arguments]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["sample.py", *arguments, "--steps", "2", "--n", "1",
                                       "--out", str(tmp_path)])

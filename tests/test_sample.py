@@ -143,3 +143,42 @@ def test_bps_runs_once_per_timestep_whatever_the_number_of_seeds(draw, monkeypat
     monkeypatch.setattr(BPS, "forward", counted)
     draw("--n", 3)
     assert calls == [1, 1]          # two steps, condition batch 1, serving both guidance halves
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_narrower_dtype_draws_nearly_the_same_picture(dtype, draw):
+    exact, rounded = (pixels(draw("--n", 1, "--steps", 10, "--dtype", name) / "0000.png")
+                      for name in ("fp32", dtype))
+    difference = np.abs(exact.astype(float) - rounded)
+    assert 0 < difference.mean() < 5            # of 255
+
+
+def test_the_autoencoder_stays_float32():
+    unet, vae, _, text_model, _ = sample.load_base(sample.BASE, dtype=torch.float16)
+    assert {p.dtype for p in vae.parameters()} == {torch.float32}
+    for module in (unet, text_model):
+        assert {p.dtype for p in module.parameters()} == {torch.float16}
+
+
+def test_numbers_that_ran_over_are_an_error_not_a_black_picture(draw, monkeypatch):
+    monkeypatch.setattr(sample.diffusion, "guide", lambda *_: torch.tensor(float("nan")))
+    with pytest.raises(WeightsError, match="--dtype fp16: too narrow.*give --dtype bf16"):
+        draw("--dtype", "fp16")
+
+
+def test_guidance_one_needs_half_the_work(draw, monkeypatch):
+    batches = []
+    monkeypatch.setattr(sample, "load_base", counting(sample.load_base, batches))
+    draw("--n", 1, "--guidance", 1)
+    draw("--n", 1, "--guidance", 2)
+    assert batches == [1, 1, 2, 2]
+
+
+def counting(load_base, batches):
+    """Returns a load_base whose U-Net notes the batch of each of its calls."""
+    def load(*arguments):
+        base = load_base(*arguments)
+        base[0].register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+        return base
+
+    return load

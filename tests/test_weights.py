@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import layouts
 import weights
 from clip import CLIPTextConfig, CLIPTextModel
 from tiny.pretrain import save_part
@@ -29,9 +30,9 @@ def folder(tmp_path):
     """An SD folder with a random U-Net and autoencoder, and the U-Net itself (rounded to fp16)."""
     torch.manual_seed(0)
     unet = UNet(UNET).half().float().eval()
-    save_part(unet, tmp_path / "unet", lambda key: weights.unet_folder_name(key, 2), UNET_JSON)
+    save_part(unet, tmp_path / "unet", lambda key: layouts.unet_folder_name(key, 2), UNET_JSON)
     vae = AutoencoderKL(VAE).half().float().eval()
-    save_part(vae, tmp_path / "vae", lambda key: weights.vae_folder_name(key, 3), VAE_JSON)
+    save_part(vae, tmp_path / "vae", lambda key: layouts.vae_folder_name(key, 3), VAE_JSON)
     return tmp_path, unet, vae
 
 
@@ -71,18 +72,18 @@ def test_a_single_file_of_sd15_sizes_loads_by_its_prefixes(tmp_path):
     shapes["model_ema.decay"] = shapes["betas"] = [1]
     file = tmp_path / "sd15.safetensors"
     write_zeros(file, shapes)
-    checkpoint = weights.read_unet(file)
+    checkpoint = layouts.read_unet(file)
     with torch.device("meta"):
         unet = UNet(UNetConfig(**checkpoint.config))
     weights.load_strict(unet, checkpoint, torch.float16)    # its own dtype: nothing is copied
     assert len(checkpoint.state) == 686 and unet.config == UNetConfig()
     assert load_vae(file, torch.float16).config == VAEConfig()
-    assert len(weights.read_text(file).state) == 196
+    assert len(layouts.read_text(file).state) == 196
 
 
 def test_absent_keys_of_a_config_are_sd15s():
-    assert UNetConfig(**weights.unet_config_from_json({}, "config.json")) == UNetConfig()
-    assert VAEConfig(**weights.vae_config_from_json({})) == VAEConfig()
+    assert UNetConfig(**layouts.unet_config_from_json({}, "config.json")) == UNetConfig()
+    assert VAEConfig(**layouts.vae_config_from_json({})) == VAEConfig()
 
 
 def write_zeros(file, shapes):

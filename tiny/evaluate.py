@@ -108,6 +108,7 @@ def main():
     _, score = load_score(args.base, args.device)
 
     def encode(captions):
+        """Returns text states (n, L, D)."""
         return torch.cat([text_model(tokenizer(captions[i:i + BATCH]).to(args.device))
                           for i in range(0, len(captions), BATCH)])
 

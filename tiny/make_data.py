@@ -7,7 +7,6 @@ Only this script needs more than requirements.txt: `pip install resvg-py`, and n
 A picture keeps its alpha, so that it can be pasted on any ground. Its colours are rounded to
 six bits a channel (at most 2 of 255 off), which saves a third of the bytes.
 """
-import argparse
 import hashlib
 import io
 import json
@@ -20,6 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
+
+from sample import Parser
 
 SIZE = 64
 # style word in captions -> npm package, pinned
@@ -109,8 +110,8 @@ def render(icons, icon):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Fetches, renders and writes all of tiny/data."""
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

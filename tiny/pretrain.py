@@ -21,6 +21,7 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from tqdm import tqdm
 
+import layouts
 import weights
 from clip import (
     BEGIN,
@@ -112,7 +113,7 @@ class VAEStage:
                             for pictures in self.pool[:2048].split(64)])
         config = model.config
         levels = len(config.channels)
-        save_part(model, self.args.out / "vae", lambda key: weights.vae_folder_name(key, levels),
+        save_part(model, self.args.out / "vae", lambda key: layouts.vae_folder_name(key, levels),
                   dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3,
                        latent_channels=config.latent_channels, sample_size=world.SIZE,
                        block_out_channels=config.channels, act_fn="silu",
@@ -310,7 +311,7 @@ class UNetStage:
         config = model.config
         kinds = [("CrossAttn" if attention else "") for attention in config.attention]
         save_part(model, self.args.out / "unet",
-                  lambda key: weights.unet_folder_name(key, config.blocks_per_level), dict(
+                  lambda key: layouts.unet_folder_name(key, config.blocks_per_level), dict(
                       _class_name="UNet2DConditionModel", sample_size=world.SIZE // 4,
                       in_channels=4, out_channels=4, block_out_channels=config.channels,
                       layers_per_block=config.blocks_per_level,
