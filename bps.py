@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import weights
@@ -216,15 +216,15 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
     Errors: weights.WeightsError names the file and what is wrong with it.
     """
     state = weights.read_header(file)
-    with safe_open(file, "pt") as f:
-        metadata = f.metadata() or {}
     try:
+        with safe_open(file, "pt") as f:
+            metadata = f.metadata() or {}
         config = {key: tuple(value) if isinstance(value, list) else value
                   for key, value in json.loads(metadata["config"]).items()}
         with torch.device("meta"):
             bps = BPS(BPSConfig(**config))
         bps.metadata = json.loads(metadata["training"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SafetensorError):
         raise weights.WeightsError(f"{file}: not a BPS file; train.py writes "
                                    f"bps.safetensors") from None
     return weights.load_strict(bps, weights.Checkpoint({}, state, str, file), dtype, device)

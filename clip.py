@@ -95,6 +95,10 @@ def load_tokenizer(folder):
     Errors: weights.WeightsError names the missing or faulty file.
     """
     folder = Path(folder)
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise weights.WeightsError(f"{folder / name}: no such file; a tokenizer is vocab.json "
+                                       f"and merges.txt")
     try:
         vocab = weights.read_json(folder / "vocab.json")
         lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
@@ -106,9 +110,6 @@ def load_tokenizer(folder):
                 found = weights.read_json(folder / name).get("pad_token")
                 pad_token = (found["content"] if isinstance(found, dict) else found) or pad_token
         return Tokenizer(vocab, merges, pad_token)
-    except OSError as error:
-        raise weights.WeightsError(f"{error.filename}: no such file; a tokenizer is vocab.json "
-                                   f"and merges.txt") from None
     except weights.WeightsError:
         raise
     except Exception as error:      # all that `tokenizers` raises for merges that do not fit

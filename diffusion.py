@@ -87,6 +87,7 @@ def load_schedule(path, prediction_type=None):
     """
     file = Path(path) / "scheduler" / "scheduler_config.json"
     config = read_json(file) if file.is_file() else {}
+    config = {key: value for key, value in config.items() if value is not None}
     if not config and prediction_type is None and read_unet(path).config["context_dim"] == 1024:
         raise WeightsError(f"{path}: does not say what its SD 2 model predicts; give "
                            f"--prediction-type epsilon (512 px models) or v_prediction (768 px)")

@@ -16,10 +16,13 @@ from weights import (
     read_folder,
     read_header,
     read_json,
+    shortened,
 )
 
 UNET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"       # of weights files in a folder
 TAKES = "this program takes text-to-image models of SD 1.x and 2.x"
+SDXL_WIDTHS = {2048: "an SD XL model", 1280: "an SD XL refiner"}
+SD2_TEXT_LAYERS = 23
 IN_CHANNELS_OF = {9: "an in-painting", 8: "an InstructPix2Pix", 7: "an up-scaler", 5: "a depth"}
 
 # Keys of a config.json that would change the graph, with the value that is implemented.
@@ -45,6 +48,7 @@ TEXT_FIXED = dict(max_position_embeddings=77, layer_norm_eps=1e-5)
 
 # ---- single files --------------------------------------------------------------------------
 
+CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 SINGLE_FILE_PARTS = {"model.diffusion_model.": "U-Net", "first_stage_model.": "autoencoder",
                      "cond_stage_model.": "text encoder"}
 # What training left in single files: averages, the noise schedule, the autoencoder's own loss.
@@ -61,14 +65,16 @@ def read_single_file(path, part):
     """
     state = read_header(path)
     if any(name.startswith("conditioner.embedders.") for name in state):
-        raise WeightsError(f"{path}: an SD XL model; {TAKES}")
+        raise WeightsError(f"{path}: an SD XL model, or another with its names; {TAKES}")
+    if CONV_IN in state:
+        check_in_channels(state[CONV_IN].shape[1], path)
     if not any(name.startswith(tuple(SINGLE_FILE_PARTS)) for name in state):
         raise WeightsError(f"{path}: no tensor of it begins with "
                            f"{' or '.join(SINGLE_FILE_PARTS)}; it is not a Stable Diffusion file")
     strange = [name for name in state if not name.startswith(tuple(SINGLE_FILE_PARTS))
                and not SINGLE_FILE_IGNORED.match(name)]
     if strange:
-        raise WeightsError(f"{path}: {len(strange)} unexpected tensors: {', '.join(strange)}")
+        raise WeightsError(f"{path}: {len(strange)} unexpected tensors: {shortened(strange)}")
     state = {name.removeprefix(part): stored for name, stored in state.items()
              if name.startswith(part) and not SINGLE_FILE_IGNORED.match(name)}
     if not state:
@@ -77,12 +83,12 @@ def read_single_file(path, part):
     return state
 
 
-def _count(state, name):
-    """Returns how many of name.format(0), name.format(1) .. there are without a gap."""
-    number = 0
+def _count(state, name, first=0):
+    """Returns how many of name.format(first), name.format(first + 1) .. there are without a gap."""
+    number = first
     while name.format(number) in state:
         number += 1
-    return number
+    return number - first
 
 
 # ---- U-Net ---------------------------------------------------------------------------------
@@ -131,16 +137,21 @@ def unet_config_from_json(config, file):
     # SD's configs say attention_head_dim where they mean the number of heads.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
-    for key in ("layers_per_block", "cross_attention_dim"):
+    for key in ("layers_per_block", "cross_attention_dim", "norm_num_groups", "sample_size"):
         if not isinstance(config.get(key, 1), int):
             raise WeightsError(f"{file}: {key} = {config[key]!r}; allowed is one number")
+    groups = config.get("norm_num_groups", 32)
+    if not len(heads) == len(channels) == len(attention) or \
+            any(c % groups or c % head for c, head in zip(channels, heads)):
+        raise WeightsError(f"{file}: block_out_channels {list(channels)}, {len(attention)} blocks, "
+                           f"heads {list(heads)} and {groups} norm groups do not go together")
     return dict(channels=channels, attention=attention, heads=heads,
                 blocks_per_level=config.get("layers_per_block", 2),
                 context_dim=config.get("cross_attention_dim", 768),
                 latent_channels=config.get("out_channels", 4),
                 norm_groups=config.get("norm_num_groups", 32),
                 linear_projection=config.get("use_linear_projection", False),
-                sample_size=config.get("sample_size") or 64)
+                sample_size=config.get("sample_size"))
 
 
 def unet_config_from_shapes(state, path):
@@ -150,7 +161,7 @@ def unet_config_from_shapes(state, path):
     of width 64.
     """
     ops = [n for n in range(99) if f"input_blocks.{n}.0.op.weight" in state]
-    stride = ops[0] if ops else _count(state, "input_blocks.{}.0.weight")      # entries of a level
+    stride = ops[0] if ops else _count(state, "input_blocks.{}.0.in_layers.2.weight", 1) + 1
     levels = [1 + stride * level for level in range(len(ops) + 1)]
     try:
         channels = tuple(state[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in levels)
@@ -159,10 +170,9 @@ def unet_config_from_shapes(state, path):
     except (KeyError, StopIteration):
         raise WeightsError(f"{path}: its U-Net's names are not those of SD 1.x or 2.x; "
                            f"{TAKES}") from None
+    check_context_dim(context_dim, path)
     if context_dim not in (768, 1024):
-        model = {2048: "an SD XL model", 1280: "an SD XL refiner"}.get(context_dim,
-                                                                      "an unknown model")
-        raise WeightsError(f"{path}: text states of width {context_dim}: {model}; {TAKES}")
+        raise WeightsError(f"{path}: text states of width {context_dim}, an unknown model; {TAKES}")
     return dict(channels=channels, context_dim=context_dim, blocks_per_level=stride - 1,
                 attention=tuple(f"input_blocks.{n}.1.norm.weight" in state for n in levels),
                 heads=tuple(8 if context_dim == 768 else c // 64 for c in channels),
@@ -182,12 +192,13 @@ def read_unet(path):
     if path.is_dir():
         config_file = path / "unet" / "config.json"
         config = read_json(config_file) if config_file.is_file() else {}
-        if config.get("cross_attention_dim") == 2048:
-            raise WeightsError(f"{path}: an SD XL model; {TAKES}")
-        check_in_channels(config.get("in_channels", 4), path)
+        check_context_dim(config.get("cross_attention_dim"), path)      # first: they have names
+        check_in_channels(config.get("in_channels"), path)
         config, state, file = read_folder(path / "unet", UNET_STEM, UNET_FIXED)
         arguments = unet_config_from_json(config, config_file)
-        stem, blocks = "conv_in.weight", arguments["blocks_per_level"]
+        blocks = arguments["blocks_per_level"]
+        if "conv_in.weight" in state:
+            check_in_channels(state["conv_in.weight"].shape[1], path)
 
         def spelling(key):
             """Returns the folder's name of a key."""
@@ -195,10 +206,15 @@ def read_unet(path):
     else:
         state = read_single_file(path, "model.diffusion_model.")
         arguments = unet_config_from_shapes(state, path)
-        file, stem, spelling = path, "input_blocks.0.0.weight", str
-    if stem in state:
-        check_in_channels(state[stem].shape[1], path)
+        file, spelling = path, str
     return Checkpoint(arguments, state, spelling, file)
+
+
+def check_context_dim(context_dim, path):
+    """Raises WeightsError where the width of the text states is that of SD XL."""
+    if context_dim in SDXL_WIDTHS:
+        raise WeightsError(f"{path}: text states of width {context_dim}, "
+                           f"{SDXL_WIDTHS[context_dim]}; {TAKES}")
 
 
 def check_in_channels(channels, path):
@@ -251,7 +267,8 @@ def read_vae(path):
     """
     path = Path(path)
     if path.is_dir():
-        folder = path if (path / "config.json").is_file() else path / "vae"
+        own = (path / "config.json").is_file() and not (path / "vae").is_dir()
+        folder = path if own else path / "vae"
         config, state, file = read_folder(folder, UNET_STEM, VAE_FIXED)
         arguments = vae_config_from_json(config)
     else:
@@ -324,13 +341,16 @@ def read_text(path):
     # what a config.json does not say: SD 1's heads are 64 wide, and so are SD 2's
     arguments = dict(width=width, vocab_size=vocab_size,
                      heads=config.get("num_attention_heads", width // 64),
-                     activation=config.get("hidden_act", "quick_gelu"))
+                     activation=config.get("hidden_act",
+                                           "gelu" if width == 1024 else "quick_gelu"))
     layers = _count(state, "encoder.layers.{}.layer_norm1.weight")
     if layers or "embeddings.token_embedding.weight" in state:
         layers = config.get("num_hidden_layers", layers)
         return Checkpoint(arguments | dict(layers=layers), state, str, file)
-    # OpenCLIP: SD 2 reads the states before the last block, which is therefore left out
-    last = _count(state, "transformer.resblocks.{}.ln_1.weight") - 1
+    # OpenCLIP: SD 2 reads the states before the last block, which is left out; some files lack it
+    blocks = _count(state, "transformer.resblocks.{}.ln_1.weight")
+    layers = blocks if blocks == SD2_TEXT_LAYERS else blocks - 1
     state = {name: stored for name, stored in split_in_proj(state, width).items()
-             if not name.startswith(f"transformer.resblocks.{last}.")}
-    return Checkpoint(arguments | dict(layers=last, activation="gelu"), state, openclip_name, file)
+             if not name.startswith(f"transformer.resblocks.{layers}.")}
+    return Checkpoint(arguments | dict(layers=layers, activation="gelu"), state, openclip_name,
+                      file)

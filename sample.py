@@ -156,7 +156,7 @@ class Parser(argparse.ArgumentParser):
 def usable_device(name):
     """Returns the name of a device that this machine has. Errors: ArgumentTypeError."""
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError):      # no such kind, or PyTorch was built without it
         raise argparse.ArgumentTypeError(f"{name} is not there; cpu always is") from None
     return name
@@ -176,6 +176,10 @@ def run(main, interrupted="interrupted"):
         main()
     except (WeightsError, DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError:
+        print("error: out of GPU memory; a smaller --size or --batch, --dtype fp16 or --device cpu "
+              "needs less", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
@@ -234,13 +238,15 @@ def parse_args():
         if args.cond:
             parser.error(f"--cond {args.cond}: needs --bps, a file that train.py wrote for this "
                          f"base")
+        if args.scale != 1:
+            parser.error(f"--scale {args.scale}: needs --bps, whose strength it is")
     elif args.cond is None:
         args.cond = HERE / "tiny" / "drawing.png"
     return args
 
 
-def check_fit(bps, bps_file, unet, vae, base):
-    """Raises WeightsError where the BPS was trained for a base of other sizes.
+def check_fit(bps, bps_file, unet, vae, prediction_type, base):
+    """Raises WeightsError where the BPS was trained for a base of other sizes or another kind.
 
     SD 1 and SD 2 differ only in the width of their text states. A fine-tune of the same sizes fits.
     """
@@ -248,7 +254,9 @@ def check_fit(bps, bps_file, unet, vae, base):
             ("channels", bps.config.channels, unet.config.channels),
             ("pixels per latent", bps.config.factor, vae.factor),
             ("blocks per level", bps.config.blocks_per_level, unet.config.blocks_per_level),
-            ("text width", bps.metadata.get("context_dim"), unet.config.context_dim)):
+            ("text width", bps.metadata.get("context_dim"), unet.config.context_dim),
+            ("prediction type", bps.metadata.get("prediction_type", prediction_type),
+             prediction_type)):
         if trained != own:
             raise WeightsError(f"{bps_file}: for a base of {name} {trained}, but {base} has {own}; "
                                f"give the --base it was trained on")
@@ -270,9 +278,9 @@ def picture_size(wanted, bps, unet, vae, schedule):
 
     Errors: WeightsError where a side is not a multiple of the autoencoder's factor.
     """
-    side = unet.config.sample_size * vae.factor
-    if unet.config.context_dim == 1024 and schedule.prediction_type == "v_prediction":
-        side = 768                              # SD 2.x; a single file does not say its size
+    # a single file does not say it: SD 2.x predicts v at 768 px, all others are for 512 px
+    at_768 = unet.config.context_dim == 1024 and schedule.prediction_type == "v_prediction"
+    side = (unet.config.sample_size or (96 if at_768 else 64)) * vae.factor
     width, height = wanted or (bps.metadata["size"] if bps else side,) * 2
     if width % vae.factor or height % vae.factor:
         raise WeightsError(f"--size {width}x{height}: this base takes multiples of {vae.factor}")
@@ -314,9 +322,11 @@ def main():
                  clip_skip=args.clip_skip, dtype=args.dtype,
                  prediction_type=schedule.prediction_type,
                  base=fingerprint(*find_unet(args.base)))
+    if args.vae:
+        facts["vae"] = str(args.vae)
     steering, as_used = None, None
     if bps:
-        check_fit(bps, args.bps, unet, vae, args.base)
+        check_fit(bps, args.bps, unet, vae, schedule.prediction_type, args.base)
         cond, as_used = read_drawing(args.cond, width, height)
         steering = Steering(bps, unet, cond[None].to(args.device))
         facts |= dict(scale=args.scale, bps=fingerprint(args.bps), drawing=fingerprint(args.cond))

@@ -301,6 +301,7 @@ def main():
 
     train(bps, optimizer, unet, schedule, bank, args, start, on_save)
     metadata = dict(task=args.task, base=base, context_dim=unet.config.context_dim,
+                    prediction_type=schedule.prediction_type,
                     size=args.size, steps=args.steps, batch=args.batch, lr=args.lr,
                     seed=args.seed, light_on_dark=bank.light_on_dark)
     file, drawing = out / "bps.safetensors", out / "drawing.png"

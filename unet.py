@@ -33,7 +33,7 @@ class UNetConfig:
     latent_channels: int = 4
     norm_groups: int = 32
     linear_projection: bool = False                    # Linear (SD 2) or 1x1 conv (SD 1)
-    sample_size: int = 64                              # latent side of the training pictures
+    sample_size: int | None = None                     # side of its training's latents, if known
 
 
 def timestep_embedding(t, dim):

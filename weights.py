@@ -17,9 +17,13 @@ from typing import Callable, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-TENSORS_AT_A_TIME = 16          # that a file is kept open for; opening one takes milliseconds
+CONVERTED_AT_A_TIME = 16        # tensors, before their file is opened anew
+NAMES_SHOWN = 8                 # of tensors that do not fit
+
+
 class WeightsError(ValueError):
     """A checkpoint that cannot be used; the message is one line for the user."""
 
@@ -51,9 +55,10 @@ def read_header(file):
     if file.is_dir():
         raise WeightsError(f"{file}: a folder; a .safetensors file is wanted here")
     if file.suffix.lower() in PICKLES:
-        raise WeightsError(f"{file}: a {file.suffix} file is a pickle and can run code; convert it "
-                           f"where you trust it: safetensors.torch.save_file(torch.load(f, "
-                           f"weights_only=True)['state_dict'], 'model.safetensors')")
+        raise WeightsError(
+            f"{file}: a {file.suffix} file is a pickle and can run code; convert one that you "
+            f"trust: python -c \"import torch, safetensors.torch as s; d = torch.load('{file}', "
+            f"weights_only=True); s.save_file(d.get('state_dict', d), 'model.safetensors')\"")
     if not file.is_file():
         raise WeightsError(f"{file}: no such file")
     size = file.stat().st_size
@@ -62,6 +67,10 @@ def read_header(file):
         if head == b"version ":
             raise WeightsError(f"{file}: a Git-LFS pointer, not the weights; run `git lfs pull`")
         length = int.from_bytes(head, "little")
+        if f.read(1) == b"{" and 8 + length > size:
+            raise WeightsError(f"{file}: {size} bytes, but its header alone has {8 + length}; copy "
+                               f"or download it again")
+        f.seek(8)
         try:
             header = json.loads(f.read(min(length, size)))
             header.pop("__metadata__", None)
@@ -77,22 +86,27 @@ def read_header(file):
     return stored
 
 
-def read_tensors(stored):
-    """Yields the tensors of a list of Stored, mapped from their files: nothing is copied.
+def read_tensors(stored, dtype, device):
+    """Yields the tensors of a list of Stored: mapped from the file, or converted where need be.
 
-    What is read of a file stays in memory as long as it is open, also where the tensor is converted
-    and dropped; so files are opened anew now and then. Errors: WeightsError for a damaged file.
+    What is read of a file stays in memory as long as the file is open; so it is opened anew once
+    some tensors were converted. Convolutions are mapped apart from the rest: made channels_last
+    later, they leave nothing behind. Errors: WeightsError for a damaged file.
     """
-    for i in range(0, len(stored), TENSORS_AT_A_TIME):
-        files = {}
-        for entry in stored[i:i + TENSORS_AT_A_TIME]:
-            try:
-                if entry.file not in files:
-                    files[entry.file] = safe_open(entry.file, "pt")
-                tensor = files[entry.file].get_tensor(entry.name)
-            except SafetensorError as error:
-                raise WeightsError(f"{entry.file}: not a safetensors file ({error})") from None
-            yield tensor if entry.rows is None else tensor[entry.rows]
+    files, converted = {}, 0
+    for entry in stored:
+        is_convolution = len(entry.shape) == 4
+        try:
+            if (entry.file, is_convolution) not in files:
+                files[entry.file, is_convolution] = safe_open(entry.file, "pt")
+            found = files[entry.file, is_convolution].get_tensor(entry.name)
+        except SafetensorError as error:
+            raise WeightsError(f"{entry.file}: not a safetensors file ({error})") from None
+        tensor = (found if entry.rows is None else found[entry.rows]).to(device, dtype)
+        converted += tensor.data_ptr() != found.data_ptr()
+        if converted == CONVERTED_AT_A_TIME:
+            files, converted = {}, 0
+        yield tensor
 
 
 def read_json(file):
@@ -122,15 +136,19 @@ def find_weights(folder, stem):
                            f"text_encoder/ and tokenizer/")
     if (folder / f"{stem}.safetensors").is_file():
         return [folder / f"{stem}.safetensors"]
-    for index in sorted(folder.glob("*.index*.json"), key=lambda file: ".fp16." in file.name):
+    exact = f"{stem}.safetensors.index.json"
+    for index in sorted(folder.glob("*.index*.json"),
+                        key=lambda file: (file.name != exact, ".fp16." not in file.name, file)):
         shards = set(read_json(index).get("weight_map", {}).values())
         if shards and all(name.endswith(".safetensors") for name in shards):
+            if index.name != exact:
+                warnings.warn(f"{folder}: no {stem}.safetensors; took the shards of {index.name}")
             return [folder / name for name in sorted(shards)]
     found = sorted(folder.glob("*.safetensors"))
     fp16 = folder / f"{stem}.fp16.safetensors"
     if fp16 in found or len(found) == 1:
         file = fp16 if fp16 in found else found[0]
-        warnings.warn(f"{folder}: no {stem}.safetensors; took {file.name}", stacklevel=2)
+        warnings.warn(f"{folder}: no {stem}.safetensors; took {file.name}")
         return [file]
     if found:
         names = ", ".join(file.name for file in found)
@@ -144,15 +162,16 @@ def find_weights(folder, stem):
 def read_folder(folder, stem, fixed):
     """Returns (config.json as a dict, {name: Stored}, first file) of one part of an SD folder.
 
-    fixed: {key: the only value of it that is implemented}; absent keys are right. Errors:
-    WeightsError.
+    fixed: {key: the only value of it that is implemented}; absent keys are right, and keys without
+    a value are left out. Errors: WeightsError.
     """
     files = find_weights(folder, stem)
     config, state = read_json(folder / "config.json"), {}
+    config = {key: value for key, value in config.items() if value is not None}
     for key, allowed in fixed.items():
         value = config.get(key, allowed)
         values = value if isinstance(value, list) else [value]
-        if any((entry or None) != (allowed or None) for entry in values):      # false is null is 0
+        if any((entry or None) != (allowed or None) for entry in values):      # false is none is 0
             raise WeightsError(f"{folder / 'config.json'}: {key} = {value!r} is not implemented; "
                                f"allowed is {allowed!r}")
     for file in files:
@@ -207,10 +226,14 @@ def load_training(file, modules, trained, optimizer):
 def fingerprint(*files):
     """Returns the first 16 hex digits of the SHA-256 of the files, one after the other."""
     digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as f:
-            while chunk := f.read(1 << 20):
-                digest.update(chunk)
+    size = sum(os.path.getsize(file) for file in files)
+    with tqdm(total=size, unit="B", unit_scale=True, desc="fingerprint", delay=2,
+              leave=False) as bar:
+        for file in files:
+            with open(file, "rb") as f:
+                while chunk := f.read(1 << 20):
+                    digest.update(chunk)
+                    bar.update(len(chunk))
     return digest.hexdigest()[:16]
 
 
@@ -224,9 +247,8 @@ def load_strict(module, checkpoint, dtype=torch.float32, device="cpu"):
     copy. A linear layer may be stored as a 1x1 convolution and the other way round. Errors:
     WeightsError names every missing, unexpected and mis-shaped key.
     """
-    # convolutions last and together: made channels_last, they leave nothing behind in memory
-    own_tensors = sorted(module.state_dict().items(), key=lambda item: item[1].dim())
-    wanted = {checkpoint.spelling(key): (key, own.shape) for key, own in own_tensors}
+    wanted = {checkpoint.spelling(key): (key, own.shape)
+              for key, own in module.state_dict().items()}
     faults = [f"missing {name}" for name in wanted if name not in checkpoint.state]
     faults += [f"unexpected {name}" for name in checkpoint.state if name not in wanted]
     faults += [f"{name} is {checkpoint.state[name].shape}, not {tuple(shape)}"
@@ -234,12 +256,18 @@ def load_strict(module, checkpoint, dtype=torch.float32, device="cpu"):
                and _squeezed(checkpoint.state[name].shape) != _squeezed(shape)]
     if faults:
         raise WeightsError(f"{checkpoint.file}: {len(faults)} keys do not fit a "
-                           f"{type(module).__name__} of this size: {'; '.join(faults)}")
-    tensors = read_tensors([checkpoint.state[name] for name in wanted])
-    state = {key: tensor.to(device, dtype).reshape(shape)
+                           f"{type(module).__name__} of this size: {shortened(faults)}")
+    tensors = read_tensors([checkpoint.state[name] for name in wanted], dtype, device)
+    state = {key: tensor.reshape(shape)
              for (key, shape), tensor in zip(wanted.values(), tensors)}
     module.load_state_dict(state, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def shortened(names):
+    """Returns the first names as one text, and how many more there are."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return "; ".join(names[:NAMES_SHOWN]) + more
 
 
 def _squeezed(shape):

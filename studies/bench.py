@@ -42,7 +42,8 @@ CONFIGS = dict(
                       eos_token_id=2))
 SIDE = 64                       # of the latent: 512 px
 STEPS = 25                      # of the picture whose rounding is measured
-DIFFUSERS = all(importlib.util.find_spec(name) for name in ("diffusers", "transformers"))
+PEERS = ("diffusers", "transformers", "accelerate")
+DIFFUSERS = all(importlib.util.find_spec(name) for name in PEERS)
 
 
 # ---- the base ------------------------------------------------------------------------------
@@ -101,8 +102,9 @@ def peak():
 
 
 def measure_load(program, path, dtype):
-    """Returns seconds to load, to make our convolutions channels_last as sample.py does, to then
-    read every weight once, and peak / weights.
+    """Returns seconds to load, to convert, to then read every weight once, and peak / weights.
+
+    To convert is to make our convolutions channels_last, as sample.py does.
     """
     if program == "diffusers":
         import diffusers  # noqa: F401      its import is not loading
@@ -170,6 +172,7 @@ def measure_memory(program, path, device, dtype):
 @torch.inference_mode()
 def measure_rounding(path, device):
     """Returns {dtype: {what: largest difference from fp32, relative to the largest value}}."""
+    torch.backends.cudnn.allow_tf32 = False             # which is not fp32
     generator = torch.Generator().manual_seed(0)
     z_t = torch.randn(2, 4, 24, 32, generator=generator).to(device)
     vocab_size = layouts.read_text(path).config["vocab_size"]
@@ -261,7 +264,7 @@ def main():
     args.base = args.base.resolve()
     if not (args.base / "sd15" / "model_index.json").is_file():
         in_a_process("make_base", args.base)    # a big parent would pass its peak on
-    for name in ("diffusers", "transformers"):
+    for name in PEERS:
         if not importlib.util.find_spec(name):
             print(f"{name} is not installed: only our own figures")
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads")

@@ -52,6 +52,8 @@ MODELS = {
         vae=dict(VAE_BLOCKS, block_out_channels=[128, 256, 512, 512]),
         text=dict(SD2_TEXT, num_hidden_layers=23, vocab_size=49408)),
 }
+PREFIXES = ("model.diffusion_model.", "first_stage_model.",        # of a single file's parts
+            "cond_stage_model.transformer.text_model.")
 SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras")
 # scheduler_config.json as the repositories have it, without the keys that are always the same
 OLD = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
@@ -187,12 +189,10 @@ def to_folder_names(single, model):
                        if "position_ids" not in name}
 
 
-def single_file_of(modules):
-    """Returns {name with its prefix: tensor} of our own modules (U-Net, autoencoder, text)."""
-    prefixes = ("model.diffusion_model.", "first_stage_model.",
-                "cond_stage_model.transformer.text_model.")
-    return {f"{prefix}{key}": tensor for prefix, module in zip(prefixes, modules)
-            for key, tensor in module.state_dict().items()}
+def single_file_of(states):
+    """Returns {name with its prefix: tensor} of our state dicts (U-Net, autoencoder, text)."""
+    return {f"{prefix}{key}": tensor for prefix, state in zip(PREFIXES, states)
+            for key, tensor in state.items()}
 
 
 def openclip_names(blocks):
@@ -208,7 +208,7 @@ def openclip_names(blocks):
 def name_tables():
     """Returns {part: {name in a single file: name(s) in a folder}} by diffusers' own rules."""
     ours, model = own_modules(MODELS["sd15"], meta=True), MODELS["sd15"]
-    single = single_file_of(ours)
+    single = single_file_of([module.state_dict() for module in ours])
     tagged = {name: torch.tensor(i) for i, name in enumerate(single)}
     names = list(single)
     tables = {part: {names[tag]: name for name, tag in state.items()}
@@ -247,12 +247,7 @@ def small_peers(name):
     """
     model = MODELS[name]
     ours, theirs = own_modules(model, meta=True), peer_modules(model)
-    single = {}
-    for seed, (module, prefix) in enumerate(zip(ours, ("model.diffusion_model.",
-                                                       "first_stage_model.",
-                                                       "cond_stage_model.transformer."
-                                                       "text_model."))):
-        single |= {f"{prefix}{key}": value for key, value in random_weights(module, seed).items()}
+    single = single_file_of([random_weights(module, seed) for seed, module in enumerate(ours)])
     for module, state in zip(theirs, to_folder_names(single, model)):
         own = module.state_dict()
         module.load_state_dict({key: value.reshape(own[key].shape) for key, value in state.items()})
@@ -323,7 +318,14 @@ def main():
                                 truncation=True).input_ids
     versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
     save_file(tensors, TENSORS, versions)
-    facts = dict(names=name_tables(), tokens=tokens, timesteps=timesteps, versions=versions)
+    # as saved today, with every key; tests hold the official ones, which have fewer
+    configs = {name: {part: json.loads(module.to_json_string() if part != "text" else
+                                       module.config.to_json_string())
+                      for part, module in zip(("unet", "vae", "text"),
+                                              peer_modules(MODELS[name], meta=True))}
+               for name in ("sd15", "sd21")}
+    facts = dict(names=name_tables(), tokens=tokens, timesteps=timesteps, configs=configs,
+                 versions=versions)
     FACTS.write_bytes(gzip.compress(json.dumps(facts).encode(), mtime=0))
     print(TENSORS, FACTS)
 

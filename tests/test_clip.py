@@ -40,6 +40,8 @@ def test_padding_follows_the_tokenizers_own_files(tmp_path):
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(dict(pad_token={"content": "!"})))
     ids = load_tokenizer(tmp_path)(["red"])
     assert ids[0, :4].tolist() == [VOCAB[t] for t in (BEGIN, "red</w>", END, "!")]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(pad_token="a")))
+    assert load_tokenizer(tmp_path).pad == VOCAB["!"]       # SD 2 says it in special_tokens_map
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(WeightsError, match="merges.txt: no such file"):
         load_tokenizer(tmp_path)

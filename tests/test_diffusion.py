@@ -1,4 +1,5 @@
 """Schedule, guidance and DDIM against closed forms."""
+import numpy as np
 import pytest
 import torch
 
@@ -13,6 +14,28 @@ def test_the_schedule_has_stable_diffusions_known_values():
     sigma = ((1 - abar) / abar).sqrt()
     assert sigma[0].item() == pytest.approx(0.0292, abs=1e-4)
     assert sigma[999].item() == pytest.approx(14.6146, abs=1e-4)
+
+
+def test_the_schedule_is_computed_in_float64():
+    betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    expected = np.cumprod(1 - betas)
+    np.testing.assert_allclose(NoiseSchedule().alphas_cumprod.numpy(), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_target_of_training_is_what_brings_z_0_back(prediction_type):
+    schedule = NoiseSchedule(prediction_type=prediction_type)
+    z, noise = torch.randn(2, 2, 4, 3, 5, dtype=torch.float64)
+    t = torch.tensor([700, 700])
+    z_t, target = schedule.add_noise(z, noise, t), schedule.target(z, noise, t)
+    a, s = schedule.alphas_cumprod[700] ** 0.5, (1 - schedule.alphas_cumprod[700]) ** 0.5
+    torch.testing.assert_close(schedule.clean(z_t, target, a.item(), s.item()), z)
+
+
+def test_leading_steps_never_leave_the_timesteps():
+    for sampler in ("ddim", "dpm++2m"):
+        steps = spaced_timesteps(999, NoiseSchedule(spacing="leading"), sampler)
+        assert steps.max() == 999 and steps.min() >= 1
 
 
 def test_fifty_steps_are_981_961_to_1():

@@ -2,6 +2,7 @@
 import functools
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import references
@@ -17,10 +18,9 @@ from clip import load_clip
 from unet import load_unet
 from vae import load_vae
 
-PREFIXES = ("model.diffusion_model.", "first_stage_model.",
-            "cond_stage_model.transformer.text_model.")
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
          "text_encoder": "model"}
+CONFIGS = references.read_facts()["configs"]
 SCHEDULE = dict(references.OLD, _class_name="PNDMScheduler")
 
 
@@ -58,10 +58,9 @@ def write_folder(path, name, states):
     return path
 
 
-def single_file(states, text_prefix=PREFIXES[2]):
+def single_file(states, text_prefix=references.PREFIXES[2]):
     """Returns {name: tensor} of a single file, with what training leaves in one."""
-    state = {f"{prefix}{key}": tensor for prefix, part in zip(PREFIXES, states)
-             for key, tensor in part.items() if prefix != PREFIXES[2]}
+    state = references.single_file_of(states[:2])
     state |= {f"{text_prefix}{key}": tensor for key, tensor in states[2].items()}
     return state | {name: torch.zeros(1) for name in (
         "model_ema.decay", "model_ema.diffusion_modelout2bias", "model_ema.num_updates", "betas",
@@ -95,6 +94,7 @@ def test_a_folder_and_a_single_file_give_the_same_tensors(name, random_states, t
         assert unet.config.heads == heads and unet.config.blocks_per_level == 2
         assert unet.config.linear_projection == (name == "small2")
         assert text.config.heads == text.config.width // 64
+        assert text.config.activation == ("quick_gelu" if name == "small1" else "gelu")
         assert vae.config.scaling_factor == 0.18215
 
 
@@ -119,6 +119,7 @@ def test_fp16_variants_are_taken_where_there_is_nothing_else(random_states, tmp_
 
 
 @pytest.mark.parametrize("index", ["{}.safetensors.index.json", "{}.safetensors.index.fp16.json"])
+@pytest.mark.filterwarnings("ignore:.*took the shards")
 def test_shards_are_read_by_their_index(index, random_states, tmp_path):
     states = random_states("small1")
     path = write_folder(tmp_path / "sd", "small1", states)
@@ -137,6 +138,76 @@ def test_shards_are_read_by_their_index(index, random_states, tmp_path):
     (path / "unet" / "b.safetensors").unlink()
     with pytest.raises(weights.WeightsError, match="b.safetensors: no such file"):
         load_unet(path)
+
+
+def test_the_exact_index_wins_over_other_variants(tmp_path):
+    for name in ("m.non_ema.safetensors.index.json", "m.safetensors.index.json",
+                 "m.safetensors.index.fp16.json", "m.fp16.safetensors.index.json"):
+        (tmp_path / name).write_text(json.dumps(dict(weight_map=dict(a=f"{name}.safetensors"))))
+    [found] = weights.find_weights(tmp_path, "m")
+    assert found.name == "m.safetensors.index.json.safetensors"
+    (tmp_path / "m.safetensors.index.json").unlink()
+    with pytest.warns(UserWarning, match="took the shards of m.fp16.safetensors.index.json"):
+        weights.find_weights(tmp_path, "m")
+
+
+@pytest.mark.parametrize("blocks", [23, 24])
+def test_sd2s_text_encoder_is_the_first_23_blocks_of_openclip(blocks, tmp_path):
+    names = [name for name in references.openclip_names(blocks) if "logit" not in name]
+    state = {f"cond_stage_model.model.{name}": torch.zeros(192 if "in_proj" in name else 64, 64)
+             for name in names}
+    save_file(state, tmp_path / "sd2.safetensors")
+    checkpoint = layouts.read_text(tmp_path / "sd2.safetensors")
+    assert checkpoint.config["layers"] == 23
+    assert "transformer.resblocks.22.ln_1.weight" in checkpoint.state
+    assert "transformer.resblocks.23.ln_1.weight" not in checkpoint.state
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists its maps")
+def test_what_has_the_dtype_stays_mapped_and_what_is_converted_does_not(random_states, tmp_path):
+    file = tmp_path / "all.safetensors"
+    save_float32(single_file(only(random_states("small1"), 0)), file)
+
+    def maps():
+        """Returns how many times the file is mapped into memory."""
+        return Path("/proc/self/maps").read_text().count(str(file))
+
+    unet = load_unet(file)
+    assert maps() == 2                      # the convolutions, and the rest
+    unet.to(memory_format=torch.channels_last)
+    assert maps() == 1
+    unet = load_unet(file, torch.float16)
+    assert maps() == 0
+    assert unet.out[2].weight.dtype == torch.float16
+
+
+# as the official repositories have them; a key without a comment there is a size
+OFFICIAL_UNET = dict(references.MODELS["sd15"]["unet"], _class_name="UNet2DConditionModel",
+                     _diffusers_version="0.6.0", act_fn="silu", center_input_sample=False,
+                     downsample_padding=1, flip_sin_to_cos=True, freq_shift=0, in_channels=4,
+                     layers_per_block=2, mid_block_scale_factor=1, norm_eps=1e-05,
+                     norm_num_groups=32, out_channels=4, sample_size=64)
+OFFICIAL_VAE = dict(references.MODELS["sd15"]["vae"], _class_name="AutoencoderKL",
+                    _diffusers_version="0.6.0", act_fn="silu", in_channels=3, norm_num_groups=32,
+                    out_channels=3, sample_size=512)
+
+
+@pytest.mark.parametrize("unet, vae, text", [
+    (OFFICIAL_UNET, OFFICIAL_VAE, CONFIGS["sd15"]["text"]),
+    *[tuple(CONFIGS[name].values()) for name in ("sd15", "sd21")]])
+def test_configs_with_every_key_are_taken(unet, vae, text, random_states, tmp_path):
+    path = write_folder(tmp_path / "sd", "small1", random_states("small1"))
+    for part, config, fixed in (("unet", unet, layouts.UNET_FIXED), ("vae", vae, layouts.VAE_FIXED),
+                                ("text_encoder", text, layouts.TEXT_FIXED)):
+        (path / part / "config.json").write_text(json.dumps(config))
+        stem = layouts.TEXT_STEM if part == "text_encoder" else layouts.UNET_STEM
+        taken, *_ = weights.read_folder(path / part, stem, fixed)
+        assert taken == {key: value for key, value in config.items() if value is not None}
+        unet = taken if part == "unet" else unet
+    found = layouts.unet_config_from_json(unet, "")
+    assert found["channels"] == (320, 640, 1280, 1280)
+    assert found["context_dim"] == text["hidden_size"]
+    assert layouts.vae_config_from_json(vae)["scaling_factor"] == 0.18215
 
 
 SPELLINGS = {"old": ("norm", "q", "k", "v", "proj_out"),
@@ -242,12 +313,15 @@ TO_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.w
 
 @pytest.mark.parametrize("change, message", [
     ({"conditioner.embedders.0.transformer.x": (1,)}, "all.safetensors: an SD XL model"),
-    ({TO_K: (32, 2048)}, "width 2048: an SD XL model"),
-    ({TO_K: (32, 640)}, "width 640: an unknown model"),
+    ({TO_K: (32, 2048)}, "width 2048, an SD XL model"),
+    ({TO_K: (32, 1280)}, "width 1280, an SD XL refiner"),
+    ({TO_K: (32, 640)}, "width 640, an unknown model"),
     ({CONV_IN: (32, 9, 3, 3)}, "9 input channels, an in-painting model"),
     ({CONV_IN: (32, 8, 3, 3)}, "8 input channels, an InstructPix2Pix model"),
-    ({CONV_IN: (32, 7, 3, 3)}, "7 input channels, an up-scaler model"),
-    ({CONV_IN: (32, 5, 3, 3)}, "5 input channels, a depth model"),
+    ({CONV_IN: (32, 7, 3, 3), "low_scale_model.x": (1,)}, "7 input channels, an up-scaler model"),
+    ({CONV_IN: (32, 5, 3, 3), "depth_model.model.x": (1,)}, "5 input channels, a depth model"),
+    ({f"depth_model.{i}": (1,) for i in range(99)}, "99 unexpected tensors: depth_model.0; .* and "
+                                                    "91 more"),
     ({"lora_unet_x": (1,)}, "1 unexpected tensors: lora_unet_x"),
     ({"model.diffusion_model.extra.weight": (1,)}, "unexpected extra.weight"),
     ({"model.diffusion_model.out.2.bias": (7,)}, r"out.2.bias is \(7,\), not \(4,\)"),
@@ -274,6 +348,8 @@ def test_a_single_file_of_another_model_is_refused_by_name(change, message, rand
     (dict(norm_eps=1e-6), "norm_eps"),
     (dict(down_block_types=["AttnDownBlock2D"] * 4), "block types"),
     (dict(layers_per_block=[2, 2, 2, 2]), "layers_per_block"),
+    (dict(attention_head_dim=[8, 8]), "do not go together"),
+    (dict(norm_num_groups=48), "48 norm groups do not go together"),
 ])
 def test_a_folder_of_another_model_is_refused_by_name(change, message, random_states, tmp_path):
     path = write_folder(tmp_path / "sd", "small1", only(random_states("small1"), 0))
@@ -324,6 +400,7 @@ def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states
     save_file(state, file)
     with pytest.raises(weights.WeightsError, match="holds no autoencoder; give one with --vae"):
         sample.load_base(file, sample.BASE, prediction_type="epsilon")
+    (tmp_path / "vae").mkdir()
     own = tmp_path / "vae.safetensors"
     save_file(states[1], own)
     base = sample.load_base(file, sample.BASE, vae_path=own, prediction_type="epsilon")
@@ -406,6 +483,8 @@ def test_a_wrong_option_is_refused_with_what_is_allowed(arguments, message, rand
     (("--size", "8x8x8"), "8x8x8: allowed"),
     (("--bps", "none", "--cond", "x.png"), "--cond x.png: needs --bps"),
     (("--sampler", "pndm"), "invalid choice: 'pndm'"),
+    (("--bps", "none", "--scale", "0.3"), "--scale 0.3: needs --bps"),
+    (("--device", "meta"), "meta is not there"),
 ])
 def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, draw, capsys):
     with pytest.raises(SystemExit) as stop:

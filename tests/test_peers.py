@@ -102,9 +102,7 @@ def test_a_single_file_is_converted_by_diffusers_as_by_us(peers, tmp_path):
     """Our keys as a single file, through diffusers' own rules, are the folder that it wrote."""
     name, folder, theirs = peers
     ours = load_unet(folder), load_vae(folder)
-    single = {f"{prefix}{key}": tensor for prefix, module in
-              zip(("model.diffusion_model.", "first_stage_model."), ours)
-              for key, tensor in module.state_dict().items()}
+    single = references.single_file_of([module.state_dict() for module in ours])
     save_file(single, tmp_path / "all.safetensors")
     unet_and_vae = references.to_folder_names(single, references.MODELS[name])[:2]
     for state, module in zip(unet_and_vae, theirs):

@@ -44,12 +44,11 @@ def test_the_networks_give_the_recorded_outputs(name, random_states):
     ("vae", 248, lambda key: layouts.vae_folder_name(key, 4)),
     ("text", 196, str)])
 def test_every_name_of_sd15_is_renamed_as_diffusers_does_and_no_two_alike(part, count, folder_name):
-    prefixes = ("model.diffusion_model.", "first_stage_model.",
-                "cond_stage_model.transformer.text_model.")
     table = FACTS["names"][part]
     assert len(table) == count == len(set(table.values()))
     for single, folder in table.items():
-        [key] = [single.removeprefix(prefix) for prefix in prefixes if single.startswith(prefix)]
+        [key] = [single.removeprefix(prefix) for prefix in references.PREFIXES
+                 if single.startswith(prefix)]
         assert folder_name(key) == folder
 
 

@@ -110,6 +110,21 @@ def test_a_bps_of_another_base_is_refused(config, context_dim, message, draw, tm
         draw("--bps", file)
 
 
+def test_a_bps_trained_to_steer_another_prediction_is_refused(draw, tmp_path, bps_file):
+    bps = sample.load_bps(bps_file)
+    file = tmp_path / "v.safetensors"
+    save_bps(bps, file, bps.metadata | dict(prediction_type="v_prediction"))
+    with pytest.raises(WeightsError, match="prediction type v_prediction, but .* has epsilon"):
+        draw("--bps", file)
+
+
+def test_a_damaged_bps_file_is_refused(draw, tmp_path, bps_file):
+    file = tmp_path / "bad.safetensors"
+    file.write_bytes(bps_file.read_bytes().replace(b'"F16"', b'"F99"'))
+    with pytest.raises(WeightsError, match="bad.safetensors: not a BPS file"):
+        draw("--bps", file)
+
+
 def test_scale_zero_is_the_prior_and_scale_one_is_not(draw, monkeypatch):
     zero, one = (pixels(draw("--n", 1, "--scale", s) / "0000.png") for s in (0, 1))
     assert not np.array_equal(zero, one)

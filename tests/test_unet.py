@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clip import CLIPTextConfig, CLIPTextModel
 from unet import (
     GEGLU,
     CrossAttention,
@@ -13,6 +14,7 @@ from unet import (
     UNetConfig,
     timestep_embedding,
 )
+from vae import AutoencoderKL, VAEConfig
 
 
 def test_timestep_embedding_is_the_closed_form_cosines_first():
@@ -97,3 +99,18 @@ def test_attention_in_fp16_survives_products_beyond_its_range():
     exact, half = attention(h.float(), h.float()), attention.half()(h, h)
     assert half.dtype == torch.float16
     torch.testing.assert_close(half.float(), exact, atol=5e-3, rtol=5e-3)
+
+
+def test_every_norm_has_the_checkpoints_own_eps():
+    with torch.device("meta"):
+        models = UNet(UNetConfig()), AutoencoderKL(VAEConfig()), CLIPTextModel(CLIPTextConfig())
+    counts = {}
+    for model in models:
+        for name, layer in model.named_modules():
+            if isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
+                inside = isinstance(layer, torch.nn.GroupNorm) and name.endswith(".1.norm")
+                fine = inside or isinstance(model, AutoencoderKL)
+                assert layer.eps == (1e-6 if fine else 1e-5), name
+                counts[type(model), layer.eps] = counts.get((type(model), layer.eps), 0) + 1
+    assert counts == {(UNet, 1e-5): 2 * 22 + 1 + 3 * 16, (UNet, 1e-6): 16,
+                      (AutoencoderKL, 1e-6): 2 * 24 + 4, (CLIPTextModel, 1e-5): 2 * 12 + 1}

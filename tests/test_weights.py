@@ -100,6 +100,7 @@ def write_zeros(file, shapes):
 
 @pytest.mark.parametrize("spoil, message", [
     (lambda f: f.write_bytes(f.read_bytes()[:-9]), "header promises"),
+    (lambda f: f.write_bytes(f.read_bytes()[:500]), "500 bytes, but its header alone has"),
     (lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git-LFS pointer"),
     (lambda f: f.write_bytes(b"nonsense" * 9), "not a safetensors file"),
     (lambda f: f.rename(f.with_suffix(".bin")), "pickle"),
@@ -116,17 +117,6 @@ def test_a_faulty_file_is_refused_with_the_reason(folder, spoil, message):
     path, *_ = folder
     spoil(path / "unet" / WEIGHTS)
     with pytest.raises(weights.WeightsError, match=message):
-        load_unet(path)
-
-
-@pytest.mark.parametrize("channels, kind", [(9, "in-painting"), (8, "InstructPix2Pix"),
-                                            (5, "depth")])
-def test_models_of_another_kind_are_refused_by_name(folder, channels, kind):
-    path, *_ = folder
-    state = load_file(path / "unet" / WEIGHTS)
-    state["conv_in.weight"] = torch.zeros(32, channels, 3, 3)
-    save_file(state, path / "unet" / WEIGHTS)
-    with pytest.raises(weights.WeightsError, match=kind):
         load_unet(path)
 
 
