@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import diffusion
 import sample
 import train
 import weights
@@ -58,6 +59,24 @@ def test_a_run_writes_everything_and_its_last_line_draws(tmp_path, monkeypatch, 
         "--out", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "0000.png").is_file()
     assert "note:" not in capsys.readouterr().err       # the base is the one it was trained on
+
+
+def test_the_loss_is_against_what_the_model_predicts(tmp_path, monkeypatch):
+    """Not the noise, which a model that predicts v never gives: here the target is far away."""
+    seen = []
+
+    def far_away(schedule, z, noise, t):
+        seen.append(schedule.prediction_type)
+        return torch.full_like(noise, 1000.0)
+
+    monkeypatch.setattr(diffusion.NoiseSchedule, "target", far_away)
+    run(train, monkeypatch, *SHORT, "--prediction-type", "v_prediction", "--out", tmp_path / "run")
+    assert set(seen) == {"v_prediction"}
+    row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    for loss in ("train_loss", "val_base", "val_steered"):
+        assert 0.9e6 < row[loss] < 1.1e6
+    metadata = load_bps(tmp_path / "run" / "bps.safetensors").metadata
+    assert metadata["prediction_type"] == "v_prediction"
 
 
 def test_training_changes_bps_and_nothing_of_the_base():
