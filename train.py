@@ -228,6 +228,16 @@ def choose_out(wanted, facts):
     raise DataError(f"{wanted}: 10,000 runs beside it; give another --out")
 
 
+def sampling_command(args, file, drawing, prompt):
+    """Returns the command that draws with a trained BPS on the base of these arguments."""
+    words = ["python", "sample.py", "--bps", file, "--cond", drawing, "--prompt", prompt]
+    words += ["--base", args.base] if args.base != BASE else []
+    for name in ("tokenizer", "vae", "prediction_type"):
+        value = getattr(args, name)
+        words += [f"--{name.replace('_', '-')}", value] if value else []
+    return shlex.join(map(str, words))
+
+
 def parse_args():
     """Returns the checked command line."""
     parser = Parser(__doc__)
@@ -312,14 +322,8 @@ def main():
     checkpoint.unlink()
     for written in (file, drawing, out / "log.jsonl", out / "args.json"):
         print(written)
-    words = ["python", "sample.py", "--bps", file, "--cond", drawing,
-             "--prompt", test_bank.first_prompts([0])[0]]
-    words += ["--base", args.base] if args.base != BASE else []
-    for name in ("tokenizer", "vae", "prediction_type"):
-        value = getattr(args, name)
-        words += [f"--{name.replace('_', '-')}", value] if value else []
     print(f"done in {(time.monotonic() - started) / 60:.1f} min; now draw from a drawing:\n"
-          + shlex.join(map(str, words)))
+          + sampling_command(args, file, drawing, test_bank.first_prompts([0])[0]))
 
 
 if __name__ == "__main__":
