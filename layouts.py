@@ -70,7 +70,8 @@ def read_single_file(path, part):
         check_in_channels(state[CONV_IN].shape[1], path)
     if not any(name.startswith(tuple(SINGLE_FILE_PARTS)) for name in state):
         raise WeightsError(f"{path}: no tensor of it begins with "
-                           f"{' or '.join(SINGLE_FILE_PARTS)}; it is not a Stable Diffusion file")
+                           f"{' or '.join(SINGLE_FILE_PARTS)}; it is not a Stable Diffusion file, "
+                           f"but perhaps a LoRA or a part of one")
     strange = [name for name in state if not name.startswith(tuple(SINGLE_FILE_PARTS))
                and not SINGLE_FILE_IGNORED.match(name)]
     if strange:

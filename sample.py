@@ -231,6 +231,11 @@ def parse_args():
     for name in ("guidance", "scale"):
         if not math.isfinite(getattr(args, name)):
             parser.error(f"--{name} {getattr(args, name)}: a finite number is wanted")
+    if args.guidance == 1 and args.negative_prompt:
+        parser.error(f"--guidance 1: leaves --negative-prompt {args.negative_prompt!r} without "
+                     f"effect; give more than 1")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out}: a file; a folder is wanted")
     if args.bps is None and embedded:
         args.bps = HERE / "tiny" / "bps_sketch.safetensors"
     if args.bps is None or str(args.bps) == "none":

@@ -60,7 +60,7 @@ def read_header(file):
             f"trust: python -c \"import torch, safetensors.torch as s; d = torch.load('{file}', "
             f"weights_only=True); s.save_file(d.get('state_dict', d), 'model.safetensors')\"")
     if not file.is_file():
-        raise WeightsError(f"{file}: no such file")
+        raise WeightsError(f"{file}: no such file; nothing is downloaded")
     size = file.stat().st_size
     with open(file, "rb") as f:
         head = f.read(8)

@@ -65,7 +65,8 @@ def single_file(states, text_prefix=references.PREFIXES[2]):
     return state | {name: torch.zeros(1) for name in (
         "model_ema.decay", "model_ema.diffusion_modelout2bias", "model_ema.num_updates", "betas",
         "alphas_cumprod_prev", "sqrt_recipm1_alphas_cumprod", "log_one_minus_alphas_cumprod",
-        "posterior_mean_coef1", "logvar", "scale_factor", "first_stage_model.loss.logvar",
+        "posterior_mean_coef1", "logvar", "lvlb_weights", "scale_factor",
+        "first_stage_model.loss.logvar",
         "first_stage_model.model_ema.decay", f"{text_prefix}embeddings.position_ids")}
 
 
@@ -284,7 +285,8 @@ def test_an_sd2_single_files_openclip_tower_loads_without_its_last_block(random_
     own = random_states("small2")[2]
     tower = {"positional_embedding": own["embeddings.position_embedding.weight"],
              "token_embedding.weight": own["embeddings.token_embedding.weight"],
-             "text_projection": torch.zeros(4, 4), "logit_scale": torch.zeros(())}
+             "text_projection": torch.zeros(4, 4), "logit_scale": torch.zeros(()),
+             "attn_mask": torch.zeros(4, 4), "visual.proj": torch.zeros(4, 4)}
     for kind in ("weight", "bias"):
         tower[f"ln_final.{kind}"] = own[f"final_layer_norm.{kind}"]
         for i in range(3):
@@ -421,6 +423,11 @@ def test_another_noise_schedule_is_refused(change, message, tmp_path):
         diffusion.load_schedule(tmp_path)
 
 
+def test_a_name_of_a_hub_is_refused():
+    with pytest.raises(weights.WeightsError, match="someone/model: no such file.*downloaded"):
+        sample.load_base("someone/model")
+
+
 def test_parts_of_different_models_are_refused(random_states, tmp_path):
     states = random_states("small1")[:2] + random_states("small2")[2:]
     path = write_folder(tmp_path / "sd", "small1", states)
@@ -485,6 +492,8 @@ def test_a_wrong_option_is_refused_with_what_is_allowed(arguments, message, rand
     (("--sampler", "pndm"), "invalid choice: 'pndm'"),
     (("--bps", "none", "--scale", "0.3"), "--scale 0.3: needs --bps"),
     (("--device", "meta"), "meta is not there"),
+    (("--guidance", "1", "--negative-prompt", "x"), "--guidance 1: leaves --negative-prompt 'x'"),
+    (("--out", __file__), "test_layouts.py: a file; a folder is wanted"),
 ])
 def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, draw, capsys):
     with pytest.raises(SystemExit) as stop:
