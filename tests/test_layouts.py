@@ -182,6 +182,18 @@ def test_what_has_the_dtype_stays_mapped_and_what_is_converted_does_not(random_s
     assert unet.out[2].weight.dtype == torch.float16
 
 
+def test_a_file_is_opened_anew_once_sixteen_tensors_were_converted(random_states, tmp_path,
+                                                                   monkeypatch):
+    """Or all that was read of it would stay in memory beside the converted tensors."""
+    file, opened, safe_open = tmp_path / "all.safetensors", [], weights.safe_open
+    save_file(single_file(only(random_states("small1"), 0)), file)
+    monkeypatch.setattr(weights, "safe_open", lambda *a: opened.append(a) or safe_open(*a))
+    load_unet(file, torch.float16)
+    assert len(opened) == 2                     # as it lies there: once for convolutions, once not
+    load_unet(file, torch.float32)
+    assert len(opened) > 2 + 686 / 16
+
+
 # as the official repositories have them; a key without a comment there is a size
 OFFICIAL_UNET = dict(references.MODELS["sd15"]["unet"], _class_name="UNet2DConditionModel",
                      _diffusers_version="0.6.0", act_fn="silu", center_input_sample=False,
