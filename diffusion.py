@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from layouts import read_unet
-from weights import WeightsError, read_json
+from weights import WeightsError, read_config
 
 SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -86,8 +86,7 @@ def load_schedule(path, prediction_type=None):
     for what is not implemented, or nothing tells what an SD 2 model predicts.
     """
     file = Path(path) / "scheduler" / "scheduler_config.json"
-    config = read_json(file) if file.is_file() else {}
-    config = {key: value for key, value in config.items() if value is not None}
+    config = read_config(file) if file.is_file() else {}
     if not config and prediction_type is None and read_unet(path).config["context_dim"] == 1024:
         raise WeightsError(f"{path}: does not say what its SD 2 model predicts; give "
                            f"--prediction-type epsilon (512 px models) or v_prediction (768 px)")

@@ -13,9 +13,9 @@ from weights import (
     Checkpoint,
     WeightsError,
     find_weights,
+    read_config,
     read_folder,
     read_header,
-    read_json,
     shortened,
 )
 
@@ -150,7 +150,7 @@ def unet_config_from_json(config, file):
                 blocks_per_level=config.get("layers_per_block", 2),
                 context_dim=config.get("cross_attention_dim", 768),
                 latent_channels=config.get("out_channels", 4),
-                norm_groups=config.get("norm_num_groups", 32),
+                norm_groups=groups,
                 linear_projection=config.get("use_linear_projection", False),
                 sample_size=config.get("sample_size"))
 
@@ -192,7 +192,7 @@ def read_unet(path):
     path = Path(path)
     if path.is_dir():
         config_file = path / "unet" / "config.json"
-        config = read_json(config_file) if config_file.is_file() else {}
+        config = read_config(config_file) if config_file.is_file() else {}
         check_context_dim(config.get("cross_attention_dim"), path)      # first: they have names
         check_in_channels(config.get("in_channels"), path)
         config, state, file = read_folder(path / "unet", UNET_STEM, UNET_FIXED)
@@ -274,10 +274,11 @@ def read_vae(path):
         arguments = vae_config_from_json(config)
     else:
         state, file = read_header(path), path
-        if not any(name.startswith(("encoder.", "decoder.")) for name in state):
+        if any(name.startswith(("encoder.", "decoder.")) for name in state):
+            state = {name: stored for name, stored in state.items()
+                     if not SINGLE_FILE_IGNORED.match(name)}
+        else:
             state = read_single_file(path, "first_stage_model.")
-        state = {name: stored for name, stored in state.items()
-                 if not name.startswith(("loss.", "model_ema."))}
         levels = _count(state, "encoder.down.{}.block.0.conv1.weight")
         arguments = dict(
             channels=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0]

@@ -224,9 +224,8 @@ def load_vae(path, dtype=torch.float32, device="cpu"):
     """Returns the frozen autoencoder of an SD checkpoint: a folder or a single .safetensors file.
 
     An autoencoder's own folder or file will do too. fp16 is too narrow for some of them: draw with
-    float32.
-    Errors: weights.WeightsError names the file and every key that is missing, unexpected or of
-    another shape.
+    float32. Errors: weights.WeightsError names the file and every key that is missing, unexpected
+    or of another shape.
     """
     checkpoint = layouts.read_vae(path)
     with torch.device("meta"):

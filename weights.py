@@ -125,6 +125,11 @@ def read_json(file):
     return content
 
 
+def read_config(file):
+    """Returns the dict of a config.json without the keys that have no value, as if absent."""
+    return {key: value for key, value in read_json(file).items() if value is not None}
+
+
 def find_weights(folder, stem):
     """Returns the weights files of a part's folder: exact name, else shards, fp16, or the only one.
 
@@ -162,12 +167,11 @@ def find_weights(folder, stem):
 def read_folder(folder, stem, fixed):
     """Returns (config.json as a dict, {name: Stored}, first file) of one part of an SD folder.
 
-    fixed: {key: the only value of it that is implemented}; absent keys are right, and keys without
-    a value are left out. Errors: WeightsError.
+    fixed: {key: the only value of it that is implemented}; absent keys are right. Errors:
+    WeightsError.
     """
     files = find_weights(folder, stem)
-    config, state = read_json(folder / "config.json"), {}
-    config = {key: value for key, value in config.items() if value is not None}
+    config, state = read_config(folder / "config.json"), {}
     for key, allowed in fixed.items():
         value = config.get(key, allowed)
         values = value if isinstance(value, list) else [value]
