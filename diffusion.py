@@ -53,8 +53,12 @@ class NoiseSchedule:
         object.__setattr__(self, "alphas_cumprod", (1 - betas).cumprod(0))
 
     def signal_and_noise(self, t, like):
-        """Returns a and s, each (B, 1, 1, 1), at timesteps t (B,), with dtype and device of a z."""
-        abar = self.alphas_cumprod.to(like.device, like.dtype)[t].view(-1, 1, 1, 1)
+        """Returns a and s, each (B, 1, 1, 1), at timesteps t (B,), with dtype and device of a z.
+
+        like: z (B, 4, H, W), or of any other rank, as in the plane; a and s get its rank.
+        """
+        abar = self.alphas_cumprod.to(like.device, like.dtype)[t]
+        abar = abar.view(-1, *(1 for _ in like.shape[1:]))
         return abar.sqrt(), (1 - abar).sqrt()
 
     def add_noise(self, z, noise, t):
