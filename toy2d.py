@@ -1,9 +1,7 @@
 """From a large to a small probability space in the plane, against the exact posterior denoiser.
 
     python toy2d.py                     prior, steered, rivals: two figures and a table
-    python toy2d.py --study modes       which paths to steer, with which weights
-    python toy2d.py --study robustness  how many labelled samples, how many epochs
-    python toy2d.py --study algebra     tempering and composing conditions
+    python toy2d.py --study modes       or robustness, or algebra: see studies/toy_studies.py
 
 The large space is a pinwheel, a Gaussian mixture of K components; a condition c_add names an arm
 and says, with some error, how far out on it the point lies. For a mixture everything that a
@@ -24,7 +22,6 @@ from torch import nn
 from tqdm import tqdm
 
 import diffusion
-from bps import posterior
 from sample import Parser, run, seed_number
 from studies.plots import Figure
 from unet import timestep_embedding
@@ -68,6 +65,13 @@ class World:
         """Returns the conditions (N, 6) of components k: the arm, and a reading of the place."""
         reading = self.places[k] + PLACE_ERROR * torch.randn(len(k), generator=generator)
         return torch.cat([F.one_hot(self.arms[k], ARMS).float(), reading[:, None]], dim=1)
+
+    def draw_labelled(self, n, generator):
+        """Returns n labelled points, z_0 (n, 2) and cond (n, 6), of the arms in turn."""
+        of_arm = self.arms == torch.arange(n)[:, None] % ARMS                   # (n, K)
+        k = torch.multinomial(of_arm.float(), 1, generator=generator).squeeze(1)
+        z_0 = self.means[k] + self.std * torch.randn(n, 2, generator=generator)
+        return z_0, self.label(k, generator)
 
     def log_says(self, cond, kind="both"):
         """Returns log p(c_add | k) (N, K), up to a constant, of the part of cond that counts."""
@@ -260,20 +264,26 @@ def train_prior(world, seed, samples=PRIOR_SAMPLES):
     return unet.requires_grad_(False)
 
 
-def train_method(method, prior, z_0, cond, epochs, lr, seed, **bps_options):
-    """Returns the posterior's eps(z_t, t, cond), learned from labelled points in one of three ways.
+def labelled(world, n, seed):
+    """Returns the n labelled points of a seed: z_0 (n, 2), cond (n, 6)."""
+    return world.draw_labelled(n, torch.Generator().manual_seed(30_000 + seed))
+
+
+def train_method(method, prior, world, n, seed, epochs=None, effort=1.0, **bps_options):
+    """Returns the posterior's eps(z_t, t, cond), learned from n labelled points in one of 3 ways.
 
     steered: the prior is frozen, BPS is trained. tuned: both are. scratch: both, and the prior's
     place is taken by a new network. The wiring is the same, only what is learned differs.
+    epochs: the method's own by default; `effort` is the share of them that is done.
     """
     torch.manual_seed(seed)
     unet, bps = ToyUNet(), ToyBPS(**bps_options)
     if method != "scratch":
         unet.load_state_dict(prior.state_dict())
     unet.requires_grad_(method != "steered")
-    eps = steer(unet, bps)
-    train(eps, [*unet.parameters(), *bps.parameters()], z_0, cond, epochs, PASSES * len(z_0), lr,
-          seed, f"{method}, n = {len(z_0)}")
+    eps, epochs = steer(unet, bps), max(1, round(effort * (epochs or METHODS[method]["epochs"])))
+    train(eps, [*unet.parameters(), *bps.parameters()], *labelled(world, n, seed), epochs,
+          PASSES * n, METHODS[method]["lr"], seed, f"{method}, n = {n}")
     return eps
 
 
@@ -320,11 +330,8 @@ class Exam:
 
     def __init__(self, world, seed):
         generator = torch.Generator().manual_seed(10_000 + seed)
-        # the arms in turn, places at random
-        k = torch.arange(CONDITIONS) % ARMS * BEADS
-        k += torch.randint(BEADS, (CONDITIONS,), generator=generator)
         self.world, self.seed = world, seed
-        self.cond = world.label(k, generator)
+        _, self.cond = world.draw_labelled(CONDITIONS, generator)
         self.log_says = world.log_says(self.cond)
         self.true = torch.stack([world.draw(5 * SAMPLES, generator, log_says)[0]
                                  for log_says in self.log_says])
@@ -372,14 +379,6 @@ class Exam:
         return errors
 
 
-def labelled(world, n, seed):
-    """Returns n labelled points: z_0 (n, 2), cond (n, 6); the arms in turn."""
-    generator = torch.Generator().manual_seed(30_000 + seed)
-    k = torch.arange(n) % ARMS * BEADS + torch.randint(BEADS, (n,), generator=generator)
-    return world.means[k] + world.std * torch.randn(n, 2, generator=generator), \
-        world.label(k, generator)
-
-
 def table(rows, out):
     """Prints a table of dicts as markdown, and writes it to out."""
     lines = [list(rows[0]), ["---"] * len(rows[0])]
@@ -395,17 +394,17 @@ def table(rows, out):
 
 def compare(world, prior, args):
     """The prior, three ways to learn the posterior from 100 labelled points, the exact one."""
-    exam, (z_0, cond) = Exam(world, args.seed), labelled(world, args.n, args.seed)
+    exam, (z_0, _) = Exam(world, args.seed), labelled(world, args.n, args.seed)
     exact = world.denoiser(exam.log_says[exam.rows])
     denoisers = {"exact": lambda z_t, t, _: exact(z_t, t),
                  "prior": lambda z_t, t, _: prior(z_t, t)}
-    for method, budget in METHODS.items():
-        epochs = max(1, round(budget["epochs"] * args.effort))
-        denoisers[method] = train_method(method, prior, z_0, cond, epochs, budget["lr"], args.seed)
+    for method in METHODS:
+        denoisers[method] = train_method(method, prior, world, args.n, args.seed,
+                                         effort=args.effort)
     points = {"true": exam.fresh} | {name: exam.draw(eps) for name, eps in denoisers.items()}
     rows = []
     for name, drawn in points.items():
-        errors = [float("nan")] * 4
+        errors = ["-"] * 4
         if name in METHODS:
             errors = exam.steering_error(denoisers[name], prior)
         rows.append(dict(samples=name) | exam.marks(drawn)
@@ -449,69 +448,11 @@ def draw_steering(world, prior, eps, exam, args):
     figure.save(args.out / "steering.png")
 
 
-# ---- the studies ---------------------------------------------------------------------------
-
-MODES = {"CP": (16, 8, 4, 0, 0, 0, 0, 0), "TP": (0, 0, 0, 16, 0, 0, 0, 0),
-         "EP": (0, 0, 0, 0, 1, 1, 1, 0), "CP+TP": (16, 8, 4, 16, 0, 0, 0, 0),
-         "CP+EP": (16, 8, 4, 0, 1, 1, 1, 0), "TP+EP": (0, 0, 0, 16, 1, 1, 1, 0),
-         "CP+TP+EP": HEAD_HEAVY, "flat": (4, 4, 4, 4, 4, 4, 4, 0),
-         "foot-heavy": (1, 1, 1, 1, 4, 8, 16, 0), "time-blind": HEAD_HEAVY,
-         "at output": (0, 0, 0, 0, 0, 0, 0, 16)}
-
-
-def study_modes(world, prior, args):
-    """Which paths to steer, with which weights: 12 labelled points, five seeds a mode."""
-    rows, seeds = [], range(args.seed, args.seed + 5)
-    epochs = max(1, round(METHODS["steered"]["epochs"] * args.effort))
-    marks = {name: [] for name in MODES}
-    for name, seed in tqdm([(name, seed) for name in MODES for seed in seeds], desc="modes"):
-        exam = Exam(world, seed)
-        eps = train_method("steered", prior, *labelled(world, 12, seed), epochs,
-                           METHODS["steered"]["lr"], seed, weights=MODES[name],
-                           time_blind=name == "time-blind")
-        marks[name].append(exam.marks(exam.draw(eps)))
-    figure = Figure(1, 2, labels=list(MODES))
-    for axes, key in zip(figure.axes, ("accuracy", "energy")):
-        values = torch.tensor([[mark[key] for mark in marks[name]] for name in MODES])
-        axes.title = f"{key}, n = 12, mean and standard deviation of 5"
-        axes.bars(values.mean(1), values.std(1))
-    for name in MODES:
-        row = dict(mode=name)
-        for key in ("accuracy", "energy"):
-            values = torch.tensor([mark[key] for mark in marks[name]])
-            row |= {key: values.mean().item(), f"{key} sd": values.std().item()}
-        rows.append(row)
-    table(rows, args.out / "modes.md")
-    figure.save(args.out / "modes.png")
-
-
-def study_robustness(world, prior, args):
-    """How many labelled points, how many epochs: a run of its own for each."""
-    rows, sizes, epochs = [], (12, 25, 50, 100, 200, 500), (50, 250, 1250, 5000)
-    exam = Exam(world, args.seed)
-    jobs = [(method, n, count) for method in METHODS for n in sizes for count in epochs]
-    for method, n, count in tqdm(jobs, desc="robustness"):
-        eps = train_method(method, prior, *labelled(world, n, args.seed),
-                           max(1, round(count * args.effort)), METHODS[method]["lr"], args.seed)
-        marks = exam.marks(exam.draw(eps))
-        rows.append(dict(method=method, n=n, epochs=count) | marks)
-    table(rows, args.out / "robustness.md")
-    figure = Figure(2, len(METHODS))
-    for i, key in enumerate(("accuracy", "energy")):
-        for j, method in enumerate(METHODS):
-            axes = figure.axes[len(METHODS) * i + j]
-            axes.title = f"{method}: {key} by epochs"
-            for n in sizes:
-                axes.line(epochs, [row[key] for row in rows if row["method"] == method
-                                   and row["n"] == n], f"n = {n}", log_y=key == "energy")
-    figure.save(args.out / "robustness.png")
-
-
 def parse_args():
     """Returns the checked command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--study", choices=STUDIES, help="one of the three studies (default: the comparison)")
+    add("--study", choices=("modes", "robustness", "algebra"), help="(default: the comparison)")
     add("--n", type=int, default=100, help="labelled points (default: %(default)s)")
     add("--effort", type=float, default=1.0, help="share of all epochs and of the prior's samples, "
         "for a quick look (default: %(default)s)")
@@ -533,11 +474,13 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     samples = max(PRIOR_BATCH, round(PRIOR_SAMPLES * args.effort))
     prior = train_prior(world, args.seed, samples)
-    STUDIES.get(args.study, compare)(world, prior, args)
+    study = compare
+    if args.study:
+        from studies import toy_studies  # here, because it imports this file
+        study = getattr(toy_studies, args.study)
+    study(world, prior, args)
     print(f"done in {(time.monotonic() - started) / 60:.1f} min")
 
-
-STUDIES = dict(modes=study_modes, robustness=study_robustness)
 
 if __name__ == "__main__":
     run(main)

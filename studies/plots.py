@@ -24,7 +24,7 @@ class Axes:
         self.layers.append(("arrows", np.asarray(points), np.asarray(vectors)))
 
     def line(self, x, y, name, log_y=False):
-        """Adds a line over a logarithmic x."""
+        """Adds a line; x is logarithmic unless it starts at 0."""
         self.layers.append(("line", np.asarray(x), np.asarray(y), name, log_y))
 
     def bars(self, values, errors):
@@ -58,7 +58,7 @@ class Axes:
             return (np.array([1, -1]) * points / 5.2 + 0.5) * SIDE
 
         for kind, points, extra in self.layers:
-            points = points[np.abs(points).max(1) < 2.6]  if kind == "dots" else points
+            points = points[np.abs(points).max(1) < 2.6] if kind == "dots" else points
             if kind == "dots":
                 for x, y in self.at(to_panel(points)):
                     r = 0.9 * ZOOM
@@ -84,7 +84,8 @@ class Axes:
     def paint_lines(self):
         """Draws lines with ticks at their points and a legend."""
         log_y = self.layers[0][4]
-        x = np.log10(self.layers[0][1])
+        ticks = self.layers[0][1]
+        x = np.log10(ticks) if ticks[0] > 0 else ticks
         values = np.concatenate([layer[2] for layer in self.layers])
         values = np.log10(np.maximum(values, 1e-4)) if log_y else values
         low, high = (np.floor(values.min()), np.ceil(values.max())) if log_y else (0.0, 1.0)
@@ -99,7 +100,7 @@ class Axes:
             self.pen.line(self.at(ends), LIGHT, ZOOM)
             name = f"{10.0**tick:g}" if log_y else f"{tick:g}"
             self.text(EDGE - 4, ends[0][1], name, 11, "rm")
-        for tick, value in zip(x, self.layers[0][1]):
+        for tick, value in zip(x, ticks):
             self.text(to_panel(tick, low)[0], SIDE - 8, f"{value:g}", 11, "mm")
         for i, (_, _, y, name, _) in enumerate(self.layers):
             y = np.log10(np.maximum(y, 1e-4)) if log_y else y

@@ -1,0 +1,161 @@
+"""The toy's three studies: paths and weights, robustness, and the algebra of posteriors.
+
+    python toy2d.py --study modes       which paths to steer, with which weights (paper's Fig. 3)
+    python toy2d.py --study robustness  how many labelled points, how many epochs (paper's Fig. 4)
+    python toy2d.py --study algebra     tempering and composing, against the exact laws
+
+Shapes as in toy2d.py: N conditions, K components.
+"""
+import torch
+from tqdm import tqdm
+
+import toy2d
+from bps import posterior
+from studies.plots import Figure
+
+# port weights: three on CP, one on TP, three on EP, one at the output
+MODES = {"CP": (16, 8, 4, 0, 0, 0, 0, 0), "TP": (0, 0, 0, 16, 0, 0, 0, 0),
+         "EP": (0, 0, 0, 0, 1, 1, 1, 0), "CP+TP": (16, 8, 4, 16, 0, 0, 0, 0),
+         "CP+EP": (16, 8, 4, 0, 1, 1, 1, 0), "TP+EP": (0, 0, 0, 16, 1, 1, 1, 0),
+         "CP+TP+EP": toy2d.HEAD_HEAVY, "flat": (4, 4, 4, 4, 4, 4, 4, 0),
+         "foot-heavy": (1, 1, 1, 1, 4, 8, 16, 0), "time-blind": toy2d.HEAD_HEAVY,
+         "at output": (0, 0, 0, 0, 0, 0, 0, 16)}
+MODES_N, MODES_SEEDS = 12, 5
+SIZES, EPOCHS = (12, 25, 50, 100, 200, 500), (50, 250, 1250, 5000)      # of robustness
+STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)                                   # of tempering
+LAWS = [*({"arm": s} for s in STRENGTHS), *({"place": s} for s in STRENGTHS),
+        {"both": 1.0}, {"arm": 1.0, "place": 1.0}]
+
+
+# ---- which paths, which weights ------------------------------------------------------------
+
+def modes(world, prior, args):
+    """Steers in each mode with 12 labelled points, five times: other points, other network."""
+    keys, seeds = ("accuracy", "energy"), range(args.seed, args.seed + MODES_SEEDS)
+    marks = torch.zeros(len(MODES), len(seeds), len(keys))
+    jobs = [(i, j) for i in range(len(MODES)) for j in range(len(seeds))]
+    for i, j in tqdm(jobs, desc="modes"):
+        name, seed = list(MODES)[i], seeds[j]
+        exam = toy2d.Exam(world, seed)
+        eps = toy2d.train_method("steered", prior, world, MODES_N, seed, effort=args.effort,
+                                 weights=MODES[name], time_blind=name == "time-blind")
+        measured = exam.marks(exam.draw(eps))
+        marks[i, j] = torch.tensor([measured[key] for key in keys])
+    mean, deviation = marks.mean(1), marks.std(1)                               # (modes, keys)
+    toy2d.table([dict(mode=name) | {f"{key}{what}": values[i, k].item()
+                                    for k, key in enumerate(keys)
+                                    for what, values in (("", mean), (" sd", deviation))}
+                 for i, name in enumerate(MODES)], args.out / "modes.md")
+    figure = Figure(1, len(keys), labels=list(MODES))
+    for k, (axes, key) in enumerate(zip(figure.axes, keys)):
+        axes.title = f"{key}, n = {MODES_N}, mean and deviation of {MODES_SEEDS}"
+        axes.bars(mean[:, k], deviation[:, k])
+    figure.save(args.out / "modes.png")
+
+
+# ---- how many labelled points, how many epochs ---------------------------------------------
+
+def robustness(world, prior, args):
+    """Trains each method on each number of points for each number of epochs, from the start."""
+    rows, exam = [], toy2d.Exam(world, args.seed)
+    jobs = [(method, n, epochs) for method in toy2d.METHODS for n in SIZES for epochs in EPOCHS]
+    for method, n, epochs in tqdm(jobs, desc="robustness"):
+        eps = toy2d.train_method(method, prior, world, n, args.seed, epochs, args.effort)
+        rows.append(dict(method=method, n=n, epochs=epochs) | exam.marks(exam.draw(eps)))
+    toy2d.table(rows, args.out / "robustness.md")
+    figure = Figure(2, len(toy2d.METHODS))
+    panels = [(key, method) for key in ("accuracy", "energy") for method in toy2d.METHODS]
+    for axes, (key, method) in zip(figure.axes, panels):
+        axes.title = f"{method}: {key} by epochs"
+        for n in SIZES:
+            values = [row[key] for row in rows if (row["method"], row["n"]) == (method, n)]
+            axes.line(EPOCHS, values, f"n = {n}", log_y=key == "energy")
+    figure.save(args.out / "robustness.png")
+
+
+# ---- tempering and composing ---------------------------------------------------------------
+
+def grid():
+    """Returns a World whose two coordinates are independent: columns for arms, rows for places."""
+    columns, rows = torch.cartesian_prod(*2 * [torch.arange(toy2d.ARMS)]).unbind(1)
+    means = torch.stack([columns - 2.0, rows - 2.0], dim=1) * 0.8
+    return toy2d.World(means, columns, rows / (toy2d.ARMS - 1))
+
+
+def true_points(exam, law):
+    """Returns points (N, m, 2) of p(z_0) prod_i p(c_i | z_0)^s_i, one row a condition of exam.
+
+    By importance: points of the large space, drawn again with these weights. law: {kind: s}.
+    """
+    world, m = exam.world, exam.true.shape[1]
+    generator = torch.Generator().manual_seed(40_000 + exam.seed)
+    z_0, _ = world.draw(50_000, generator)
+    clean = z_0, torch.ones(1, 1), torch.zeros(1, 1)
+    points = []
+    for cond in exam.cond.split(1):
+        log_weight = torch.zeros(len(z_0))
+        for kind, s in law.items():
+            log_weight += s * (world.log_p(*clean, world.log_says(cond, kind))
+                               - world.log_p(*clean))
+        chosen = torch.multinomial(log_weight.softmax(0), m, True, generator=generator)
+        points.append(z_0[chosen])
+    return torch.stack(points)
+
+
+def exact_denoisers(exam):
+    """Returns eps* and {kind: eps_bar*} of exam's conditions, each a function of (z_t, t)."""
+    return exam.world.denoiser(), {
+        kind: exam.world.denoiser(exam.world.log_says(exam.cond, kind)[exam.rows])
+        for kind in toy2d.KINDS}
+
+
+def learned_denoisers(exam, prior, args):
+    """Returns what exact_denoisers does, of the prior network and of one BPS a kind."""
+    def of_kind(kind):
+        eps = toy2d.train_method("steered", prior, exam.world, args.n, args.seed,
+                                 effort=args.effort, kind=kind)
+        return lambda z_t, t: eps(z_t, t, exam.cond[exam.rows])
+
+    return prior, {kind: of_kind(kind) for kind in toy2d.KINDS}
+
+
+def draw_law(exam, denoisers, law):
+    """Returns points (N, SAMPLES, 2) drawn with bps.posterior of these denoisers; law {kind: s}."""
+    prior, posteriors = denoisers
+    return exam.draw(lambda z_t, t, _: posterior(
+        prior(z_t, t), [posteriors[kind](z_t, t) for kind in law], list(law.values())))
+
+
+def algebra(world, prior, args):
+    """Draws tempered and composed posteriors, and compares them with the laws they stand for."""
+    pinwheel, other = toy2d.Exam(world, args.seed), toy2d.Exam(grid(), args.seed)
+    sources = {"exact": (pinwheel, exact_denoisers(pinwheel)),
+               "learned": (pinwheel, learned_denoisers(pinwheel, prior, args)),
+               "exact, grid": (other, exact_denoisers(other))}
+    rows, points = [], {}
+    for law in tqdm(LAWS, desc="algebra"):
+        name = " ".join(f"{kind}^{s:g}" for kind, s in law.items())
+        for source, (exam, denoisers) in sources.items():
+            true, drawn = true_points(exam, law), draw_law(exam, denoisers, law)
+            points["true", source, name] = true[:, :toy2d.SAMPLES]
+            points["drawn", source, name] = drawn
+            rows.append(dict(law=name, denoisers=source,
+                             energy=toy2d.energy_distance(drawn, true).mean().item()))
+    toy2d.table(rows, args.out / "algebra.md")
+    figure = Figure(1, 5)
+    for axes, kind in zip(figure.axes, ("arm", "place")):
+        axes.title = f"p(z) p({kind} | z)^s: energy distance by s"
+        for source in sources:
+            values = {(row["law"], row["denoisers"]): row["energy"] for row in rows}
+            axes.line(STRENGTHS, [values[f"{kind}^{s:g}", source] for s in STRENGTHS], source,
+                      log_y=True)
+    large, _ = world.draw(5000, torch.Generator().manual_seed(args.seed))
+    for axes, (title, *which) in zip(figure.axes[2:], (
+            ("arm and place: true", "true", "exact"),
+            ("composed, exact denoisers", "drawn", "exact"),
+            ("composed, learned denoisers", "drawn", "learned"))):
+        axes.title = title
+        axes.dots(large, "light")
+        for i in range(toy2d.ARMS):
+            axes.dots(points[(*which, "arm^1 place^1")][i], i)
+    figure.save(args.out / "algebra.png")

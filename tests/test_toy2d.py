@@ -1,0 +1,231 @@
+"""The toy's closed forms, its networks at the start, its measurements, and short runs of it."""
+import sys
+
+import pytest
+import torch
+
+import toy2d
+from bps import posterior
+from studies import toy_studies
+from toy2d import KINDS, World, energy_distance, signal_and_noise, sliced_wasserstein
+
+B, T = 7, (5, 300, 700)
+
+
+@pytest.fixture
+def world():
+    """The pinwheel in float64."""
+    return in_float64(toy2d.pinwheel())
+
+
+def in_float64(world):
+    """Returns the world with float64 numbers."""
+    return World(world.means.double(), world.arms, world.places.double())
+
+
+def some_points(world, t):
+    """Returns z_t (B, 2), a and s (1, 1) at t, and log_says (B, K) of B conditions."""
+    generator = torch.Generator().manual_seed(t)
+    z_0, cond = world.draw_labelled(B, generator)
+    a, s = signal_and_noise(t, z_0)
+    z_t = a * z_0 + s * torch.randn(z_0.shape, generator=generator, dtype=z_0.dtype)
+    return z_t, a, s, world.log_says(cond)
+
+
+@pytest.mark.parametrize("t", T)
+@pytest.mark.parametrize("conditional", (False, True))
+def test_the_exact_denoiser_is_the_gradient_of_the_log_density(world, t, conditional):
+    z_t, a, s, log_says = some_points(world, t)
+    log_says = log_says if conditional else 0.0
+    z_t.requires_grad_()
+    score, = torch.autograd.grad(world.log_p(z_t, a, s, log_says).sum(), z_t)
+    torch.testing.assert_close(world.eps(z_t, a, s, log_says), -s * score)
+
+
+def test_the_density_integrates_to_one(world):
+    side = torch.linspace(-5, 5, 400, dtype=torch.float64)
+    a, s = signal_and_noise(200, world.means)
+    p = world.log_p(torch.cartesian_prod(side, side), a, s).exp()
+    assert p.sum().item() * (side[1] - side[0]).item() ** 2 == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("t", T)
+def test_steering_is_the_posterior_minus_the_prior_and_w_has_mean_one(world, t):
+    z_t, a, s, log_says = some_points(world, t)
+    difference = world.eps(z_t, a, s, log_says) - world.eps(z_t, a, s)
+    torch.testing.assert_close(world.steering(z_t, a, s, log_says), difference)
+    p_k = world.log_components(z_t, a, s).softmax(1)
+    torch.testing.assert_close((p_k * world.w(z_t, a, s, log_says)).sum(1), torch.ones(B).double())
+
+
+def test_steering_is_the_covariance_of_the_noise_and_w_by_monte_carlo(world):
+    # z_0 given z_t, by importance from the large space; what c_add says is decided by z_0 alone
+    z_t, a, s, log_says = some_points(world, 700)
+    z_0, _ = world.draw(200_000, torch.Generator().manual_seed(0))
+    one, zero = torch.ones(1, 1).double(), torch.zeros(1, 1).double()
+    for i in range(B):
+        weight = (-(z_t[i] - a * z_0).square().sum(1) / (2 * s.item() ** 2)).softmax(0)
+        eps = (z_t[i] - a * z_0) / s
+        says = world.log_p(z_0, one, zero, log_says[i]) - world.log_p(z_0, one, zero)
+        w = says.exp() / (weight * says.exp()).sum()
+        covariance = (weight * (w - 1)) @ eps
+        exact = world.steering(z_t[i:i + 1], a, s, log_says[i:i + 1])[0]
+        torch.testing.assert_close(covariance, exact, atol=0.01, rtol=0.02)
+
+
+@pytest.mark.parametrize("t", T)
+def test_a_condition_that_says_nothing_steers_nothing(world, t):
+    z_t, a, s, log_says = some_points(world, t)
+    nothing = torch.full_like(log_says, -0.7)
+    torch.testing.assert_close(world.steering(z_t, a, s, nothing), torch.zeros(B, 2).double())
+    assert world.steering(z_t, a, s, log_says).abs().max() > 0.01
+
+
+def test_ddim_with_the_exact_denoiser_reaches_the_floor():
+    world = toy2d.pinwheel()
+    generator = torch.Generator().manual_seed(1)
+    (x, _), (y, _) = world.draw(4000, generator), world.draw(4000, generator)
+    drawn = toy2d.draw(world.denoiser(), 4000, seed=2)
+    assert abs(energy_distance(x, y)) < 1e-3
+    assert abs(energy_distance(drawn, y)) < 1e-3
+    assert energy_distance(drawn + 0.1, y) > 5e-3           # what a shift by a component would be
+
+
+def test_the_bayes_classifier_names_the_arm_a_point_was_drawn_from():
+    world = toy2d.pinwheel()
+    z_0, k = world.draw(2000, torch.Generator().manual_seed(0))
+    assert (world.classify(z_0) == world.arms[k]).float().mean() > 0.995
+
+
+def test_composition_is_exact_where_the_conditions_speak_of_independent_coordinates(world):
+    apart = []
+    for each in (in_float64(toy_studies.grid()), world):
+        generator = torch.Generator().manual_seed(0)
+        z_0, cond = each.draw_labelled(B, generator)
+        a, s = signal_and_noise(500, z_0)
+        z_t = a * z_0 + s
+        eps = {kind: each.eps(z_t, a, s, each.log_says(cond, kind)) for kind in KINDS}
+        composed = posterior(each.eps(z_t, a, s), [eps["arm"], eps["place"]], [1.0, 1.0])
+        apart.append((composed - eps["both"]).abs().max().item())
+    assert apart[0] < 1e-12 and apart[1] > 0.01
+
+
+def test_a_tempered_law_is_the_large_space_at_0_and_the_small_one_at_1():
+    world = toy2d.pinwheel()
+    exam = toy2d.Exam(world, 0)
+    large, _ = world.draw(2000, torch.Generator().manual_seed(5))
+    assert energy_distance(toy_studies.true_points(exam, dict(both=0.0)), large).abs().max() < 0.03
+    small = energy_distance(toy_studies.true_points(exam, dict(both=1.0)), exam.true)
+    assert small.abs().mean() < 0.003
+
+
+@pytest.mark.parametrize("weights", toy_studies.MODES.values())
+def test_a_steered_network_is_the_prior_until_it_is_trained(weights):
+    torch.manual_seed(0)
+    unet, bps = toy2d.ToyUNet(), toy2d.ToyBPS(weights=weights)
+    z_t, t, cond = torch.randn(B, 2), torch.arange(B) * 100, torch.rand(B, 6)
+    eps = toy2d.steer(unet, bps)(z_t, t, cond)
+    assert torch.equal(eps, unet(z_t, t))
+    eps.square().sum().backward()
+    for weight, port in zip(weights, bps.ports):
+        assert (port.weight.grad is not None and port.weight.grad.any()) == bool(weight)
+        torch.nn.init.normal_(port.weight)
+    assert not torch.equal(toy2d.steer(unet, bps)(z_t, t, cond), eps)
+
+
+def test_a_time_blind_steering_gives_the_same_residuals_at_all_times():
+    torch.manual_seed(0)
+    for blind in (False, True):
+        bps = toy2d.ToyBPS(time_blind=blind)
+        for port in bps.ports:
+            torch.nn.init.normal_(port.weight)
+        cond = torch.full((1, 6), 0.5)
+        early, late = (bps(cond, t_emb)[0] for t_emb in torch.randn(2, 1, 64))
+        assert torch.equal(early, late) == blind
+
+
+def test_energy_and_sliced_wasserstein_distance_match_what_is_known():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(6, 2, generator=generator), torch.randn(4, 2, generator=generator)
+
+    def mean(a, b, pairs):
+        return sum((p - q).norm() for p in a for q in b) / pairs
+
+    expected = 2 * mean(x, y, 24) - mean(x, x, 30) - mean(y, y, 12)
+    assert energy_distance(x, y).item() == pytest.approx(expected.item(), rel=1e-5)
+    # a shift by d moves every projection by |d . u|, on average over directions 2 |d| / pi
+    shift = sliced_wasserstein(x, x + torch.tensor([0.6, 0.8])).item()
+    assert shift == pytest.approx(2 / torch.pi, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def short_prior():
+    """A prior network trained for a tenth of its time."""
+    return toy2d.train_prior(toy2d.pinwheel(), 0, samples=50_000)
+
+
+def test_a_short_training_steers_and_leaves_the_prior_as_it_was(short_prior):
+    world, before = toy2d.pinwheel(), [p.clone() for p in short_prior.parameters()]
+    exam = toy2d.Exam(world, 0)
+    eps = toy2d.train_method("steered", short_prior, world, 100, 0, effort=0.3)
+    assert all(torch.equal(p, q) for p, q in zip(short_prior.parameters(), before))
+    steered, prior = (exam.marks(exam.draw(denoise))
+                      for denoise in (eps, lambda z_t, t, _: short_prior(z_t, t)))
+    assert prior["accuracy"] < 0.3 and prior["energy"] > 1
+    assert steered["accuracy"] > 0.85 and steered["energy"] < 0.25
+    assert all(error < 1 for error in exam.steering_error(eps, short_prior)[:3])
+
+
+def test_repeated_is_one_for_the_training_points_and_a_twentieth_for_true_ones():
+    exam = toy2d.Exam(toy2d.pinwheel(), 0)
+    z_0, _ = toy2d.labelled(exam.world, 100, 0)
+    again = z_0[torch.arange(exam.fresh.shape[0] * exam.fresh.shape[1]) % 100]
+    assert exam.repeated(again.view_as(exam.fresh), z_0) == 1
+    assert exam.repeated(exam.fresh, z_0) == pytest.approx(0.05, abs=0.015)
+
+
+@pytest.fixture
+def run_toy(tmp_path, monkeypatch):
+    """A function of arguments that runs toy2d.py in a very short form, and returns its folder."""
+    for module, name, value in ((toy2d, "SAMPLES", 20), (toy2d, "STEPS", 5),
+                                (toy2d, "CONDITIONS", 5), (toy_studies, "SIZES", (12, 25)),
+                                (toy_studies, "EPOCHS", (50, 500))):
+        monkeypatch.setattr(module, name, value)
+
+    def run_it(*arguments):
+        out = tmp_path / "-".join(arguments)
+        monkeypatch.setattr(sys, "argv", ["toy2d.py", "--effort", "0.004", "--out", str(out),
+                                          *arguments])
+        toy2d.main()
+        return out
+
+    return run_it
+
+
+def test_the_same_seed_gives_the_same_table_and_another_seed_another(run_toy):
+    texts = [(run_toy("--seed", seed) / "toy2d.md").read_text() for seed in ("1", "1", "2")]
+    assert texts[0] == texts[1] != texts[2]
+    for name in ("true", "exact", "prior", "steered", "scratch", "tuned"):
+        assert f"| {name} |" in texts[0]
+
+
+@pytest.mark.parametrize("study", (None, "modes", "robustness", "algebra"))
+def test_a_run_writes_its_table_and_its_figures(study, run_toy):
+    out = run_toy(*(["--study", study] if study else []))
+    names = ["toy2d.md", "toy2d.png", "steering.png"]
+    names = [f"{study}.md", f"{study}.png"] if study else names
+    assert sorted(file.name for file in out.iterdir()) == sorted(names)
+    assert "nan" not in (out / names[0]).read_text()
+
+
+@pytest.mark.parametrize("arguments, words", (
+    (["--n", "0"], "--n 0"), (["--effort", "0"], "--effort 0"),
+    (["--effort", "1.5"], "--effort 1.5"), (["--study", "all"], "--study"),
+    (["--seed", "-1"], "-1"), (["--out", __file__], "a file")))
+def test_a_wrong_option_is_one_line_and_exit_code_2(arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["toy2d.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        toy2d.main()
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ") and printed.count("\n") == 1 and words in printed
