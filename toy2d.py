@@ -64,7 +64,7 @@ class World:
     def label(self, k, generator):
         """Returns the conditions (N, 6) of components k: the arm, and a reading of the place."""
         reading = self.places[k] + PLACE_ERROR * torch.randn(len(k), generator=generator)
-        return torch.cat([F.one_hot(self.arms[k], ARMS).float(), reading[:, None]], dim=1)
+        return torch.cat([F.one_hot(self.arms[k], ARMS).to(reading), reading[:, None]], dim=1)
 
     def draw_labelled(self, n, generator):
         """Returns n labelled points, z_0 (n, 2) and cond (n, 6), of the arms in turn."""
@@ -75,7 +75,7 @@ class World:
 
     def log_says(self, cond, kind="both"):
         """Returns log p(c_add | k) (N, K), up to a constant, of the part of cond that counts."""
-        arm = (cond[:, KINDS["arm"]] @ F.one_hot(self.arms, ARMS).float().T).log()
+        arm = (cond[:, KINDS["arm"]] @ F.one_hot(self.arms, ARMS).to(cond).T).log()
         place = -(cond[:, KINDS["place"]] - self.places) ** 2 / (2 * PLACE_ERROR**2)
         return dict(arm=arm, place=place, both=arm + place)[kind]
 

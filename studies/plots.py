@@ -102,6 +102,9 @@ class Axes:
             self.text(EDGE - 4, ends[0][1], name, 11, "rm")
         for tick, value in zip(x, ticks):
             self.text(to_panel(tick, low)[0], SIDE - 8, f"{value:g}", 11, "mm")
+        ends = np.array([layer[2][-1] for layer in self.layers])
+        ends = np.log10(np.maximum(ends, 1e-4)) if log_y else ends
+        free_above = ends.mean() < (low + high) / 2             # where the legend goes
         for i, (_, _, y, name, _) in enumerate(self.layers):
             y = np.log10(np.maximum(y, 1e-4)) if log_y else y
             points = self.at(to_panel(x, y))
@@ -109,8 +112,8 @@ class Axes:
             for px, py in points:
                 self.pen.ellipse((px - 3 * ZOOM, py - 3 * ZOOM, px + 3 * ZOOM, py + 3 * ZOOM),
                                  COLORS[i])
-            bottom = 30 + 15 * i if log_y else SIDE - 30 - 15 * (len(self.layers) - i)
-            self.text(SIDE - 14, bottom, name, 12, "rm", COLORS[i])
+            row = 30 + 15 * i if free_above else SIDE - 30 - 15 * (len(self.layers) - i)
+            self.text(SIDE - 14, row, name, 12, "rm", COLORS[i])
 
     def paint_bars(self):
         """Draws a bar, its error and its value for each label."""

@@ -21,7 +21,7 @@ MODES = {"CP": (16, 8, 4, 0, 0, 0, 0, 0), "TP": (0, 0, 0, 16, 0, 0, 0, 0),
          "foot-heavy": (1, 1, 1, 1, 4, 8, 16, 0), "time-blind": toy2d.HEAD_HEAVY,
          "at output": (0, 0, 0, 0, 0, 0, 0, 16)}
 MODES_N, MODES_SEEDS = 12, 5
-SIZES, EPOCHS = (12, 25, 50, 100, 200, 500), (50, 250, 1250, 5000)      # of robustness
+SIZES, EPOCHS = (12, 25, 50, 100, 200, 500), (40, 160, 640, 2500)      # of robustness
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)                                   # of tempering
 LAWS = [*({"arm": s} for s in STRENGTHS), *({"place": s} for s in STRENGTHS),
         {"both": 1.0}, {"arm": 1.0, "place": 1.0}]
@@ -82,24 +82,27 @@ def grid():
     return toy2d.World(means, columns, rows / (toy2d.ARMS - 1))
 
 
-def true_points(exam, law):
-    """Returns points (N, m, 2) of p(z_0) prod_i p(c_i | z_0)^s_i, one row a condition of exam.
+class Laws:
+    """Draws from p(z_0) prod_i p(c_i | z_0)^s_i, for each condition of an Exam.
 
-    By importance: points of the large space, drawn again with these weights. law: {kind: s}.
+    By importance: points of the large space, drawn again with these weights.
     """
-    world, m = exam.world, exam.true.shape[1]
-    generator = torch.Generator().manual_seed(40_000 + exam.seed)
-    z_0, _ = world.draw(50_000, generator)
-    clean = z_0, torch.ones(1, 1), torch.zeros(1, 1)
-    points = []
-    for cond in exam.cond.split(1):
-        log_weight = torch.zeros(len(z_0))
-        for kind, s in law.items():
-            log_weight += s * (world.log_p(*clean, world.log_says(cond, kind))
-                               - world.log_p(*clean))
-        chosen = torch.multinomial(log_weight.softmax(0), m, True, generator=generator)
-        points.append(z_0[chosen])
-    return torch.stack(points)
+
+    def __init__(self, exam):
+        world, self.exam = exam.world, exam
+        self.z_0, _ = world.draw(50_000, torch.Generator().manual_seed(40_000 + exam.seed))
+        clean = self.z_0, torch.ones(1, 1), torch.zeros(1, 1)
+        log_p = world.log_p(*clean)
+        self.log_p_cond = {kind: torch.stack([world.log_p(*clean, log_says) - log_p for log_says
+                                              in world.log_says(exam.cond, kind)])
+                           for kind in toy2d.KINDS}                             # (N, 50,000) each
+
+    def draw(self, law):
+        """Returns points (N, m, 2), as many as exam.true has; law: {kind: s}."""
+        log_weights = sum(s * self.log_p_cond[kind] for kind, s in law.items())
+        generator = torch.Generator().manual_seed(50_000 + self.exam.seed)
+        return self.z_0[torch.multinomial(log_weights.softmax(1), self.exam.true.shape[1],
+                                          replacement=True, generator=generator)]
 
 
 def exact_denoisers(exam):
@@ -129,14 +132,15 @@ def draw_law(exam, denoisers, law):
 def algebra(world, prior, args):
     """Draws tempered and composed posteriors, and compares them with the laws they stand for."""
     pinwheel, other = toy2d.Exam(world, args.seed), toy2d.Exam(grid(), args.seed)
-    sources = {"exact": (pinwheel, exact_denoisers(pinwheel)),
-               "learned": (pinwheel, learned_denoisers(pinwheel, prior, args)),
-               "exact, grid": (other, exact_denoisers(other))}
+    laws, other_laws = Laws(pinwheel), Laws(other)
+    sources = {"exact": (laws, exact_denoisers(pinwheel)),
+               "learned": (laws, learned_denoisers(pinwheel, prior, args)),
+               "exact, grid": (other_laws, exact_denoisers(other))}
     rows, points = [], {}
     for law in tqdm(LAWS, desc="algebra"):
         name = " ".join(f"{kind}^{s:g}" for kind, s in law.items())
-        for source, (exam, denoisers) in sources.items():
-            true, drawn = true_points(exam, law), draw_law(exam, denoisers, law)
+        for source, (laws, denoisers) in sources.items():
+            true, drawn = laws.draw(law), draw_law(laws.exam, denoisers, law)
             points["true", source, name] = true[:, :toy2d.SAMPLES]
             points["drawn", source, name] = drawn
             rows.append(dict(law=name, denoisers=source,

@@ -8,6 +8,7 @@ import pytest
 from test_layouts import save_file, single_file, write_folder
 
 import sample
+import toy2d
 import train
 from studies import bench
 from tiny import evaluate, make_data, pretrain
@@ -17,7 +18,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BOTH = README + (ROOT / "tiny" / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", BOTH, re.DOTALL)
             for line in block.splitlines() if line.strip() and not line.startswith("#")]
-MODULES = {"train.py": train, "sample.py": sample, "tiny.pretrain": pretrain,
+MODULES = {"train.py": train, "sample.py": sample, "toy2d.py": toy2d,
+           "tiny.pretrain": pretrain,
            "tiny.evaluate": evaluate, "tiny.make_data": make_data, "studies.bench": bench}
 
 
