@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 SIDE, TOP, EDGE, ZOOM = 300, 34, 42, 3          # of one panel, in pixels; drawn ZOOM times as large
 COLORS = ("#d1495b", "#e28413", "#2a9d5c", "#2f6fb5", "#7b4fa3", "#444444")
 LIGHT, GREY = "#d5d8dd", "#777777"
+GREYS = dict(light=LIGHT, dark="#555555")
 
 
 class Axes:
@@ -16,11 +17,11 @@ class Axes:
         self.title, self.labels, self.layers = "", labels, []
 
     def dots(self, points, color):
-        """Adds points (n, 2) of the plane; color is a number or "light"."""
+        """Adds points (n, 2) of the plane; color is a number, "light" or "dark"."""
         self.layers.append(("dots", np.asarray(points), color))
 
     def arrows(self, points, vectors):
-        """Adds vectors (n, 2) at points (n, 2); the longest is one grid cell long."""
+        """Adds vectors (n, 2) at points (n, 2), both in the plane's units."""
         self.layers.append(("arrows", np.asarray(points), np.asarray(vectors)))
 
     def line(self, x, y, name, log_y=False):
@@ -62,15 +63,12 @@ class Axes:
             if kind == "dots":
                 for x, y in self.at(to_panel(points)):
                     r = 0.9 * ZOOM
-                    color = LIGHT if extra == "light" else COLORS[extra]
+                    color = GREYS.get(extra) or COLORS[extra]
                     self.pen.ellipse((x - r, y - r, x + r, y + r), color)
                 continue
-            longest = np.linalg.norm(extra, axis=1).max()
-            tips = points + extra / longest * 0.45
-            for tail, tip in zip(self.at(to_panel(points)), self.at(to_panel(tips))):
+            for tail, tip in zip(self.at(to_panel(points)), self.at(to_panel(points + extra))):
                 self.arrow(tail, tip)
-        self.pen.rectangle([*self.at([(0, 0), (SIDE, SIDE)])[0],
-                            *self.at([(SIDE, SIDE)])[0]], outline=LIGHT, width=ZOOM)
+        self.pen.rectangle(self.at([(0, 0), (SIDE, SIDE)]), outline=LIGHT, width=ZOOM)
 
     def arrow(self, tail, tip):
         """Draws an arrow between two pixel pairs."""

@@ -21,6 +21,7 @@ MODES = {"CP": (16, 8, 4, 0, 0, 0, 0, 0), "TP": (0, 0, 0, 16, 0, 0, 0, 0),
          "foot-heavy": (1, 1, 1, 1, 4, 8, 16, 0), "time-blind": toy2d.HEAD_HEAVY,
          "at output": (0, 0, 0, 0, 0, 0, 0, 16)}
 MODES_N, MODES_SEEDS = 12, 5
+COMPARED = ("steered", "scratch, short", "tuned")
 SIZES, EPOCHS = (12, 25, 50, 100, 200, 500), (40, 160, 640, 2500)      # of robustness
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)                                   # of tempering
 LAWS = [*({"arm": s} for s in STRENGTHS), *({"place": s} for s in STRENGTHS),
@@ -48,7 +49,7 @@ def modes(world, prior, args):
                  for i, name in enumerate(MODES)], args.out / "modes.md")
     figure = Figure(1, len(keys), labels=list(MODES))
     for k, (axes, key) in enumerate(zip(figure.axes, keys)):
-        axes.title = f"{key}, n = {MODES_N}, mean and deviation of {MODES_SEEDS}"
+        axes.title = f"{key}, n = {MODES_N}, {MODES_SEEDS} seeds"
         axes.bars(mean[:, k], deviation[:, k])
     figure.save(args.out / "modes.png")
 
@@ -58,13 +59,13 @@ def modes(world, prior, args):
 def robustness(world, prior, args):
     """Trains each method on each number of points for each number of epochs, from the start."""
     rows, exam = [], toy2d.Exam(world, args.seed)
-    jobs = [(method, n, epochs) for method in toy2d.METHODS for n in SIZES for epochs in EPOCHS]
+    jobs = [(method, n, epochs) for method in COMPARED for n in SIZES for epochs in EPOCHS]
     for method, n, epochs in tqdm(jobs, desc="robustness"):
         eps = toy2d.train_method(method, prior, world, n, args.seed, epochs, args.effort)
         rows.append(dict(method=method, n=n, epochs=epochs) | exam.marks(exam.draw(eps)))
     toy2d.table(rows, args.out / "robustness.md")
-    figure = Figure(2, len(toy2d.METHODS))
-    panels = [(key, method) for key in ("accuracy", "energy") for method in toy2d.METHODS]
+    figure = Figure(2, len(COMPARED))
+    panels = [(key, method) for key in ("accuracy", "energy") for method in COMPARED]
     for axes, (key, method) in zip(figure.axes, panels):
         axes.title = f"{method}: {key} by epochs"
         for n in SIZES:
