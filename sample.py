@@ -135,6 +135,11 @@ class Parser(argparse.ArgumentParser):
         """Ends the script with exit code 2."""
         self.exit(2, f"error: {message}\n")
 
+    def check_out(self, out):
+        """Ends the script where --out is a file."""
+        if out.exists() and not out.is_dir():
+            self.error(f"--out {out}: a file; a folder is wanted")
+
     def add_device(self):
         """Adds --device: the GPU where there is one, else the CPU."""
         self.add_argument("--device", type=usable_device,
@@ -234,8 +239,7 @@ def parse_args():
     if args.guidance == 1 and args.negative_prompt:
         parser.error(f"--guidance 1: leaves --negative-prompt {args.negative_prompt!r} without "
                      f"effect; give more than 1")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out}: a file; a folder is wanted")
+    parser.check_out(args.out)
     if args.bps is None and embedded:
         args.bps = HERE / "tiny" / "bps_sketch.safetensors"
     if args.bps is None or str(args.bps) == "none":

@@ -40,6 +40,7 @@ CONDITIONS, SAMPLES = 25, 200           # fresh conditions to measure on, sample
 METHODS = {"steered": dict(epochs=2500, lr=3e-4), "scratch": dict(epochs=20_000, lr=1e-4),
            "scratch, short": dict(epochs=2500, lr=1e-3), "tuned": dict(epochs=2500, lr=1e-4)}
 SCHEDULE = diffusion.NoiseSchedule()    # Stable Diffusion's
+CLEAN = torch.ones(1, 1), torch.zeros(1, 1)     # a and s of points without noise
 
 
 # ---- the world: every quantity in closed form ----------------------------------------------
@@ -61,7 +62,11 @@ class World:
         """Returns clean points z_0 (n, 2) and their components k (n,), of p(z_0 | c_add)."""
         weights = torch.ones(len(self.means)) if log_says is None else log_says.exp()
         k = torch.multinomial(weights, n, replacement=True, generator=generator)
-        return self.means[k] + self.std * torch.randn(n, 2, generator=generator), k
+        return self.scatter(k, generator), k
+
+    def scatter(self, k, generator):
+        """Returns a clean point of each of the components k (n,): z_0 (n, 2)."""
+        return self.means[k] + self.std * torch.randn(len(k), 2, generator=generator)
 
     def label(self, k, generator):
         """Returns the conditions (N, 6) of components k: the arm, and a reading of the place."""
@@ -72,8 +77,7 @@ class World:
         """Returns n labelled points, z_0 (n, 2) and cond (n, 6), of the arms in turn."""
         of_arm = self.arms == torch.arange(n)[:, None] % ARMS                   # (n, K)
         k = torch.multinomial(of_arm.float(), 1, generator=generator).squeeze(1)
-        z_0 = self.means[k] + self.std * torch.randn(n, 2, generator=generator)
-        return z_0, self.label(k, generator)
+        return self.scatter(k, generator), self.label(k, generator)
 
     def log_says(self, cond, kind="both"):
         """Returns log p(c_add | k) (N, K), up to a constant, of the part of cond that counts."""
@@ -119,7 +123,7 @@ class World:
 
     def classify(self, z_0):
         """Returns the most probable arm (B,) of clean points: the Bayes classifier."""
-        p_k = self.log_components(z_0, torch.ones(1, 1), torch.zeros(1, 1)).softmax(1)
+        p_k = self.log_components(z_0, *CLEAN).softmax(1)
         return (p_k @ F.one_hot(self.arms, ARMS).to(p_k)).argmax(1)
 
 
@@ -480,8 +484,7 @@ def parse_args():
         parser.error(f"--n {args.n}: at least {ARMS}, one an arm")
     if not 0 < args.effort <= 1:
         parser.error(f"--effort {args.effort}: allowed is above 0, up to 1")
-    if args.out.exists() and not args.out.is_dir():
-        parser.error(f"--out {args.out}: a file; a folder is wanted")
+    parser.check_out(args.out)
     return args
 
 

@@ -13,8 +13,8 @@ GREYS = dict(light=LIGHT, dark="#555555")
 class Axes:
     """One panel: collects what is drawn, and draws it once its range is known."""
 
-    def __init__(self, labels):
-        self.title, self.labels, self.layers = "", labels, []
+    def __init__(self):
+        self.title, self.layers = "", []
 
     def dots(self, points, color):
         """Adds points (n, 2) of the plane; color is a number, "light" or "dark"."""
@@ -28,9 +28,9 @@ class Axes:
         """Adds a line; x is logarithmic unless it starts at 0."""
         self.layers.append(("line", np.asarray(x), np.asarray(y), name, log_y))
 
-    def bars(self, values, errors):
-        """Adds a horizontal bar for each of the figure's labels, with its error."""
-        self.layers.append(("bars", np.asarray(values), np.asarray(errors)))
+    def bars(self, labels, values, errors):
+        """Adds a horizontal bar for each label, with its error."""
+        self.layers.append(("bars", labels, np.asarray(values), np.asarray(errors)))
 
     def paint(self, pen, left, top):
         """Draws everything with its upper left corner there."""
@@ -56,6 +56,7 @@ class Axes:
     def paint_plane(self):
         """Draws dots and arrows over [-2.6, 2.6] squared, y upwards."""
         def to_panel(points):
+            """Returns panel coordinates of points of the plane."""
             return (np.array([1, -1]) * points / 5.2 + 0.5) * SIDE
 
         for kind, points, extra in self.layers:
@@ -81,14 +82,14 @@ class Axes:
 
     def paint_lines(self):
         """Draws lines with ticks at their points and a legend."""
-        log_y = self.layers[0][4]
-        ticks = self.layers[0][1]
+        _, ticks, _, _, log_y = self.layers[0]
         x = np.log10(ticks) if ticks[0] > 0 else ticks
-        values = np.concatenate([layer[2] for layer in self.layers])
+        values = np.stack([layer[2] for layer in self.layers])              # (lines, points)
         values = np.log10(np.maximum(values, 1e-4)) if log_y else values
         low, high = (np.floor(values.min()), np.ceil(values.max())) if log_y else (0.0, 1.0)
 
         def to_panel(x, y):
+            """Returns panel coordinates of numbers on the axes."""
             x = EDGE + (x - x_low) / (x_high - x_low) * (SIDE - EDGE - 10)
             return np.stack([x, SIDE - 20 - (y - low) / (high - low) * (SIDE - 30)], axis=-1)
 
@@ -100,11 +101,8 @@ class Axes:
             self.text(EDGE - 4, ends[0][1], name, 11, "rm")
         for tick, value in zip(x, ticks):
             self.text(to_panel(tick, low)[0], SIDE - 8, f"{value:g}", 11, "mm")
-        ends = np.array([layer[2][-1] for layer in self.layers])
-        ends = np.log10(np.maximum(ends, 1e-4)) if log_y else ends
-        free_above = ends.mean() < (low + high) / 2             # where the legend goes
-        for i, (_, _, y, name, _) in enumerate(self.layers):
-            y = np.log10(np.maximum(y, 1e-4)) if log_y else y
+        free_above = values[:, -1].mean() < (low + high) / 2    # where the legend goes
+        for i, (y, (_, _, _, name, _)) in enumerate(zip(values, self.layers)):
             points = self.at(to_panel(x, y))
             self.pen.line(points, COLORS[i], 2 * ZOOM)
             for px, py in points:
@@ -115,12 +113,12 @@ class Axes:
 
     def paint_bars(self):
         """Draws a bar, its error and its value for each label."""
-        _, values, errors = self.layers[0]
+        _, labels, values, errors = self.layers[0]
         name_width, height = 84, SIDE / len(values)
         scale = (SIDE - name_width - 44) / (values + errors).max()
         for i, (value, error) in enumerate(zip(values, errors)):
             y = (i + 0.5) * height
-            self.text(name_width - 6, y, self.labels[i], 12, "rm", "black")
+            self.text(name_width - 6, y, labels[i], 12, "rm", "black")
             tip = name_width + max(value, 0) * scale
             self.pen.rectangle(self.at([(name_width, y - height / 3), (tip, y + height / 3)]),
                                COLORS[3])
@@ -132,9 +130,9 @@ class Axes:
 class Figure:
     """Rows and columns of Axes, from left to right and from top to bottom in `axes`."""
 
-    def __init__(self, rows, columns, labels=()):
+    def __init__(self, rows, columns):
         self.rows, self.columns = rows, columns
-        self.axes = [Axes(labels) for _ in range(rows * columns)]
+        self.axes = [Axes() for _ in range(rows * columns)]
 
     def save(self, file):
         """Writes the figure as PNG and prints its path."""

@@ -34,10 +34,10 @@ def modes(world, prior, args):
     """Steers in each mode with 12 labelled points, five times: other points, other network."""
     keys, seeds = ("accuracy", "energy"), range(args.seed, args.seed + MODES_SEEDS)
     marks = torch.zeros(len(MODES), len(seeds), len(keys))
+    exams = [toy2d.Exam(world, seed) for seed in seeds]
     jobs = [(i, j) for i in range(len(MODES)) for j in range(len(seeds))]
     for i, j in tqdm(jobs, desc="modes"):
-        name, seed = list(MODES)[i], seeds[j]
-        exam = toy2d.Exam(world, seed)
+        name, seed, exam = list(MODES)[i], seeds[j], exams[j]
         eps = toy2d.train_method("steered", prior, world, MODES_N, seed, effort=args.effort,
                                  weights=MODES[name], time_blind=name == "time-blind")
         measured = exam.marks(exam.draw(eps))
@@ -47,10 +47,10 @@ def modes(world, prior, args):
                                     for k, key in enumerate(keys)
                                     for what, values in (("", mean), (" sd", deviation))}
                  for i, name in enumerate(MODES)], args.out / "modes.md")
-    figure = Figure(1, len(keys), labels=list(MODES))
+    figure = Figure(1, len(keys))
     for k, (axes, key) in enumerate(zip(figure.axes, keys)):
         axes.title = f"{key}, n = {MODES_N}, {MODES_SEEDS} seeds"
-        axes.bars(mean[:, k], deviation[:, k])
+        axes.bars(list(MODES), mean[:, k], deviation[:, k])
     figure.save(args.out / "modes.png")
 
 
@@ -92,7 +92,7 @@ class Laws:
     def __init__(self, exam):
         world, self.exam = exam.world, exam
         self.z_0, _ = world.draw(50_000, torch.Generator().manual_seed(40_000 + exam.seed))
-        clean = self.z_0, torch.ones(1, 1), torch.zeros(1, 1)
+        clean = self.z_0, *toy2d.CLEAN
         log_p = world.log_p(*clean)
         self.log_p_cond = {kind: torch.stack([world.log_p(*clean, log_says) - log_p for log_says
                                               in world.log_says(exam.cond, kind)])
@@ -148,10 +148,10 @@ def algebra(world, prior, args):
                              energy=toy2d.energy_distance(drawn, true).mean().item()))
     toy2d.table(rows, args.out / "algebra.md")
     figure = Figure(1, 5)
+    values = {(row["law"], row["denoisers"]): row["energy"] for row in rows}
     for axes, kind in zip(figure.axes, ("arm", "place")):
         axes.title = f"p(z) p({kind} | z)^s: energy distance by s"
         for source in sources:
-            values = {(row["law"], row["denoisers"]): row["energy"] for row in rows}
             axes.line(STRENGTHS, [values[f"{kind}^{s:g}", source] for s in STRENGTHS], source,
                       log_y=True)
     large, _ = world.draw(5000, torch.Generator().manual_seed(args.seed))
