@@ -136,9 +136,10 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
     def check_out(self, out):
-        """Ends the script where --out is a file."""
-        if out.exists() and not out.is_dir():
-            self.error(f"--out {out}: a file; a folder is wanted")
+        """Ends the script where --out, or a folder it would lie in, is a file."""
+        for folder in (out, *out.parents):
+            if folder.is_file():
+                self.error(f"--out {out}: {folder} is a file; a folder is wanted")
 
     def add_device(self):
         """Adds --device: the GPU where there is one, else the CPU."""

@@ -1,7 +1,7 @@
 """From a large to a small probability space in the plane, against the exact posterior denoiser.
 
     python toy2d.py                     prior, steered, rivals: two figures and a table
-    python toy2d.py --study modes       or robustness, or algebra: see studies/toy_studies.py
+    python toy2d.py --study modes       or robustness, algebra, rates: see studies/toy_studies.py
 
 The large space is a pinwheel, a Gaussian mixture of K components; a condition c_add names an arm
 and says, with some error, how far out on it the point lies. For a mixture everything that a
@@ -35,10 +35,6 @@ PRIOR_SAMPLES, PRIOR_EPOCHS, PRIOR_BATCH, PRIOR_LR = 500_000, 5, 1000, 2e-3
 PASSES = 4                              # over the labelled points in a step: epochs / 4 steps
 STEPS = 100                             # of DDIM
 CONDITIONS, SAMPLES = 25, 200           # fresh conditions to measure on, samples of each
-# rates: of three tried at seed 7, which no table shows, the one of least energy distance; only
-# that of "scratch, short" was not chosen so
-METHODS = {"steered": dict(epochs=2500, lr=3e-4), "scratch": dict(epochs=20_000, lr=1e-4),
-           "scratch, short": dict(epochs=2500, lr=1e-3), "tuned": dict(epochs=2500, lr=1e-4)}
 SCHEDULE = diffusion.NoiseSchedule()    # Stable Diffusion's
 CLEAN = torch.ones(1, 1), torch.zeros(1, 1)     # a and s of points without noise
 
@@ -50,8 +46,8 @@ class World:
     """A mixture of K equal, round components N(mu_k, std^2 I), and what a condition says of them.
 
     means: mu (K, 2). arms: (K,) integers, the classes. places: (K,) in 0..1.
-    log_says, below, is log p(c_add | k), (K,) or one row a point, (B, K): what the condition says
-    decides over components alone, so a small space is the same mixture with other weights.
+    log_says, below, is log p(c_add | k), what log_p_cond returns, (K,) or one row a point, (B, K):
+    it speaks of components alone, so a small space is the same mixture with other weights.
     """
     means: torch.Tensor
     arms: torch.Tensor
@@ -79,7 +75,7 @@ class World:
         k = torch.multinomial(of_arm.float(), 1, generator=generator).squeeze(1)
         return self.scatter(k, generator), self.label(k, generator)
 
-    def log_says(self, cond, kind="both"):
+    def log_p_cond(self, cond, kind="both"):
         """Returns log p(c_add | k) (N, K), up to a constant, of the part of cond that counts."""
         arm = (cond[:, KINDS["arm"]] @ F.one_hot(self.arms, ARMS).to(cond).T).log()
         place = -(cond[:, KINDS["place"]] - self.places) ** 2 / (2 * PLACE_ERROR**2)
@@ -239,6 +235,26 @@ def steer(unet, bps):
 
 # ---- training and sampling -----------------------------------------------------------------
 
+@dataclass(frozen=True)
+class Method:
+    """A way to learn the posterior from labelled points; the wiring is the same for all.
+
+    from_prior: starts from the trained prior, else from a new network. freezes_prior: trains BPS
+    alone, else both.
+    """
+    epochs: int
+    lr: float
+    from_prior: bool = True
+    freezes_prior: bool = False
+
+
+# rates: those of least energy distance in `python toy2d.py --study rates --seed 7`
+METHODS = {"steered": Method(2500, 3e-4, freezes_prior=True),
+           "scratch": Method(20_000, 1e-4, from_prior=False),
+           "scratch, short": Method(2500, 1e-3, from_prior=False),
+           "tuned": Method(2500, 1e-4)}
+
+
 def train(eps, parameters, z_0, cond, epochs, batch, lr, seed, name):
     """Trains parameters, so that eps(z_t, t, cond) predicts the noise: plain MSE, t uniform.
 
@@ -275,21 +291,19 @@ def labelled(world, n, seed):
     return world.draw_labelled(n, torch.Generator().manual_seed(30_000 + seed))
 
 
-def train_method(method, prior, world, n, seed, epochs=None, effort=1.0, **bps_options):
-    """Returns the posterior's eps(z_t, t, cond), learned from n labelled points in one of 3 ways.
+def train_method(name, prior, world, n, seed, epochs=None, lr=None, effort=1.0, **bps_options):
+    """Returns the posterior's eps(z_t, t, cond), learned from n labelled points in one of METHODS.
 
-    steered: the prior is frozen, BPS is trained. tuned: both are trained. scratch, short or not:
-    both, and a new network takes the prior's place. The wiring is the same for all.
-    epochs: the method's own by default; `effort` is the share of them that is done.
+    epochs and lr: the method's own by default; `effort` is the share of the epochs that is done.
     """
     torch.manual_seed(seed)
-    unet, bps = ToyUNet(), ToyBPS(**bps_options)
-    if not method.startswith("scratch"):
+    method, unet, bps = METHODS[name], ToyUNet(), ToyBPS(**bps_options)
+    if method.from_prior:
         unet.load_state_dict(prior.state_dict())
-    unet.requires_grad_(method != "steered")
-    eps, epochs = steer(unet, bps), max(1, round(effort * (epochs or METHODS[method]["epochs"])))
+    unet.requires_grad_(not method.freezes_prior)
+    eps, epochs = steer(unet, bps), max(1, round(effort * (epochs or method.epochs)))
     train(eps, [*unet.parameters(), *bps.parameters()], *labelled(world, n, seed), epochs,
-          PASSES * n, METHODS[method]["lr"], seed, f"{method}, n = {n}")
+          PASSES * n, lr or method.lr, seed, f"{name}, n = {n}")
     return eps
 
 
@@ -338,7 +352,7 @@ class Exam:
         generator = torch.Generator().manual_seed(10_000 + seed)
         self.world, self.seed = world, seed
         _, self.cond = world.draw_labelled(CONDITIONS, generator)
-        self.log_says = world.log_says(self.cond)
+        self.log_says = world.log_p_cond(self.cond)
         self.true = torch.stack([world.draw(5 * SAMPLES, generator, log_says)[0]
                                  for log_says in self.log_says])
         self.fresh = torch.stack([world.draw(SAMPLES, generator, log_says)[0]
@@ -400,7 +414,9 @@ def table(rows, out):
                for value in row.values()] for row in rows]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     print(text, end="")
-    out.write_text(text, encoding="utf-8")
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(out)
     print(out)
 
 
@@ -467,10 +483,11 @@ def draw_steering(world, prior, eps, exam, args):
 
 
 def parse_args():
-    """Returns the checked command line."""
+    """Returns the checked command line; no --device, for a GPU gains nothing at this size."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--study", choices=("modes", "robustness", "algebra"), help="(default: the comparison)")
+    add("--study", choices=("modes", "robustness", "algebra", "rates"),
+        help="(default: the comparison)")
     add("--n", type=int, help="labelled points (default: 100; modes and robustness have their own)")
     add("--effort", type=float, default=1.0, help="share of all epochs and of the prior's samples, "
         "for a quick look (default: %(default)s)")

@@ -4,7 +4,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, TOP, EDGE, ZOOM = 300, 34, 42, 3          # of one panel, in pixels; drawn ZOOM times as large
+SIDE, TOP, EDGE, NAMES = 300, 34, 42, 64        # of one panel, and the room for names, in pixels
+ZOOM = 3                                        # it is drawn so much larger, then made small
 COLORS = ("#d1495b", "#e28413", "#2a9d5c", "#2f6fb5", "#7b4fa3", "#444444")
 LIGHT, GREY = "#d5d8dd", "#777777"
 GREYS = dict(light=LIGHT, dark="#555555")
@@ -81,7 +82,10 @@ class Axes:
                                  for side in (-0.45, 0.45))], COLORS[3])
 
     def paint_lines(self):
-        """Draws lines with ticks at their points and a legend."""
+        """Draws lines with ticks at their points, and their names at their ends.
+
+        A logarithmic axis starts at 1e-4 at the lowest; what is below, or negative, is drawn there.
+        """
         _, ticks, _, _, log_y = self.layers[0]
         x = np.log10(ticks) if ticks[0] > 0 else ticks
         values = np.stack([layer[2] for layer in self.layers])              # (lines, points)
@@ -90,7 +94,7 @@ class Axes:
 
         def to_panel(x, y):
             """Returns panel coordinates of numbers on the axes."""
-            x = EDGE + (x - x_low) / (x_high - x_low) * (SIDE - EDGE - 10)
+            x = EDGE + (x - x_low) / (x_high - x_low) * (SIDE - EDGE - NAMES)
             return np.stack([x, SIDE - 20 - (y - low) / (high - low) * (SIDE - 30)], axis=-1)
 
         x_low, x_high = x[0] - 0.1, x[-1] + 0.1
@@ -101,15 +105,18 @@ class Axes:
             self.text(EDGE - 4, ends[0][1], name, 11, "rm")
         for tick, value in zip(x, ticks):
             self.text(to_panel(tick, low)[0], SIDE - 8, f"{value:g}", 11, "mm")
-        free_above = values[:, -1].mean() < (low + high) / 2    # where the legend goes
-        for i, (y, (_, _, _, name, _)) in enumerate(zip(values, self.layers)):
+        for i, y in enumerate(values):
             points = self.at(to_panel(x, y))
             self.pen.line(points, COLORS[i], 2 * ZOOM)
             for px, py in points:
                 self.pen.ellipse((px - 3 * ZOOM, py - 3 * ZOOM, px + 3 * ZOOM, py + 3 * ZOOM),
                                  COLORS[i])
-            row = 30 + 15 * i if free_above else SIDE - 30 - 15 * (len(self.layers) - i)
-            self.text(SIDE - 14, row, name, 12, "rm", COLORS[i])
+        ends = to_panel(np.full(len(values), x_high), values[:, -1])        # (lines, 2)
+        free = 0.0
+        for i in ends[:, 1].argsort():                          # from the top, none on another
+            free = max(ends[i, 1], free)
+            self.text(ends[i, 0] + 4, free, self.layers[i][3], 11, "lm", COLORS[i])
+            free += 12
 
     def paint_bars(self):
         """Draws a bar, its error and its value for each label."""

@@ -1,11 +1,14 @@
-"""The toy's three studies: paths and weights, robustness, and the algebra of posteriors.
+"""The toy's studies: paths and weights, robustness, the algebra of posteriors, learning rates.
 
     python toy2d.py --study modes       which paths to steer, with which weights (paper's Fig. 3)
     python toy2d.py --study robustness  how many labelled points, how many epochs (paper's Fig. 4)
     python toy2d.py --study algebra     tempering and composing, against the exact laws
+    python toy2d.py --study rates       which learning rate suits which method
 
 Shapes as in toy2d.py: N conditions, K components.
 """
+import itertools
+
 import torch
 from tqdm import tqdm
 
@@ -13,16 +16,18 @@ import toy2d
 from bps import posterior
 from studies.plots import Figure
 
-# port weights: three on CP, one on TP, three on EP, one at the output
+# port weights: three on CP, one on TP, three on EP, one at the output. A port's weight acts as a
+# learning rate too, so flat and foot-heavy (the mirror) have head-heavy's sum of squares.
 MODES = {"CP": (16, 8, 4, 0, 0, 0, 0, 0), "TP": (0, 0, 0, 16, 0, 0, 0, 0),
          "EP": (0, 0, 0, 0, 1, 1, 1, 0), "CP+TP": (16, 8, 4, 16, 0, 0, 0, 0),
          "CP+EP": (16, 8, 4, 0, 1, 1, 1, 0), "TP+EP": (0, 0, 0, 16, 1, 1, 1, 0),
-         "CP+TP+EP": toy2d.HEAD_HEAVY, "flat": (4, 4, 4, 4, 4, 4, 4, 0),
-         "foot-heavy": (1, 1, 1, 1, 4, 8, 16, 0), "time-blind": toy2d.HEAD_HEAVY,
+         "CP+TP+EP": toy2d.HEAD_HEAVY, "flat": (9.2,) * 7 + (0,),
+         "foot-heavy": (1, 1, 1, 16, 4, 8, 16, 0), "time-blind": toy2d.HEAD_HEAVY,
          "at output": (0, 0, 0, 0, 0, 0, 0, 16)}
-MODES_N, MODES_SEEDS = 12, 5
+ALL, MODES_N, MODES_SEEDS = "CP+TP+EP", 12, 5
 COMPARED = ("steered", "scratch, short", "tuned")
 SIZES, EPOCHS = (12, 25, 50, 100, 200, 500), (40, 160, 640, 2500)      # of robustness
+RATES, RATES_SEEDS = (3e-5, 1e-4, 3e-4, 1e-3), 3
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)                                   # of tempering
 LAWS = [*({"arm": s} for s in STRENGTHS), *({"place": s} for s in STRENGTHS),
         {"both": 1.0}, {"arm": 1.0, "place": 1.0}]
@@ -43,10 +48,15 @@ def modes(world, prior, args):
         measured = exam.marks(exam.draw(eps))
         marks[i, j] = torch.tensor([measured[key] for key in keys])
     mean, deviation = marks.mean(1), marks.std(1)                               # (modes, keys)
-    toy2d.table([dict(mode=name) | {f"{key}{what}": values[i, k].item()
-                                    for k, key in enumerate(keys)
-                                    for what, values in (("", mean), (" sd", deviation))}
-                 for i, name in enumerate(MODES)], args.out / "modes.md")
+    apart = marks - marks[list(MODES).index(ALL)]           # the same seed: same points and exam
+    error = apart.std(1) / len(seeds) ** 0.5
+    rows = []
+    for i, name in enumerate(MODES):
+        rows.append(dict(mode=name))
+        for k, key in enumerate(keys):
+            rows[i] |= {key: mean[i, k].item(), f"{key} sd": deviation[i, k].item(),
+                        f"{key} - {ALL}'s": f"{apart.mean(1)[i, k]:+.3f} +- {error[i, k]:.3f}"}
+    toy2d.table(rows, args.out / "modes.md")
     figure = Figure(1, len(keys))
     for k, (axes, key) in enumerate(zip(figure.axes, keys)):
         axes.title = f"{key}, n = {MODES_N}, {MODES_SEEDS} seeds"
@@ -74,6 +84,22 @@ def robustness(world, prior, args):
     figure.save(args.out / "robustness.png")
 
 
+# ---- which learning rate -------------------------------------------------------------------
+
+def rates(world, prior, args):
+    """Trains each method at each rate: energy distances, the mean over three seeds and each."""
+    rows, seeds = [], range(args.seed, args.seed + RATES_SEEDS)
+    exams = [toy2d.Exam(world, seed) for seed in seeds]
+    for name, lr in tqdm(list(itertools.product(toy2d.METHODS, RATES)), desc="rates"):
+        energies = []
+        for seed, exam in zip(seeds, exams):
+            eps = toy2d.train_method(name, prior, world, args.n, seed, lr=lr, effort=args.effort)
+            energies.append(exam.marks(exam.draw(eps))["energy"])
+        rows.append(dict(method=name, rate=f"{lr:g}", energy=sum(energies) / len(seeds))
+                    | {f"seed {seed}": energy for seed, energy in zip(seeds, energies)})
+    toy2d.table(rows, args.out / "rates.md")
+
+
 # ---- tempering and composing ---------------------------------------------------------------
 
 def grid():
@@ -95,13 +121,13 @@ class Laws:
         clean = self.z_0, *toy2d.CLEAN
         log_p = world.log_p(*clean)
         self.log_p_cond = {kind: torch.stack([world.log_p(*clean, log_says) - log_p for log_says
-                                              in world.log_says(exam.cond, kind)])
+                                              in world.log_p_cond(exam.cond, kind)])
                            for kind in toy2d.KINDS}                             # (N, 50,000) each
 
-    def draw(self, law):
+    def draw(self, law, seed=0):
         """Returns points (N, m, 2), as many as exam.true has; law: {kind: s}."""
         log_weights = sum(s * self.log_p_cond[kind] for kind, s in law.items())
-        generator = torch.Generator().manual_seed(50_000 + self.exam.seed)
+        generator = torch.Generator().manual_seed(50_000 + 100 * seed + self.exam.seed)
         return self.z_0[torch.multinomial(log_weights.softmax(1), self.exam.true.shape[1],
                                           replacement=True, generator=generator)]
 
@@ -109,7 +135,7 @@ class Laws:
 def exact_denoisers(exam):
     """Returns eps* and {kind: eps_bar*} of exam's conditions, each a function of (z_t, t)."""
     return exam.world.denoiser(), {
-        kind: exam.world.denoiser(exam.world.log_says(exam.cond, kind)[exam.rows])
+        kind: exam.world.denoiser(exam.world.log_p_cond(exam.cond, kind)[exam.rows])
         for kind in toy2d.KINDS}
 
 
@@ -137,30 +163,36 @@ def algebra(world, prior, args):
     sources = {"exact": (laws, exact_denoisers(pinwheel)),
                "learned": (laws, learned_denoisers(pinwheel, prior, args)),
                "exact, grid": (other_laws, exact_denoisers(other))}
-    rows, points = [], {}
+    rows, composed = [], {}
     for law in tqdm(LAWS, desc="algebra"):
         name = " ".join(f"{kind}^{s:g}" for kind, s in law.items())
         for source, (laws, denoisers) in sources.items():
             true, drawn = laws.draw(law), draw_law(laws.exam, denoisers, law)
-            points["true", source, name] = true[:, :toy2d.SAMPLES]
-            points["drawn", source, name] = drawn
-            rows.append(dict(law=name, denoisers=source,
+            floor = toy2d.energy_distance(laws.draw(law, seed=1)[:, :toy2d.SAMPLES], true)
+            rows.append(dict(law=name, denoisers=source, floor=floor.mean().item(),
                              energy=toy2d.energy_distance(drawn, true).mean().item()))
+            if len(law) == 2:
+                composed[source] = drawn
+                composed.setdefault("true", true)               # the first source is the pinwheel
     toy2d.table(rows, args.out / "algebra.md")
+    draw_algebra(world, rows, composed, args)
+
+
+def draw_algebra(world, rows, composed, args):
+    """Draws distances by strength, and the points composed of two conditions: {source: points}."""
     figure = Figure(1, 5)
     values = {(row["law"], row["denoisers"]): row["energy"] for row in rows}
     for axes, kind in zip(figure.axes, ("arm", "place")):
         axes.title = f"p(z) p({kind} | z)^s: energy distance by s"
-        for source in sources:
+        for source in dict.fromkeys(row["denoisers"] for row in rows):
             axes.line(STRENGTHS, [values[f"{kind}^{s:g}", source] for s in STRENGTHS], source,
                       log_y=True)
     large, _ = world.draw(5000, torch.Generator().manual_seed(args.seed))
-    for axes, (title, *which) in zip(figure.axes[2:], (
-            ("arm and place: true", "true", "exact"),
-            ("composed, exact denoisers", "drawn", "exact"),
-            ("composed, learned denoisers", "drawn", "learned"))):
+    for axes, (source, title) in zip(figure.axes[2:], dict(
+            true="arm and place: true", exact="composed, exact denoisers",
+            learned="composed, learned denoisers").items()):
         axes.title = title
         axes.dots(large, "light")
         for i in range(toy2d.ARMS):
-            axes.dots(points[(*which, "arm^1 place^1")][i], i)
+            axes.dots(composed[source][i, :toy2d.SAMPLES], i)
     figure.save(args.out / "algebra.png")

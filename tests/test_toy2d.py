@@ -6,7 +6,7 @@ import torch
 
 import toy2d
 from bps import posterior
-from studies import toy_studies
+from studies import plots, toy_studies
 from toy2d import KINDS, World, energy_distance, signal_and_noise, sliced_wasserstein
 
 B, T = 7, (5, 300, 700)
@@ -29,7 +29,7 @@ def some_points(world, t):
     z_0, cond = world.draw_labelled(B, generator)
     a, s = signal_and_noise(t, z_0)
     z_t = a * z_0 + s * torch.randn(z_0.shape, generator=generator, dtype=z_0.dtype)
-    return z_t, a, s, world.log_says(cond)
+    return z_t, a, s, world.log_p_cond(cond)
 
 
 @pytest.mark.parametrize("t", T)
@@ -62,7 +62,7 @@ def test_steering_is_finite_in_float32_where_one_component_is_all_that_is_left()
     world = toy2d.pinwheel()
     points = torch.cartesian_prod(*2 * [torch.linspace(-2.2, 2.2, 19)])
     a, s = signal_and_noise(5, points)
-    log_says = world.log_says(world.draw_labelled(1, torch.Generator().manual_seed(0))[1])
+    log_says = world.log_p_cond(world.draw_labelled(1, torch.Generator().manual_seed(0))[1])
     difference = world.eps(points, a, s, log_says) - world.eps(points, a, s)
     torch.testing.assert_close(world.steering(points, a, s, log_says), difference,
                                rtol=1e-3, atol=1e-3)
@@ -113,7 +113,7 @@ def test_a_reading_of_the_place_errs_by_as_much_as_its_likelihood_says(world):
     error = cond[:, 5] - world.places[k]
     assert error.std().item() == pytest.approx(toy2d.PLACE_ERROR, rel=0.03)
     log_normal = torch.distributions.Normal(world.places, toy2d.PLACE_ERROR).log_prob(cond[:, 5:])
-    says = world.log_says(cond, "place")
+    says = world.log_p_cond(cond, "place")
     torch.testing.assert_close(says.softmax(1), log_normal.softmax(1))
     assert torch.equal(cond[:, :5].argmax(1), world.arms[k])
 
@@ -138,7 +138,7 @@ def test_composition_is_exact_where_the_conditions_speak_of_independent_coordina
         z_0, cond = each.draw_labelled(B, generator)
         a, s = signal_and_noise(500, z_0)
         z_t = a * z_0 + s
-        eps = {kind: each.eps(z_t, a, s, each.log_says(cond, kind)) for kind in KINDS}
+        eps = {kind: each.eps(z_t, a, s, each.log_p_cond(cond, kind)) for kind in KINDS}
         composed = posterior(each.eps(z_t, a, s), [eps["arm"], eps["place"]], [1.0, 1.0])
         apart.append((composed - eps["both"]).abs().max().item())
     assert apart[0] < 1e-12 and apart[1] > 0.01
@@ -194,6 +194,66 @@ def test_a_time_blind_steering_gives_the_same_residuals_at_all_times():
         assert torch.equal(early, late) == blind
 
 
+def test_the_mode_named_time_blind_is_the_only_one_that_is(run_toy, monkeypatch):
+    seen, learn = {}, toy2d.train_method
+
+    def spy(*arguments, weights, time_blind, **options):
+        seen[weights, time_blind] = True
+        return learn(*arguments, weights=weights, time_blind=time_blind, **options)
+
+    monkeypatch.setattr(toy2d, "train_method", spy)
+    table = (run_toy("--study", "modes") / "modes.md").read_text()
+    assert [weights for weights, blind in seen if blind] == [toy2d.HEAD_HEAVY]
+    assert {weights for weights, blind in seen if not blind} == {
+        weights for name, weights in toy_studies.MODES.items() if name != "time-blind"}
+    assert "+0.000 +- 0.000" in table.split("| CP+TP+EP |")[1].split("\n")[0]
+
+
+def test_a_line_is_drawn_where_its_numbers_are_and_no_name_on_another():
+    figure = plots.Figure(1, 1)
+    for y, name in (((1.0, 0.5), "falls"), ((0.0, 0.5), "rises")):
+        figure.axes[0].line((1, 10), y, name)
+    pen, left, top = Pen(), 16, plots.TOP
+    figure.axes[0].paint(pen, left, top)
+    high, low, middle = (pen.dots[i][1] for i in (0, 2, 1))
+    assert high < middle == pen.dots[3][1] < low
+    assert middle == pytest.approx((high + low) / 2)
+    (x, y), (other_x, other_y) = pen.words["falls"], pen.words["rises"]
+    assert x == other_x > pen.dots[1][0] and abs(y - other_y) >= 11 * plots.ZOOM
+
+
+def test_dots_and_arrows_lie_where_their_coordinates_say():
+    figure, pen = plots.Figure(1, 1), Pen()
+    figure.axes[0].dots([[0.0, 0.0], [1.3, 0.0], [0.0, 1.3], [3.0, 0.0]], 0)
+    figure.axes[0].arrows([[0.0, 0.0]], [[0.0, 1.3]])
+    figure.axes[0].paint(pen, 0, 0)
+    quarter = plots.SIDE * plots.ZOOM / 4
+    assert pen.dots == [(2 * quarter, 2 * quarter), (3 * quarter, 2 * quarter),
+                        (2 * quarter, quarter)]        # up is up; what is outside is not drawn
+    assert pen.lines == [[(2 * quarter, 2 * quarter), (2 * quarter, quarter)]]
+
+
+class Pen:
+    """Stands for Pillow's, and notes what it is told to draw."""
+
+    def __init__(self):
+        self.dots, self.words, self.lines = [], {}, []
+
+    def ellipse(self, box, color):
+        self.dots.append(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+
+    def text(self, xy, words, *style):
+        self.words[words] = xy
+
+    def line(self, points, color, width):
+        self.lines.append(points)
+
+    def polygon(self, *_, **__):
+        pass
+
+    rectangle = polygon
+
+
 def test_energy_and_sliced_wasserstein_distance_match_what_is_known():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(6, 2, generator=generator), torch.randn(4, 2, generator=generator)
@@ -220,7 +280,7 @@ def test_an_exam_gives_full_marks_to_true_points_and_no_error_to_the_exact_steer
 
     def steered(strength):
         def eps(z_t, t, cond):
-            exact = world.eps(z_t, *signal_and_noise(t, z_t), world.log_says(cond))
+            exact = world.eps(z_t, *signal_and_noise(t, z_t), world.log_p_cond(cond))
             return posterior(prior(z_t, t), [exact], [strength])
         return exam.steering_error(eps, prior)
 
@@ -243,7 +303,7 @@ def test_only_what_a_method_learns_is_changed_and_only_scratch_starts_anew(monke
     for method in toy2d.METHODS:
         toy2d.train_method(method, prior, world, 5, 0)
         from_prior = all(torch.equal(p, q) for p, q in zip(seen["values"], own))
-        assert from_prior == (not method.startswith("scratch")), method
+        assert from_prior == (method in ("steered", "tuned")), method
         assert all(seen["trained"][len(own):])
         assert all(seen["trained"][:len(own)]) == (method != "steered"), method
         assert any(seen["trained"][:len(own)]) == (method != "steered"), method
@@ -300,11 +360,12 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_another(run_toy):
         assert f"| {name} |" in texts[0]
 
 
-@pytest.mark.parametrize("study", (None, "modes", "robustness", "algebra"))
-def test_a_run_writes_its_table_and_its_figures(study, run_toy):
+@pytest.mark.parametrize("study, names", (
+    (None, ["toy2d.md", "toy2d.png", "steering.png"]), ("modes", ["modes.md", "modes.png"]),
+    ("robustness", ["robustness.md", "robustness.png"]), ("rates", ["rates.md"]),
+    ("algebra", ["algebra.md", "algebra.png"])))
+def test_a_run_writes_its_table_and_its_figures(study, names, run_toy):
     out = run_toy(*(["--study", study] if study else []))
-    names = ["toy2d.md", "toy2d.png", "steering.png"]
-    names = [f"{study}.md", f"{study}.png"] if study else names
     assert sorted(file.name for file in out.iterdir()) == sorted(names)
     assert "nan" not in (out / names[0]).read_text()
 
@@ -313,7 +374,8 @@ def test_a_run_writes_its_table_and_its_figures(study, run_toy):
     (["--n", "4"], "--n 4"), (["--study", "modes", "--n", "50"], "--n 50"),
     (["--effort", "0"], "--effort 0"), (["--effort", "1.5"], "--effort 1.5"),
     (["--study", "all"], "--study"),
-    (["--seed", "-1"], "-1"), (["--out", __file__], "a file")))
+    (["--seed", "-1"], "-1"), (["--out", __file__], "a file"),
+    (["--out", f"{__file__}/inside"], "a file")))
 def test_a_wrong_option_is_one_line_and_exit_code_2(arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["toy2d.py", *arguments])
     with pytest.raises(SystemExit) as stop:
