@@ -11,7 +11,6 @@ draw it again.
 import argparse
 import math
 import sys
-import warnings
 from pathlib import Path
 
 import torch
@@ -19,84 +18,17 @@ from PIL import PngImagePlugin
 from tqdm import tqdm
 
 import diffusion
-from bps import load_bps, posterior
+from bps import load_bps
+from cli import BASE, HERE, Parser, run, seed_number
 from clip import load_clip
-from data import DataError, images_at_a_time, read_drawing, to_image
+from conditions import read_drawing, to_image
 from layouts import find_unet
+from steer import Steering, draw_noise, make_denoiser
 from unet import load_unet
 from vae import load_vae
 from weights import WeightsError, fingerprint
 
-HERE = Path(__file__).parent
-BASE = HERE / "tiny" / "model"
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
-
-
-def draw_noise(seeds, shape):
-    """Returns standard normal noise (B, *shape), each row a function of its own seed alone."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-                        for seed in seeds])
-
-
-class Steering:
-    """BPS's residuals for one condition: computed once a timestep, whatever the number of seeds."""
-
-    def __init__(self, bps, unet, cond):
-        """cond: (B or 1, C, f H, f W) in [0, 1]."""
-        self.bps, self.unet, self.cond = bps, unet, cond
-        self.t, self.residuals = None, None
-
-    def __call__(self, t, halves):
-        """Returns the residuals at timestep t for the halves of guidance: batch 1 or halves * B."""
-        if t != self.t:
-            t_emb = self.unet.time_embedding(torch.tensor([t], device=self.cond.device))
-            residuals = self.bps(self.cond.to(t_emb.dtype), t_emb)
-            if len(self.cond) > 1:
-                residuals = [r if r is None else torch.cat([r] * halves) for r in residuals]
-            self.t, self.residuals = t, residuals
-        return self.residuals
-
-
-def make_denoiser(unet, context, context_empty, guidance_scale, steering=None, strength=1.0):
-    """Returns denoise(z_t, t) -> eps (or v): the prior, or the posterior where there is steering.
-
-    context: (B, L, D); context_empty: (1, L, D), of the empty or negative prompt, which guidance 1
-    does not need. strength: 0 is the prior, 1 the posterior; others cost a second pass of the
-    U-Net. z_t and eps are float32, whatever the U-Net computes in.
-    """
-    halves = 1 if guidance_scale == 1 else 2
-    context = torch.cat([context_empty.expand_as(context), context][-halves:])
-
-    def denoise(z_t, t):
-        """Returns the guided prediction (B, 4, H, W)."""
-        z = torch.cat([z_t] * halves).to(context.dtype, memory_format=torch.channels_last)
-        ts = torch.full((len(z),), t, device=z.device)
-        if steering is None or strength == 0:
-            eps = unet(z, ts, context)
-        else:
-            eps = unet(z, ts, context, steering(t, halves))
-            if strength != 1:
-                eps = posterior(unet(z, ts, context), [eps], [strength])
-        eps = eps.float()
-        return eps if halves == 1 else diffusion.guide(*eps.chunk(2), guidance_scale)
-
-    return denoise
-
-
-def draw(unet, vae, schedule, context, context_empty, seeds, size, steps, guidance_scale,
-         steering=None):
-    """Returns pictures x (B, 3, size, size), one per text state and seed, drawn as one batch.
-
-    context: (B, L, D); seeds: B integers; steering: a Steering of B conditions, or None for the
-    frozen base.
-    """
-    denoise = make_denoiser(unet, context, context_empty, guidance_scale, steering)
-    side = size // vae.factor
-    noise = draw_noise(seeds, (unet.config.latent_channels, side, side)).to(context.device)
-    for z in tqdm(diffusion.sample(denoise, noise, schedule, steps), total=steps, leave=False,
-                  desc="draw with BPS" if steering else "draw"):
-        pass
-    return torch.cat([vae.decode(part) for part in z.split(images_at_a_time(size))])
 
 
 def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_path=None,
@@ -122,74 +54,6 @@ def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_
                                f"of different models")
     unet, vae = (module.to(memory_format=torch.channels_last) for module in (unet, vae))
     return unet, vae, tokenizer, text_model, schedule
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser that prints the script's docstring as help, and of a mistake one line."""
-
-    def __init__(self, description):
-        super().__init__(description=description,
-                         formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message):
-        """Ends the script with exit code 2."""
-        self.exit(2, f"error: {message}\n")
-
-    def check_out(self, out):
-        """Ends the script where --out, or a folder it would lie in, is a file."""
-        for folder in (out, *out.parents):
-            if folder.is_file():
-                self.error(f"--out {out}: {folder} is a file; a folder is wanted")
-
-    def add_device(self):
-        """Adds --device: the GPU where there is one, else the CPU."""
-        self.add_argument("--device", type=usable_device,
-                          default="cuda" if torch.cuda.is_available() else "cpu",
-                          help="(default: %(default)s)")
-
-    def add_base(self):
-        """Adds --base, and the options that supply what a single file lacks."""
-        add = self.add_argument
-        add("--base", type=Path, default=BASE, help="Stable Diffusion 1.x or 2.x: a folder, or a "
-            ".safetensors file (default: tiny/model)")
-        add("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, where --base is "
-            "a single file")
-        add("--vae", type=Path, help="folder or file of another autoencoder than the base's own")
-        add("--prediction-type", choices=diffusion.PREDICTION_TYPES, help="where --base does not "
-            "say it: v_prediction for SD 2.x at 768 px")
-
-
-def usable_device(name):
-    """Returns the name of a device that this machine has. Errors: ArgumentTypeError."""
-    try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError):      # no such kind, or PyTorch was built without it
-        raise argparse.ArgumentTypeError(f"{name} is not there; cpu always is") from None
-    return name
-
-
-def seed_number(text):
-    """Returns the integer that a seed's text means. Errors: ArgumentTypeError."""
-    if not text.isdecimal() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text}: allowed are 0 to {2**31 - 1}")
-    return int(text)
-
-
-def run(main, interrupted="interrupted"):
-    """Runs a script's main(): a user's mistake ends in one line on stderr and exit code 2."""
-    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
-    try:
-        main()
-    except (WeightsError, DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except torch.cuda.OutOfMemoryError:
-        print("error: out of GPU memory; a smaller --size or --batch, --dtype fp16 or --device cpu "
-              "needs less", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(f"\n{interrupted}", file=sys.stderr)
-        sys.exit(130)
 
 
 def width_and_height(text):

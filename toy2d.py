@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 import diffusion
-from sample import Parser, run, seed_number
+from cli import Parser, run, seed_number
 from studies.plots import Figure
 from unet import timestep_embedding
 

@@ -9,7 +9,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 import diffusion
-from sample import BASE, draw_noise, load_base, make_denoiser
+from cli import BASE
+from sample import load_base
+from steer import draw_noise, make_denoiser
 
 PROMPTS = ["red apple, food, 3d style", "a cat, flat style, on pale blue", ""]
 STEPS, GUIDANCE = 50, 3.0

@@ -20,8 +20,10 @@ import torch
 
 import layouts
 import weights
+from cli import BASE, Parser, run
 from clip import BEGIN, END, CLIPTextConfig, CLIPTextModel, load_clip
-from sample import BASE, DTYPES, Parser, draw, load_base, run
+from sample import DTYPES, load_base
+from steer import draw
 from unet import UNet, UNetConfig, load_unet
 from vae import AutoencoderKL, VAEConfig, load_vae
 

@@ -6,21 +6,10 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from data import (
-    Bank,
-    DataError,
-    Pair,
-    embedded_pairs,
-    extract_lines,
-    folder_pairs,
-    line_f1,
-    load_pairs,
-    read_drawing,
-    split_names,
-    to_image,
-    to_x,
-)
-from sample import BASE, load_base
+from cli import BASE
+from conditions import DataError, extract_lines, line_f1, read_drawing, to_image, to_x
+from data import Bank, Pair, embedded_pairs, folder_pairs, load_pairs, split_names
+from sample import load_base
 from tiny import world
 
 

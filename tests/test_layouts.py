@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file as save_float32
 
+import cli
 import diffusion
 import layouts
 import sample
@@ -53,7 +54,7 @@ def write_folder(path, name, states):
         (path / part / file).write_text(json.dumps(config))
     for part, stem in PARTS.items():
         save_file(parts[part], path / part / f"{stem}.safetensors")
-    (path / "tokenizer").symlink_to(sample.BASE / "tokenizer")
+    (path / "tokenizer").symlink_to(cli.BASE / "tokenizer")
     (path / "model_index.json").write_text("{}")
     return path
 
@@ -87,7 +88,7 @@ def test_a_folder_and_a_single_file_give_the_same_tensors(name, random_states, t
     states = random_states(name)
     folder, file = write_folder(tmp_path / "folder", name, states), tmp_path / "all.safetensors"
     save_file(single_file(states), file)
-    for path, tokenizer in ((folder, None), (file, sample.BASE)):
+    for path, tokenizer in ((folder, None), (file, cli.BASE)):
         unet, vae, (_, text) = load_unet(path), load_vae(path), load_clip(path, tokenizer)
         for module, state in zip((unet, vae, text), states):
             assert_same(module, state)
@@ -282,7 +283,7 @@ def test_the_text_encoder_loads_under_every_prefix(prefix, random_states, tmp_pa
              "text_projection.weight": torch.zeros(2, 2),
              "vision_model.post_layernorm.weight": torch.zeros(2)}
     if prefix.startswith("cond_stage_model."):
-        path, tokenizer = tmp_path / "single.safetensors", sample.BASE
+        path, tokenizer = tmp_path / "single.safetensors", cli.BASE
         extra = {name if name.startswith("cond") else f"cond_stage_model.{name}": tensor
                  for name, tensor in extra.items()}
         save_file(single_file(states, prefix) | extra, path)
@@ -314,7 +315,7 @@ def test_an_sd2_single_files_openclip_tower_loads_without_its_last_block(random_
                           [block[f"self_attn.{part}_proj.{kind}"] for part in "qkv"])}
     file = tmp_path / "sd2.safetensors"
     save_file({f"cond_stage_model.model.{key}": tensor for key, tensor in tower.items()}, file)
-    text_model = load_clip(file, sample.BASE)[1]
+    text_model = load_clip(file, cli.BASE)[1]
     assert_same(text_model, own)
     assert text_model.config.layers == 2 and text_model.config.activation == "gelu"
 
@@ -404,7 +405,7 @@ def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states
     save_file(single_file(states), file)
     if name == "small2":
         with pytest.raises(weights.WeightsError, match="--prediction-type epsilon"):
-            sample.load_base(file, sample.BASE)
+            sample.load_base(file, cli.BASE)
     schedule = diffusion.load_schedule(file, "v_prediction")
     assert schedule.prediction_type == "v_prediction"
     with pytest.raises(weights.WeightsError, match="holds no tokenizer; give --tokenizer"):
@@ -413,11 +414,11 @@ def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states
              if not key.startswith("first_stage_model.")}
     save_file(state, file)
     with pytest.raises(weights.WeightsError, match="holds no autoencoder; give one with --vae"):
-        sample.load_base(file, sample.BASE, prediction_type="epsilon")
+        sample.load_base(file, cli.BASE, prediction_type="epsilon")
     (tmp_path / "vae").mkdir()
     own = tmp_path / "vae.safetensors"
     save_file(states[1], own)
-    base = sample.load_base(file, sample.BASE, vae_path=own, prediction_type="epsilon")
+    base = sample.load_base(file, cli.BASE, vae_path=own, prediction_type="epsilon")
     assert_same(base[1], states[1])
 
 
@@ -515,8 +516,8 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, draw, 
 
 
 def test_the_usual_size_is_what_the_base_was_trained_with(random_states, tmp_path):
-    unet, vae = load_unet(sample.BASE), load_vae(sample.BASE)
-    schedule = diffusion.load_schedule(sample.BASE)
+    unet, vae = load_unet(cli.BASE), load_vae(cli.BASE)
+    schedule = diffusion.load_schedule(cli.BASE)
     assert sample.picture_size(None, None, unet, vae, schedule) == (64, 64)
     assert sample.picture_size((32, 48), None, unet, vae, schedule) == (32, 48)
     file = tmp_path / "all.safetensors"

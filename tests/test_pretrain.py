@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sample import BASE, load_base
+from cli import BASE
+from sample import load_base
 from tiny import pretrain, world
 
 STAGES = ("clip", "vae", "unet")

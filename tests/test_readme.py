@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from test_layouts import save_file, single_file, write_folder
 
+import cli
 import sample
 import toy2d
 import train
@@ -55,7 +56,7 @@ def test_a_command_of_the_readme_has_arguments_that_its_script_takes(command, mo
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "sample.py" in c])
 def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, random_states):
     _, arguments = split(command)
-    tiny, small, single = sample.BASE.parent, tmp_path / "sd", tmp_path / "model.safetensors"
+    tiny, small, single = cli.BASE.parent, tmp_path / "sd", tmp_path / "model.safetensors"
     if "SD_FOLDER" in arguments:
         write_folder(small, "small1", random_states("small1"))
     if "MODEL.safetensors" in arguments:
@@ -64,7 +65,7 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
     stand_ins = {"runs/sketch/bps.safetensors": tiny / "bps_sketch.safetensors",
                  "runs/sd/bps.safetensors": tiny / "bps_sketch.safetensors",
                  "drawing.png": tiny / "drawing.png", "768x512": "96x64",
-                 "SD_FOLDER": sample.BASE if "--bps" in arguments else small,
+                 "SD_FOLDER": cli.BASE if "--bps" in arguments else small,
                  "MODEL.safetensors": single}
     arguments = [str(stand_ins.get(word, word)) for word in arguments]
     monkeypatch.chdir(ROOT)

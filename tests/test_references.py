@@ -10,7 +10,7 @@ import clip
 import diffusion
 import layouts
 import weights
-from sample import BASE
+from cli import BASE
 
 RECORDED = load_file(references.TENSORS)
 FACTS = references.read_facts()

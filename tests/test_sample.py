@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+import cli
 import sample
+import steer
 from bps import BPS, BPSConfig, save_bps
-from data import DataError, read_drawing
+from conditions import DataError, read_drawing
 from weights import WeightsError
 
 
@@ -42,8 +44,8 @@ def test_a_picture_depends_on_its_own_seed_alone(draw):
 
 
 def test_a_row_of_noise_is_that_of_its_seed():
-    both = sample.draw_noise([3, 4], (4, 5, 6))
-    assert torch.equal(both[1:], sample.draw_noise([4], (4, 5, 6)))
+    both = steer.draw_noise([3, 4], (4, 5, 6))
+    assert torch.equal(both[1:], steer.draw_noise([4], (4, 5, 6)))
     assert not torch.equal(both[0], both[1])
 
 
@@ -52,15 +54,15 @@ def test_a_png_remembers_how_it_was_drawn(draw, bps_file):
     text = Image.open(file).text
     assert text["prompt"] == "a grüne pear" and text["guidance"] == "2.5"
     assert text["seed"] == "0" and text["steps"] == "2" and text["sampler"] == "ddim"
-    tiny = sample.BASE.parent
-    for key, source in (("base", sample.BASE / "unet" / "diffusion_pytorch_model.safetensors"),
+    tiny = cli.BASE.parent
+    for key, source in (("base", cli.BASE / "unet" / "diffusion_pytorch_model.safetensors"),
                         ("bps", bps_file), ("drawing", tiny / "drawing.png")):
         assert text[key] == hashlib.sha256(source.read_bytes()).hexdigest()[:16]
 
 
 def test_nothing_that_is_there_is_overwritten(draw, tmp_path):
     drawing = tmp_path / "condition.png"
-    shutil.copy(sample.BASE.parent / "drawing.png", drawing)
+    shutil.copy(cli.BASE.parent / "drawing.png", drawing)
     before = drawing.read_bytes()
     for _ in range(2):
         draw("--n", 1, "--cond", drawing, "--out", tmp_path)
@@ -71,7 +73,7 @@ def test_nothing_that_is_there_is_overwritten(draw, tmp_path):
 
 def test_a_long_prompt_is_one_line_of_warning(draw, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
-    sample.run(lambda: draw("--n", 1, "--prompt", "a grüne pear " * 40))
+    cli.run(lambda: draw("--n", 1, "--prompt", "a grüne pear " * 40))
     warned = [line for line in capsys.readouterr().err.splitlines() if "pear" in line]
     assert len(warned) == 1 and warned[0].startswith("warning: prompt longer than 75 tokens")
     assert "grüne" in warned[0]
@@ -88,7 +90,7 @@ def test_a_script_ends_in_one_line_and_an_exit_code(error, code, line, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        sample.run(main)
+        cli.run(main)
     assert stop.value.code == code
     assert capsys.readouterr().err.strip().startswith(line)
 
@@ -128,19 +130,19 @@ def test_a_damaged_bps_file_is_refused(draw, tmp_path, bps_file):
 def test_scale_zero_is_the_prior_and_scale_one_is_not(draw, monkeypatch):
     zero, one = (pixels(draw("--n", 1, "--scale", s) / "0000.png") for s in (0, 1))
     assert not np.array_equal(zero, one)
-    monkeypatch.setattr(sample.Steering, "__call__", lambda *_: None)      # the base alone
+    monkeypatch.setattr(steer.Steering, "__call__", lambda *_: None)      # the base alone
     assert np.array_equal(zero, pixels(draw("--n", 1, "--scale", 1) / "0000.png"))
 
 
 @torch.inference_mode()
 def test_the_strength_tempers_the_posterior_linearly(bps_file):
-    unet, vae, tokenizer, text_model, _ = sample.load_base(sample.BASE)
+    unet, vae, tokenizer, text_model, _ = sample.load_base(cli.BASE)
     bps = sample.load_bps(bps_file)
     context, empty = text_model(tokenizer(["a red apple", ""])).split(1)
-    cond, _ = read_drawing(sample.BASE.parent / "drawing.png", 64, 64)
-    steering = sample.Steering(bps, unet, cond[None])
+    cond, _ = read_drawing(cli.BASE.parent / "drawing.png", 64, 64)
+    steering = steer.Steering(bps, unet, cond[None])
     z_t = torch.randn(1, 4, 16, 16)
-    prior, half, full = (sample.make_denoiser(unet, context, empty, 3.0, steering, s)(z_t, 500)
+    prior, half, full = (steer.make_denoiser(unet, context, empty, 3.0, steering, s)(z_t, 500)
                          for s in (0.0, 0.5, 1.0))
     torch.testing.assert_close(half, (prior + full) / 2, atol=1e-4, rtol=1e-4)
     assert (full - prior).abs().max() > 0.01
@@ -169,7 +171,7 @@ def test_a_narrower_dtype_draws_nearly_the_same_picture(dtype, draw):
 
 
 def test_the_autoencoder_stays_float32():
-    unet, vae, _, text_model, _ = sample.load_base(sample.BASE, dtype=torch.float16)
+    unet, vae, _, text_model, _ = sample.load_base(cli.BASE, dtype=torch.float16)
     assert {p.dtype for p in vae.parameters()} == {torch.float32}
     for module in (unet, text_model):
         assert {p.dtype for p in module.parameters()} == {torch.float16}

@@ -10,12 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import cli
 import diffusion
+import measure
 import sample
 import train
 import weights
 from bps import BPS, config_for, load_bps
-from data import Bank, DataError, load_pairs
+from conditions import DataError
+from data import Bank, load_pairs
 
 SHORT = ["--steps", "4", "--batch", "2", "--save-every", "2", "--device", "cpu"]
 
@@ -31,7 +34,7 @@ def small_report(monkeypatch):
     """The report's measures over fewer pictures, steps and timesteps."""
     for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2, SHEET_ROWS=2,
                             SAMPLE_STEPS=2).items():
-        monkeypatch.setattr(train, name, value)
+        monkeypatch.setattr(measure, name, value)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +83,7 @@ def test_the_loss_is_against_what_the_model_predicts(tmp_path, monkeypatch):
 
 
 def test_training_changes_bps_and_nothing_of_the_base():
-    base = sample.load_base(sample.BASE)
+    base = sample.load_base(cli.BASE)
     unet, vae, tokenizer, text_model, schedule = base
     before = [{key: t.clone() for key, t in part.state_dict().items()}
               for part in (unet, vae, text_model)]
@@ -175,27 +178,27 @@ def test_a_users_folder_of_pairs_can_be_trained_on(tmp_path, monkeypatch):
 
 
 def test_validation_tells_a_steered_model_from_the_base():
-    unet, vae, tokenizer, text_model, schedule = sample.load_base(sample.BASE)
+    unet, vae, tokenizer, text_model, schedule = sample.load_base(cli.BASE)
     bank = Bank(load_pairs("sketch", "val")[:4], 64, vae, tokenizer, text_model)
     bps = BPS(config_for(unet.config, 1, vae.factor))
-    numbers = train.validate(unet, schedule, bank, bps)
+    numbers = measure.validate(unet, schedule, bank, bps)
     assert numbers["gain"][0] == 0 and numbers["gap"][0] == 0       # zero ports: the base itself
     for port in bps.zero_blocks[1:2]:
         torch.nn.init.normal_(port.weight, std=0.1)
-    numbers = train.validate(unet, schedule, bank, bps)
+    numbers = measure.validate(unet, schedule, bank, bps)
     assert numbers["gain"][0] < 0 and numbers["gap"][0] != 0        # noise in the ports: worse
 
 
 def test_a_perfect_picture_is_obedient_and_a_blank_one_is_not():
     cond = torch.zeros(2, 1, 24, 20)
     cond[:, :, 6:18, 5:14] = 1.0
-    assert train.obedience((1 - 2 * cond).expand(-1, 3, -1, -1), cond) > 0.99
-    assert train.obedience(torch.ones(2, 3, 24, 20), cond) == 0
+    assert measure.obedience((1 - 2 * cond).expand(-1, 3, -1, -1), cond) > 0.99
+    assert measure.obedience(torch.ones(2, 3, 24, 20), cond) == 0
 
 
 def test_the_sheet_shows_its_columns_in_order(tmp_path):
     columns = [torch.full((3, 3, 16, 16), value) for value in (-1.0, -0.5, 0.0, 0.5)]
-    train.contact_sheet(columns, "abcd", ["x", "y", "z"], tmp_path / "s.png")
+    measure.contact_sheet(columns, "abcd", ["x", "y", "z"], tmp_path / "s.png")
     sheet = Image.open(tmp_path / "s.png").convert("L")
     assert [sheet.getpixel((k * 130 + 64, 80)) for k in range(4)] == [0, 64, 128, 191]
 
@@ -215,7 +218,7 @@ def test_bad_input_is_named_and_nothing_is_written(module, arguments, message, t
                                                    monkeypatch, bps_file):
     if module is sample and "--bps" not in arguments:
         arguments = ["--bps", bps_file, *arguments]
-    monkeypatch.chdir(sample.HERE)
+    monkeypatch.chdir(cli.HERE)
     with pytest.raises((DataError, weights.WeightsError), match=message):
         run(module, monkeypatch, *arguments, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -233,6 +236,6 @@ def test_bad_input_is_named_and_nothing_is_written(module, arguments, message, t
 ])
 def test_a_user_error_is_one_line_with_exit_code_2(arguments, message, tmp_path):
     done = subprocess.run([sys.executable, *arguments, "--out", tmp_path / "x"],
-                          cwd=sample.HERE, capture_output=True, text=True)
+                          cwd=cli.HERE, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1

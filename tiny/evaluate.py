@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from cli import BASE, Parser, run
 from clip import load_score
-from data import to_image, to_x
-from sample import BASE, Parser, draw, load_base, run
+from conditions import to_image, to_x
+from sample import load_base
+from steer import draw
 from tiny import world
 
 STEPS, GUIDANCE = 50, 3.0

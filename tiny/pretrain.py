@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 import layouts
 import weights
+from cli import Parser, run
 from clip import (
     BEGIN,
     CONTEXT_LENGTH,
@@ -36,7 +37,6 @@ from clip import (
     split_words,
 )
 from diffusion import NoiseSchedule
-from sample import Parser, run
 from tiny import world
 from unet import ResBlock, SpatialTransformer, UNet, UNetConfig, load_unet
 from vae import AutoencoderKL, VAEConfig, load_vae

@@ -1,0 +1,82 @@
+"""What the scripts share: how they read their command line and how they end."""
+import argparse
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+import diffusion
+from conditions import DataError
+from weights import WeightsError
+
+HERE = Path(__file__).parent
+BASE = HERE / "tiny" / "model"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that prints the script's docstring as help, and of a mistake one line."""
+
+    def __init__(self, description):
+        super().__init__(description=description,
+                         formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message):
+        """Ends the script with exit code 2."""
+        self.exit(2, f"error: {message}\n")
+
+    def check_out(self, out):
+        """Ends the script where --out, or a folder it would lie in, is a file."""
+        for folder in (out, *out.parents):
+            if folder.is_file():
+                self.error(f"--out {out}: {folder} is a file; a folder is wanted")
+
+    def add_device(self):
+        """Adds --device: the GPU where there is one, else the CPU."""
+        self.add_argument("--device", type=usable_device,
+                          default="cuda" if torch.cuda.is_available() else "cpu",
+                          help="(default: %(default)s)")
+
+    def add_base(self):
+        """Adds --base, and the options that supply what a single file lacks."""
+        add = self.add_argument
+        add("--base", type=Path, default=BASE, help="Stable Diffusion 1.x or 2.x: a folder, or a "
+            ".safetensors file (default: tiny/model)")
+        add("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, where --base is "
+            "a single file")
+        add("--vae", type=Path, help="folder or file of another autoencoder than the base's own")
+        add("--prediction-type", choices=diffusion.PREDICTION_TYPES, help="where --base does not "
+            "say it: v_prediction for SD 2.x at 768 px")
+
+
+def usable_device(name):
+    """Returns the name of a device that this machine has. Errors: ArgumentTypeError."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError):      # no such kind, or PyTorch was built without it
+        raise argparse.ArgumentTypeError(f"{name} is not there; cpu always is") from None
+    return name
+
+
+def seed_number(text):
+    """Returns the integer that a seed's text means. Errors: ArgumentTypeError."""
+    if not text.isdecimal() or int(text) >= 2**31:
+        raise argparse.ArgumentTypeError(f"{text}: allowed are 0 to {2**31 - 1}")
+    return int(text)
+
+
+def run(main, interrupted="interrupted"):
+    """Runs a script's main(): a user's mistake ends in one line on stderr and exit code 2."""
+    warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+    try:
+        main()
+    except (WeightsError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.cuda.OutOfMemoryError:
+        print("error: out of GPU memory; a smaller --size or --batch, --dtype fp16 or --device cpu "
+              "needs less", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"\n{interrupted}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,145 @@
+"""Is it learning? Held-out losses, obedience, and a sheet of pictures, against the frozen base.
+
+Shapes: B batch, C channels, H W rows and columns, of the latent or of the picture.
+"""
+import torch
+from PIL import Image, ImageDraw
+
+from conditions import extract_lines, images_at_a_time, line_f1, to_image, to_x
+from steer import Steering, draw
+
+VALIDATION_T = tuple(range(62, 1000, 125))      # the fixed timesteps: 62, 187 .. 937
+OBEDIENCE_PICTURES = 48
+SHEET_ROWS = 12
+SAMPLE_STEPS, SAMPLE_GUIDANCE = 25, 3.0
+
+
+# ---- losses on held-out pairs --------------------------------------------------------------
+
+@torch.inference_mode()
+def paired_errors(unet, schedule, bank, bps=None, shift=0):
+    """Returns the squared error of eps (or v) (n,) for each pair, over VALIDATION_T, fixed noise.
+
+    bps None is the frozen base. shift 1 gives each pair the condition of the one before.
+    """
+    device = next(unet.parameters()).device
+    errors = torch.zeros(len(bank.pairs))
+    conds = bank.cond(slice(0, len(errors))).roll(shift, 0)
+    context = bank.context(bank.first_prompts(range(len(errors))))
+    for t in VALIDATION_T:
+        generator = torch.Generator().manual_seed(t)            # the same noise for every model
+        noise = torch.randn(bank.mean[:len(errors)].shape, generator=generator)
+        for i in torch.arange(len(errors)).split(images_at_a_time(bank.size)):
+            ts = torch.full((len(i),), t)
+            z = bank.mean[i].float()
+            target = schedule.target(z, noise[i], ts)
+            z_t = schedule.add_noise(z, noise[i], ts).to(device)
+            z_t, ts = z_t.contiguous(memory_format=torch.channels_last), ts.to(device)
+            residuals = bps and bps(conds[i].to(device), unet.time_embedding(ts))
+            eps = unet(z_t, ts, context[i].to(device), residuals).cpu()
+            errors[i] += (eps - target).square().mean(dim=(1, 2, 3)) / len(VALIDATION_T)
+    return errors
+
+
+def mean_and_error(values):
+    """Returns (mean, standard error of the mean) of values (n,) as floats; n = 1 has error 0."""
+    deviation = values.std().item() if len(values) > 1 else 0.0
+    return values.mean().item(), deviation / len(values) ** 0.5
+
+
+def ratio(value, unit):
+    """Returns value / unit; nan where the unit is zero, as with a single pair."""
+    return value / unit if unit else float("nan")
+
+
+def validate(unet, schedule, bank, bps):
+    """Returns the losses on held-out pairs, and gain and gap with their standard errors.
+
+    gain: frozen base minus steered. gap: with shuffled conditions minus with the right ones; only
+    a network that reads the condition has one.
+    """
+    base = paired_errors(unet, schedule, bank)
+    steered = paired_errors(unet, schedule, bank, bps)
+    shuffled = paired_errors(unet, schedule, bank, bps, shift=1)
+    return dict(pairs=len(base), base=base.mean().item(), steered=steered.mean().item(),
+                shuffled=shuffled.mean().item(), gain=mean_and_error(base - steered),
+                gap=mean_and_error(shuffled - steered))
+
+
+@torch.inference_mode()
+def draw_pairs(unet, vae, schedule, bank, bps, count, seed):
+    """Returns pictures x (count, 3, H, W) for the first pairs' prompts and conditions, on the CPU.
+
+    bps None is the frozen base; the noise of pair i is that of seed + i either way.
+    """
+    device = next(unet.parameters()).device
+    empty = bank.context([""]).to(device)
+    pictures = []
+    for i in torch.arange(count).split(images_at_a_time(bank.size)):
+        context = bank.context(bank.first_prompts(i.tolist())).to(device)
+        steering = bps and Steering(bps, unet, bank.cond(i).to(device))
+        pictures.append(draw(unet, vae, schedule, context, empty, (seed + i).tolist(), bank.size,
+                             SAMPLE_STEPS, SAMPLE_GUIDANCE, steering).cpu())
+    return torch.cat(pictures)
+
+
+def obedience(pictures, conds):
+    """Returns the mean F1, 1 px tolerance, of the pictures' lines against the drawings' lines."""
+    paper = (1 - 2 * conds).expand(-1, 3, -1, -1)
+    return line_f1(extract_lines(pictures), extract_lines(paper)).mean().item()
+
+
+def contact_sheet(columns, titles, names, file):
+    """Writes one picture: a row a name, in three groups side by side; columns of (n, 3, H, W)."""
+    n, _, H, W = columns[0].shape
+    zoom = max(1, 128 // W)
+    H, W, gap, top = H * zoom, W * zoom, 8, 16
+    groups = 3 if n % 3 == 0 else 1
+    rows = n // groups
+    group_width = len(columns) * (W + 2) + 2 * gap
+    sheet = Image.new("RGB", (groups * group_width, top + rows * (H + top)), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i in range(n):
+        left, y = i // rows * group_width, top + i % rows * (H + top)
+        for k, (column, title) in enumerate(zip(columns, titles)):
+            x = left + k * (W + 2)
+            if i % rows == 0:
+                pen.text((x, 2), title, "black")
+            tile = to_image(column[i]).resize((W, H), Image.Resampling.NEAREST)
+            sheet.paste(tile, (x, y))
+        pen.text((left, y + H + 1), names[i][:group_width // 7], "grey")     # 6 px a letter
+    temporary = file.with_suffix(".tmp.png")
+    sheet.save(temporary)
+    temporary.replace(file)
+    print(file)
+
+
+def report(unet, vae, schedule, bank, bps, out, seed):
+    """Validates on test pairs, draws, writes samples.png and returns all the numbers."""
+    numbers = validate(unet, schedule, bank, bps)
+    (gain, gain_se), (gap, gap_se) = numbers["gain"], numbers["gap"]
+    print(f"held-out loss over {numbers['pairs']} test pairs: frozen base {numbers['base']:.4f}, "
+          f"steered {numbers['steered']:.4f}, shuffled conditions {numbers['shuffled']:.4f}")
+    print(f"gain {gain:.4f} +- {gain_se:.4f} ({ratio(gain, gain_se):.1f} standard errors), "
+          f"shuffled-condition gap {gap:.4f} +- {gap_se:.4f} ({ratio(gap, gap_se):.1f})")
+    count = min(OBEDIENCE_PICTURES, len(bank.pairs))
+    indices = torch.arange(count)
+    conds, names = bank.cond(indices), bank.first_prompts(range(count))
+    prior = draw_pairs(unet, vae, schedule, bank, None, count, seed)
+    steered = draw_pairs(unet, vae, schedule, bank, bps, count, seed)
+    true = torch.stack([to_x(bank.image(i)) for i in range(count)])
+    with torch.inference_mode():
+        device = next(vae.parameters()).device
+        round_trip = torch.cat([vae.decode(z.float().to(device)).cpu()
+                                for z in bank.mean[:count].split(images_at_a_time(bank.size))])
+    scores = dict(base=obedience(prior, conds), steered=obedience(steered, conds),
+                  round_trip=obedience(round_trip, conds))
+    share = ratio(scores["steered"] - scores["base"], scores["round_trip"] - scores["base"])
+    print(f"obedience (line F1, 1 px, {count} test drawings): frozen base {scores['base']:.3f}, "
+          f"steered {scores['steered']:.3f}, VAE round trip of the true picture "
+          f"{scores['round_trip']:.3f}: {share:.0%} of the way")
+    shown = min(SHEET_ROWS, count)
+    contact_sheet([(1 - 2 * conds[:shown]).expand(-1, 3, -1, -1), prior[:shown], steered[:shown],
+                   true[:shown]], ["condition", "without BPS", "with BPS", "true picture"],
+                  names[:shown], out / "samples.png")
+    return numbers | dict(obedience=scores, obedience_share=share)
