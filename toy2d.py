@@ -251,7 +251,7 @@ class Method:
 # rates: those of least energy distance in `python toy2d.py --study rates --seed 7`
 METHODS = {"steered": Method(2500, 3e-4, freezes_prior=True),
            "scratch": Method(20_000, 1e-4, from_prior=False),
-           "scratch, short": Method(2500, 1e-3, from_prior=False),
+           "scratch, short": Method(2500, 3e-4, from_prior=False),
            "tuned": Method(2500, 1e-4)}
 
 
