@@ -10,6 +10,8 @@ BPS learns the second, time-dependent term: a network that sees only the conditi
 produces one map (residual) for each block of the U-Net, strong on the contracting path's outer
 levels, weak on the expansive path: head-heavy and foot-light.
 
+    python bps.py --ports               # what is steered where, and what it costs
+
 Shapes: B batch, C channels, H W rows and columns of the latent, f the autoencoder's factor.
 
     residuals = BPS(config)(cond, unet.time_embedding(t))
@@ -17,6 +19,7 @@ Shapes: B batch, C channels, H W rows and columns of the latent, f the autoencod
 """
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +27,12 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import weights
-from unet import Downsample, Upsample
+from unet import Downsample, UNetConfig, Upsample
+
+PATHS = ("contracting", "transition", "expansive")      # input blocks, middle, output blocks
+WEIGHTS = ("head-heavy", "flat")        # names of port weights: config_for
+FEET = ("faithful", "light")
+NARROW = 4                              # the light foot's layers are so much narrower
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,8 @@ class BPSConfig:
 
     channels, blocks_per_level and norm_groups are the U-Net's. The weights are fixed factors on
     the maps, one a level for the contracting path (outermost first), one for the middle, one for
-    the whole expansive path.
+    the whole expansive path. paths: those that are steered. foot: "faithful" to the authors'
+    network, or "light": LightFoot, 1x1 ports, and one block in the middle instead of two.
     """
     cond_channels: int = 1                             # 1 sketch, 3 segmentation or layout
     factor: int = 8                                    # f: pixels of the condition per latent pixel
@@ -43,14 +52,16 @@ class BPSConfig:
     input_weights: tuple = (16.0, 8.0, 4.0, 2.0)       # head-heavy ...
     middle_weight: float = 16.0
     output_weight: float = 1.0                         # ... and foot-light
+    paths: tuple = PATHS
+    foot: str = "faithful"
 
 
-def zero_conv(channels_in, channels):
-    """Returns a 3x3 convolution that outputs zero until it is trained.
+def zero_conv(channels_in, channels, size=3):
+    """Returns a convolution of size x size that outputs zero until it is trained.
 
     Its own gradient is not zero: d loss / d weight = d loss / d output * input.
     """
-    conv = nn.Conv2d(channels_in, channels, 3, padding=1)
+    conv = nn.Conv2d(channels_in, channels, size, padding=size // 2)
     nn.init.zeros_(conv.weight)
     nn.init.zeros_(conv.bias)
     return conv
@@ -95,12 +106,44 @@ class LightResBlock(nn.Module):
         return self.skip_connection(h) + self.out_layers(h)
 
 
+class LightFoot(nn.Module):
+    """The expansive half, made light: one narrow 1x1 layer a level, from which all its ports read.
+
+    Narrow, because its maps have the smallest weight. 1x1, because the U-Net convolves each map
+    right after it is added. Shared, because the blocks of a level differ in nothing that BPS sees.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.levels, below = nn.ModuleList(), config.channels[-1]
+        for channels in reversed(config.channels):
+            narrow = channels // NARROW
+            mix = nn.Sequential(nn.Conv2d(below + channels, narrow, 1), nn.SiLU())
+            ports = nn.ModuleList(zero_conv(narrow, channels, 1)
+                                  for _ in range(config.blocks_per_level + 1))
+            self.levels.append(nn.ModuleList([mix, ports]))
+            below = narrow
+
+    def forward(self, h, features):
+        """Returns a map for each output block; features: a map (B, C, H, W) a level, deepest last.
+
+        h: (B, C, H, W), the middle's output.
+        """
+        maps = []
+        for (mix, ports), feature in zip(self.levels, reversed(features)):
+            h = F.interpolate(h, feature.shape[-2:], mode="nearest")
+            h = mix(torch.cat([h, feature], dim=1))
+            maps += [port(h) for port in ports]
+        return maps
+
+
 class BPS(nn.Module):
     """The steering network: condition and timestep to one residual per block of the U-Net.
 
     Attributes are named and numbered as in the authors' checkpoints: `zero_blocks` are the
     ports of the contracting path and, last, of the middle; an expansive entry is
-    [block, port, up-sampler]. Blocks without a port have None there.
+    [block, port, up-sampler]. Blocks without a port have None there; what only serves a path that
+    is not steered is not built.
     """
 
     def __init__(self, config=BPSConfig()):
@@ -108,6 +151,12 @@ class BPS(nn.Module):
         self.config = config
         base, levels, groups = config.channels[0], len(config.channels), config.norm_groups
         t_emb_dim = base * 4                               # the frozen U-Net's own embedding
+        light = config.foot == "light"
+
+        def port_if(path, channels):
+            """Returns a port, or None where its path is not steered."""
+            if path in config.paths:
+                return zero_conv(channels, channels, 1 if light else 3)
 
         # Contracting path: stem, then residual blocks with ports, then a down-sampler, per level.
         cond_dim = config.cond_channels * config.factor**2
@@ -117,7 +166,7 @@ class BPS(nn.Module):
             for _ in range(config.blocks_per_level):
                 self.input_blocks.append(
                     TimeResBlock(skip_channels[-1], channels, t_emb_dim, groups))
-                ports.append(zero_conv(channels, channels))
+                ports.append(port_if("contracting", channels))
                 port_weights.append(config.input_weights[level])
                 skip_channels.append(channels)
             if level < levels - 1:
@@ -125,24 +174,29 @@ class BPS(nn.Module):
                 ports.append(None)
                 port_weights.append(None)
                 skip_channels.append(channels)
-
-        self.middle_block = nn.ModuleList(TimeResBlock(channels, channels, t_emb_dim, groups)
-                                          for _ in range(2))
-        self.zero_blocks = nn.ModuleList([*ports, zero_conv(channels, channels)])
         self.input_port_weights = port_weights
 
-        # Expansive path: one entry per skip of BPS's own contracting path.
+        self.middle_block = nn.ModuleList()
+        if {"transition", "expansive"} & set(config.paths):
+            self.middle_block.extend(TimeResBlock(channels, channels, t_emb_dim, groups)
+                                     for _ in range(1 if light else 2))
+        self.zero_blocks = nn.ModuleList([*ports, port_if("transition", channels)])
+
+        # Expansive path: one entry per skip of BPS's own contracting path, or the light foot.
         self.output_blocks = nn.ModuleList()
-        channels_in = channels
-        for level in reversed(range(levels)):
-            channels = config.channels[level]
-            for i in range(config.blocks_per_level + 1):
-                entry = [LightResBlock(channels_in + skip_channels.pop(), channels, groups),
-                         zero_conv(channels, channels)]
-                channels_in = channels
-                if i == config.blocks_per_level and level > 0:
-                    entry.append(Upsample(channels))
-                self.output_blocks.append(nn.ModuleList(entry))
+        if "expansive" in config.paths and light:
+            self.light_foot = LightFoot(config)
+        elif "expansive" in config.paths:
+            channels_in = channels
+            for level in reversed(range(levels)):
+                channels = config.channels[level]
+                for i in range(config.blocks_per_level + 1):
+                    entry = [LightResBlock(channels_in + skip_channels.pop(), channels, groups),
+                             zero_conv(channels, channels)]
+                    channels_in = channels
+                    if i == config.blocks_per_level and level > 0:
+                        entry.append(Upsample(channels))
+                    self.output_blocks.append(nn.ModuleList(entry))
 
     def forward(self, cond, t_emb):
         """Returns residuals: one map (B, C, H, W) per U-Net block, None where there is no port.
@@ -157,34 +211,59 @@ class BPS(nn.Module):
             raise ValueError(f"condition of {C} channels, {rows} x {columns} px; this BPS takes "
                              f"{self.config.cond_channels} channels and multiples of {factor} px")
         h = F.pixel_unshuffle(cond, factor)                                    # (B, C f^2, H, W)
-        skips, residuals = [], []
+        skips, features, residuals = [], [], []
         for block, port, weight in zip(self.input_blocks, self.zero_blocks,
                                        self.input_port_weights):
+            if isinstance(block, Downsample):
+                features.append(h)                         # what a level ends with
             h = block(h, t_emb) if isinstance(block, TimeResBlock) else block(h)
             skips.append(h)
             residuals.append(None if port is None else weight * port(h))
+        features.append(h)
         for block in self.middle_block:
             h = block(h, t_emb)
-        residuals.append(self.config.middle_weight * self.zero_blocks[-1](h))
+        port = self.zero_blocks[-1]
+        residuals.append(None if port is None else self.config.middle_weight * port(h))
+        return residuals + self.expansive(h, skips, features)
+
+    def expansive(self, h, skips, features):
+        """Returns the residuals of the output blocks, for the middle's output and own skips."""
+        config = self.config
+        if "expansive" not in config.paths:
+            return [None] * (len(config.channels) * (config.blocks_per_level + 1))
+        if config.foot == "light":
+            return [config.output_weight * port_map for port_map in self.light_foot(h, features)]
+        residuals = []
         for block, port, *up in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1))
-            residuals.append(self.config.output_weight * port(h))
+            residuals.append(config.output_weight * port(h))
             for upsample in up:
                 h = upsample(h, skips[-1].shape[-2:])
         return residuals
 
 
-def config_for(unet_config, cond_channels, factor, head_heavy=True):
-    """Returns the BPSConfig that fits a U-Net: sketch's port weights, or 1 everywhere (layout).
+def config_for(unet_config, cond_channels, factor, port_weights="head-heavy", paths=PATHS,
+               foot="faithful"):
+    """Returns the BPSConfig that fits a U-Net.
 
-    The weights halve from level to level, 16, 8, 4, 2 for four levels (authors' code)."""
+    port_weights: "head-heavy", halving from level to level, 16, 8, 4, 2 for four levels, with 16 in
+    the middle and 1 on the expansive path (authors' code); "flat", 1 everywhere (theirs for
+    layout); or numbers: one a level, the middle's, the expansive path's. Errors:
+    weights.WeightsError where their count is another.
+    """
     levels = len(unet_config.channels)
-    sizes = dict(cond_channels=cond_channels, factor=factor, channels=unet_config.channels,
-                 blocks_per_level=unet_config.blocks_per_level,
-                 norm_groups=unet_config.norm_groups)
-    if not head_heavy:
-        return BPSConfig(input_weights=(1.0,) * levels, middle_weight=1.0, **sizes)
-    return BPSConfig(input_weights=tuple(16.0 / 2**level for level in range(levels)), **sizes)
+    if port_weights == "head-heavy":
+        port_weights = (*(16.0 / 2**level for level in range(levels)), 16.0, 1.0)
+    elif port_weights == "flat":
+        port_weights = (1.0,) * (levels + 2)
+    if len(port_weights) != levels + 2:
+        raise weights.WeightsError(f"{len(port_weights)} port weights; this base takes "
+                                   f"{levels + 2}: one for each of {levels} levels of the "
+                                   f"contracting path, the middle's, the expansive path's")
+    *input_weights, middle_weight, output_weight = port_weights
+    return BPSConfig(cond_channels, factor, unet_config.channels, unet_config.blocks_per_level,
+                     unet_config.norm_groups, tuple(input_weights), middle_weight, output_weight,
+                     tuple(path for path in PATHS if path in paths), foot)
 
 
 def posterior(eps_prior, eps_posteriors, strengths):
@@ -197,10 +276,8 @@ def posterior(eps_prior, eps_posteriors, strengths):
     """
     if len(eps_posteriors) != len(strengths):
         raise ValueError(f"{len(eps_posteriors)} posteriors but {len(strengths)} strengths")
-    eps = eps_prior
-    for eps_posterior, strength in zip(eps_posteriors, strengths):
-        eps = eps + strength * (eps_posterior - eps_prior)
-    return eps
+    return eps_prior + sum(strength * (eps_posterior - eps_prior)
+                           for eps_posterior, strength in zip(eps_posteriors, strengths))
 
 
 def save_bps(bps, file, metadata):
@@ -228,3 +305,79 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
         raise weights.WeightsError(f"{file}: not a BPS file; train.py writes "
                                    f"bps.safetensors") from None
     return weights.load_strict(bps, weights.Checkpoint({}, state, str, file), dtype, device)
+
+
+# ---- the table of ports --------------------------------------------------------------------
+
+def port_table(bps, side):
+    """Returns rows (block, path, latent side, channels, weight, parameters) of all blocks.
+
+    side: of the latent at the outermost level. parameters: of the block and its port, so that
+    they add up to the network's; weight is "-" where there is no port.
+    """
+    config = bps.config
+    light = bps.light_foot.levels if hasattr(bps, "light_foot") else []
+    rows, sides = [], [side]
+
+    def add(block, path, channels, weight, *parts):
+        """Appends a row; parts: the block's modules, or None."""
+        count = sum(p.numel() for part in parts if part is not None for p in part.parameters())
+        rows.append((block, path, sides[-1], channels, "-" if weight is None else weight, count))
+
+    channels = config.channels[0]
+    for i, (block, port, weight) in enumerate(zip(bps.input_blocks, bps.zero_blocks,
+                                                  bps.input_port_weights)):
+        if isinstance(block, TimeResBlock):
+            channels = block.in_layers[-1].out_channels
+        elif isinstance(block, Downsample):
+            sides.append(-(-sides[-1] // 2))
+        add(f"input {i}", "contracting", channels, None if port is None else weight, block, port)
+    port = bps.zero_blocks[-1]
+    add("middle", "transition", channels, None if port is None else config.middle_weight,
+        bps.middle_block, port)
+    for i in range(len(config.channels) * (config.blocks_per_level + 1)):
+        level, number = divmod(i, config.blocks_per_level + 1)
+        parts = [bps.output_blocks[i]] if len(bps.output_blocks) else []
+        if light:
+            mix, ports = light[level]
+            parts = [ports[number], mix if number == 0 else None]
+        add(f"output {i}", "expansive", config.channels[-1 - level],
+            config.output_weight if parts else None, *parts)
+        if number == config.blocks_per_level and len(sides) > 1:
+            sides.pop()
+    return rows
+
+
+def main():
+    """Prints the table of ports for a base."""
+    from cli import Parser                          # here, for cli.py imports this file
+    from unet import load_unet
+    from vae import load_vae
+    parser = Parser(__doc__)
+    parser.add_argument("--ports", action="store_true", help="prints the table of ports")
+    parser.add_argument("--cond-channels", type=int, default=1, help="1 sketch, 3 segmentation or "
+                        "layout, 4 artistic (default: %(default)s)")
+    parser.add_argument("--base", type=Path, help="a Stable Diffusion, for whose U-Net the table "
+                        "is (default: the sizes of SD 1.5)")
+    parser.add_bps_config()
+    args = parser.parse_args()
+    if not args.ports:
+        parser.error("nothing to do; --ports prints the table of ports")
+    if args.cond_channels < 1:
+        parser.error(f"--cond-channels {args.cond_channels}: at least 1")
+    unet_config = load_unet(args.base).config if args.base else UNetConfig()
+    factor = load_vae(args.base).factor if args.base else BPSConfig.factor
+    with torch.device("meta"):
+        bps = BPS(config_for(unet_config, args.cond_channels, factor, args.weights or WEIGHTS[0],
+                             args.paths, args.foot))
+    rows = port_table(bps, unet_config.sample_size or 64)
+    print("| block | path | latent | channels | weight | parameters |\n|---|---|---|---|---|---|")
+    for block, path, side, channels, weight, count in rows:
+        weight = weight if isinstance(weight, str) else f"{weight:g}"
+        print(f"| {block} | {path} | {side} x {side} | {channels} | {weight} | {count:,} |")
+    print(f"| all | | | | | {sum(row[-1] for row in rows):,} |")
+
+
+if __name__ == "__main__":
+    from cli import run
+    run(main)

@@ -78,15 +78,20 @@ class Tokenizer:
         """
         rows = []
         for text in texts:
-            encoding = self.bpe.encode(text, add_special_tokens=False)
-            ids = encoding.ids[:CONTEXT_LENGTH - 2]
-            if len(encoding.ids) > len(ids):
-                dropped = text[encoding.offsets[len(ids)][0]:]
+            ids, dropped = self.fit(text)
+            if dropped:
                 warnings.warn(f"prompt longer than {CONTEXT_LENGTH - 2} tokens; "
                               f"dropped: {dropped!r}", stacklevel=2)
             row = [self.begin, *ids, self.end]
             rows.append(row + [self.pad] * (CONTEXT_LENGTH - len(row)))
         return torch.tensor(rows, dtype=torch.int64)
+
+    def fit(self, text):
+        """Returns (the ids of a text, 75 at most, and what of the text was dropped for that)."""
+        encoding = self.bpe.encode(text, add_special_tokens=False)
+        ids = encoding.ids[:CONTEXT_LENGTH - 2]
+        cut = len(encoding.ids) > len(ids)
+        return ids, text[encoding.offsets[len(ids)][0]:] if cut else ""
 
 
 def load_tokenizer(folder):

@@ -1,8 +1,17 @@
 """Pictures and conditions: how they are read, what BPS is shown of them, what is read from them.
 
+| task | condition picture | channels that BPS is shown |
+|---|---|---|
+| sketch | line drawing | 1: ink |
+| segmentation | label map, a palette PNG | 3: the classes' colours |
+| layout | boxes filled with their class's colour | 3: the same |
+| artistic | any picture in colours | 3 + 1: its colours, coarsely, and its lines |
+
 Shapes: B batch, C channels, H W rows and columns of the image.
 """
+import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +19,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 LINE_CONTRAST = 0.1             # slope of x per pixel from which an edge counts as a line
+FULL_INK = 0.25                 # slope of x from which an extracted line is drawn in full
+SMOOTHED = 256                  # lines are extracted as if pictures had so many pixels a side
+COLOUR_CELLS = 8                # of a colour reference, along the shorter side
+MAX_CLASSES = 256               # what a palette holds
+LOSSLESS = ("PNG", "BMP", "GIF")
 PIXELS_AT_A_TIME = 48 * 64**2   # through a network outside of training: 48 pictures of 64 px
 
 
@@ -17,22 +31,48 @@ class DataError(ValueError):
     """Pairs or an image that cannot be used; the message is one line for the user."""
 
 
+class Task(NamedTuple):
+    """A kind of condition."""
+    channels: int
+    port_weights: str = "head-heavy"        # a name of bps.WEIGHTS
+    has_labels: bool = False                # its colours are classes, which nothing may blend
+    has_lines: bool = False                 # which may be extracted where only images are there
+
+
+TASKS = {"sketch": Task(1, has_lines=True), "segmentation": Task(3, has_labels=True),
+         "layout": Task(3, "flat", has_labels=True), "artistic": Task(4, has_lines=True)}
+
+
 # ---- images --------------------------------------------------------------------------------
 
-def open_image(file):
-    """Returns a PIL image, upright, of mode RGB, with transparent parts white.
+def load_image(file, name=None):
+    """Returns a PIL image as it lies in a file: a path, or an open binary file called `name`.
 
-    Errors: DataError where the file cannot be read as an image.
+    Errors: DataError where it is not there, cannot be read, or is too large to be meant.
     """
-    if not Path(file).is_file():
+    name = name or file
+    if isinstance(file, (str, Path)) and not Path(file).is_file():
         raise DataError(f"{file}: no such file")
     try:
-        image = Image.open(file)
-        image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"{file}: cannot be read as an image ({error}); allowed are PNG, JPEG, "
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(file)
+            image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise DataError(f"{name}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be meant "
+                        f"to fill the memory; scale it down") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{name}: cannot be read as an image ({error}); allowed are PNG, JPEG, "
                         f"WebP and BMP") from None
-    return to_rgb(ImageOps.exif_transpose(image))
+    return image
+
+
+def open_image(file, name=None):
+    """Returns an image file's picture, upright, of mode RGB, with transparent parts white.
+
+    Errors: DataError, as load_image has them.
+    """
+    return to_rgb(ImageOps.exif_transpose(load_image(file, name)))
 
 
 def to_rgb(image):
@@ -59,9 +99,13 @@ def to_image(x):
     return Image.fromarray(array)
 
 
-def crop_square(image, size):
-    """Returns the image scaled until its shorter side is `size`, its middle cut out square."""
-    return ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+def crop(image, width, height, blend=True):
+    """Returns the image scaled until it covers width x height, and cropped to its middle.
+
+    blend False: every pixel keeps a colour of the image, as a label map's must.
+    """
+    resampling = Image.Resampling.LANCZOS if blend else Image.Resampling.NEAREST
+    return ImageOps.fit(image, (width, height), resampling)
 
 
 def images_at_a_time(size):
@@ -110,11 +154,11 @@ def read_drawing(file, width, height):
     return cond, to_image((1 - 2 * cond).expand(3, -1, -1))
 
 
-def extract_lines(x):
-    """Returns where the lines of pictures are: (B, H, W) bool for x (B, 3, H, W) in [-1, 1].
+def edges(x):
+    """Returns (slope, ridge), both (B, H, W), of pictures x (B, 3, H, W) in [-1, 1].
 
-    Canny's first steps (IEEE PAMI 8(6), 1986): the Sobel gradient of whichever colour channel
-    changes most, kept where it is a maximum across the line and above LINE_CONTRAST.
+    Canny's first steps (IEEE PAMI 8(6), 1986): slope is the Sobel gradient of whichever colour
+    channel changes most; ridge (bool) is where it is a maximum across the line.
     """
     B, C, H, W = x.shape
     sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
@@ -122,16 +166,39 @@ def extract_lines(x):
     padded = F.pad(x.float().cpu(), (1, 1, 1, 1), mode="replicate")
     padded = padded.reshape(B * C, 1, H + 2, W + 2)
     gradient = F.conv2d(padded, kernels).view(B, C, 2, H, W)
-    magnitude, channel = gradient.norm(dim=2).max(dim=1)                       # (B, H, W)
+    slope, channel = gradient.norm(dim=2).max(dim=1)                           # (B, H, W)
     across = gradient.gather(1, channel[:, None, None].expand(B, 1, 2, H, W))[:, 0]
     octant = (torch.atan2(across[:, 1], across[:, 0]) / (torch.pi / 4)).round().long() % 4
-    around = F.pad(magnitude, (1, 1, 1, 1))
-    lines = torch.zeros_like(magnitude, dtype=torch.bool)
+    around = F.pad(slope, (1, 1, 1, 1))
+    ridge = torch.zeros_like(slope, dtype=torch.bool)
     for i, (dy, dx) in enumerate(((0, 1), (1, 1), (1, 0), (1, -1))):
         after = around[:, 1 + dy:1 + dy + H, 1 + dx:1 + dx + W]
         before = around[:, 1 - dy:1 - dy + H, 1 - dx:1 - dx + W]
-        lines |= (octant == i) & (magnitude >= after) & (magnitude > before)
-    return lines & (magnitude > LINE_CONTRAST)
+        ridge |= (octant == i) & (slope >= after) & (slope > before)
+    return slope, ridge
+
+
+def extract_lines(x):
+    """Returns where the lines of pictures are: (B, H, W) bool for x (B, 3, H, W) in [-1, 1]."""
+    slope, ridge = edges(x)
+    return ridge & (slope > LINE_CONTRAST)
+
+
+def soft_lines(x):
+    """Returns the lines of pictures as ink (B, 1, H, W) in [0, 1], for x (B, 3, H, W) in [-1, 1].
+
+    The steeper the edge, the more ink. Large pictures are smoothed first, so that their texture
+    does not become lines.
+    """
+    sigma = min(x.shape[-2:]) / SMOOTHED
+    if sigma > 0.5:
+        reach = torch.arange(-int(3 * sigma), int(3 * sigma) + 1, dtype=torch.float32)
+        kernel = (-(reach / sigma) ** 2 / 2).softmax(0).expand(3, 1, 1, -1)
+        edge = len(reach) // 2
+        padded = F.pad(x.float().cpu(), (edge, edge, edge, edge), mode="replicate")
+        x = F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.transpose(2, 3), groups=3)
+    slope, ridge = edges(x)
+    return (ridge * slope / FULL_INK).clamp(max=1)[:, None]
 
 
 def line_f1(found, wanted):
@@ -142,3 +209,108 @@ def line_f1(found, wanted):
     precision = (found & near(wanted)).sum((1, 2)) / found.sum((1, 2)).clamp(min=1)
     recall = (wanted & near(found)).sum((1, 2)) / wanted.sum((1, 2)).clamp(min=1)
     return 2 * precision * recall / (precision + recall).clamp(min=1e-9)
+
+
+# ---- label maps and colours ----------------------------------------------------------------
+
+def open_label_map(file, name=None, any_colours=False):
+    """Returns a label map as a palette image (mode P), whose colours are the classes.
+
+    Grey ones of 8 bits hold class numbers; they get the palette of distinct_colours. any_colours:
+    an image without a palette may be one too. Errors: DataError where classes cannot be told.
+    """
+    image, name = load_image(file, name), name or file
+    if image.format not in LOSSLESS:
+        raise DataError(f"{name}: a {image.format} file blurs where classes meet; save label maps "
+                        f"as palette PNG")
+    if image.mode == "P":
+        return image
+    if image.mode == "L" and not any_colours:
+        image.putpalette(distinct_colours())
+        return image
+    if not any_colours:
+        raise DataError(f"{name}: mode {image.mode}, so its classes cannot be told from blends of "
+                        f"them; save label maps as palette PNG (mode P) or as class numbers (L)")
+    colours, index = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0,
+                               return_inverse=True)
+    if len(colours) > MAX_CLASSES:
+        raise DataError(f"{name}: {len(colours):,} colours; a label map has one a class, at most "
+                        f"{MAX_CLASSES}, without shades between")
+    labels = Image.fromarray(index.reshape(image.height, image.width).astype(np.uint8))
+    labels.putpalette(colours.astype(np.uint8).tobytes())
+    return labels
+
+
+def distinct_colours():
+    """Returns 256 colours as bytes (768): class 0 black, no two alike.
+
+    The bits of the number are dealt out to red, green and blue, highest first, as PASCAL VOC's
+    palette does it.
+    """
+    numbers, colours = np.arange(MAX_CLASSES), np.zeros((MAX_CLASSES, 3), np.uint8)
+    for bit in range(8):
+        colours[:, bit % 3] |= ((numbers >> bit & 1) << (7 - bit // 3)).astype(np.uint8)
+    return colours.tobytes()
+
+
+def class_colours(labels):
+    """Returns {colour, as in "#1f77b4": palette index} of the classes that a palette image has."""
+    palette = labels.getpalette("RGB") + [0] * 3 * MAX_CLASSES      # it may be cut short
+    return {"#%02x%02x%02x" % tuple(palette[3 * i:3 * i + 3]): i for _, i in labels.getcolors()}
+
+
+def coarse_colours(x):
+    """Returns a colour reference (B, 3, H, W) in [0, 1] of pictures x (B, 3, H, W) in [-1, 1]:
+    the mean colour of each of COLOUR_CELLS cells along the shorter side."""
+    H, W = x.shape[-2:]
+    cells = [max(1, round(COLOUR_CELLS * side / min(H, W))) for side in (H, W)]
+    return F.interpolate(F.adaptive_avg_pool2d((x + 1) / 2, cells), (H, W), mode="nearest")
+
+
+# ---- conditions ----------------------------------------------------------------------------
+
+def to_cond(image, task, extract=False):
+    """Returns cond (C, H, W) float in [0, 1] of a condition picture: what BPS is shown of it.
+
+    extract: the picture is no drawing but an image whose lines are the condition.
+    """
+    if task == "sketch" and not extract:
+        return sketch_to_cond(image)
+    x = to_x(image.convert("RGB"))[None]
+    if task == "sketch":
+        return soft_lines(x)[0]
+    if task == "artistic":
+        return torch.cat([coarse_colours(x), soft_lines(x)], dim=1)[0]
+    return (x[0] + 1) / 2
+
+
+def cond_to_x(cond):
+    """Returns a picture x (B, 3, H, W) in [-1, 1] to look at of conditions (B, C, H, W)."""
+    colours, ink = cond[:, :-1], cond[:, -1:]
+    if cond.shape[1] == 3:
+        colours, ink = cond, torch.zeros_like(ink)
+    if cond.shape[1] == 1:
+        colours = torch.ones_like(ink)
+    return (2 * colours * (1 - ink) - 1).expand(-1, 3, -1, -1)
+
+
+def read_condition(file, task, width, height, classes=None):
+    """Returns (cond (C, height, width), picture of it) of any file that a user may draw with.
+
+    A drawing is fitted in, everything else covers the picture and is cropped. classes: {colour:
+    name} that BPS was trained on. Errors: DataError names the file, and a class that is unknown.
+    """
+    if task == "sketch":
+        return read_drawing(file, width, height)
+    if TASKS[task].has_labels:
+        image = open_label_map(file, any_colours=True)
+        for colour, index in class_colours(image).items():
+            if classes and colour not in classes:
+                known = ", ".join(" ".join(entry).strip() for entry in classes.items())
+                raise DataError(f"{file}: class {index}, {colour}, is unknown; this BPS was "
+                                f"trained on {known}")
+        image = crop(image, width, height, blend=False)
+    else:
+        image = crop(open_image(file), width, height)
+    cond = to_cond(image, task)
+    return cond, to_image(cond_to_x(cond[None])[0])

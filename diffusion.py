@@ -160,23 +160,33 @@ def guide(eps_empty, eps_text, guidance_scale):
     return eps_empty + guidance_scale * (eps_text - eps_empty)
 
 
-def sample(denoise, z_t, schedule, steps=50, sampler="ddim"):
-    """Yields z_t (B, 4, H, W) after each of the `steps` steps, the last one being clean.
+def levels(steps, schedule, sampler="ddim"):
+    """Returns (timesteps, [(a, s)]) of a sampler as numbers, the last (a, s) being the end's.
 
-    denoise(z_t, t) -> the model's prediction, with t a Python int where it is whole, else a float.
-    z_t: standard normal noise (B, 4, H, W). sampler: one of SAMPLERS; all are deterministic.
-    DDIM's last step goes to abar_0, not to 1, as Stable Diffusion's own does. Sources: DDIM, arXiv
-    2010.02502; DPM-Solver++ 2M, arXiv 2211.01095, algorithm 2; Euler, arXiv 2206.00364.
+    A timestep is an int where it is whole.
     """
     timesteps, sigmas = noise_levels(steps, schedule, sampler)
-    levels = [(1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5)       # a and s
-              for sigma in sigmas.tolist()]
-    if sampler.startswith("euler") and schedule.spacing != "leading":
-        z_t = z_t * levels[0][1]            # k-diffusion starts with sigma noise, not with noise
+    return ([int(t) if t == int(t) else t for t in timesteps.tolist()],
+            [(1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5)
+             for sigma in sigmas.tolist()])
+
+
+def sample(denoise, z_t, schedule, steps=50, sampler="ddim", start=0):
+    """Yields z_t (B, 4, H, W) after each of the steps from `start` on, the last one being clean.
+
+    denoise(z_t, t) -> the model's prediction, with t a Python int where it is whole, else a float.
+    z_t: standard normal noise (B, 4, H, W), or where start > 0 a latent with the noise of that
+    step. sampler: one of SAMPLERS; all are deterministic. DDIM's last step goes to abar_0, not to
+    1, as Stable Diffusion's own does. Sources: DDIM, arXiv 2010.02502; DPM-Solver++ 2M, arXiv
+    2211.01095, algorithm 2; Euler, arXiv 2206.00364.
+    """
+    timesteps, signal_and_noise = levels(steps, schedule, sampler)
+    if sampler.startswith("euler") and schedule.spacing != "leading" and start == 0:
+        z_t = z_t * signal_and_noise[0][1]  # k-diffusion starts with sigma noise, not with noise
     z_0_before, h_before = None, None
-    for i, t in enumerate(timesteps.tolist()):
-        (a, s), (a_next, s_next) = levels[i:i + 2]
-        z_0 = schedule.clean(z_t, denoise(z_t, int(t) if t == int(t) else t), a, s)
+    for t, (a, s), (a_next, s_next) in list(zip(timesteps, signal_and_noise,
+                                                signal_and_noise[1:]))[start:]:
+        z_0 = schedule.clean(z_t, denoise(z_t, t), a, s)
         estimate = z_0
         if sampler.startswith("dpm++") and s_next > 0:
             h = np.log(a_next / s_next) - np.log(a / s)         # the step in log(a / s)

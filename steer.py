@@ -1,6 +1,7 @@
-"""From the prior to the posterior denoiser: BPS's maps at each timestep, guidance, strengths.
+"""From the prior to the posterior denoiser: BPS's maps at each timestep, strengths, windows, guidance.
 
-    denoise = make_denoiser(unet, context, context_empty, 3.0, Steering(bps, unet, cond))
+    conditions = [Steering(bps, unet, cond, strength=0.8, window=(0.0, 0.5))]
+    denoise = make_denoiser(unet, context, context_empty, 3.0, conditions, timesteps)
     for z_t in diffusion.sample(denoise, draw_noise(seeds, shape), schedule, steps):
         ...
 
@@ -13,6 +14,8 @@ import diffusion
 from bps import posterior
 from conditions import images_at_a_time
 
+CACHE_BYTES = 3 * 2**30         # of a condition's maps: 50 steps of SD 1.5 at 512 px are 2.4 GB
+
 
 def draw_noise(seeds, shape):
     """Returns standard normal noise (B, *shape), each row a function of its own seed alone."""
@@ -21,44 +24,64 @@ def draw_noise(seeds, shape):
 
 
 class Steering:
-    """BPS's residuals for one condition: computed once a timestep, whatever the number of seeds."""
+    """One condition: BPS's maps of it, and how strongly and how long they steer.
 
-    def __init__(self, bps, unet, cond):
-        """cond: (B or 1, C, f H, f W) in [0, 1]."""
+    BPS sees neither the latent nor the text, so the maps of a timestep are computed once, whatever
+    the number of seeds, prompts and halves of guidance; they are kept for the next pictures while
+    they fit into cache_bytes, else only the last timestep's are.
+    """
+
+    def __init__(self, bps, unet, cond, scale=1.0, strength=1.0, window=(0.0, 1.0),
+                 cache_bytes=CACHE_BYTES):
+        """cond: (B or 1, C, f H, f W) in [0, 1]. scale multiplies the maps. strength tempers the
+        posterior: p(c_add | z)^strength. window: the share of the steps that are steered.
+        """
         self.bps, self.unet, self.cond = bps, unet, cond
-        self.t, self.residuals = None, None
+        self.scale, self.strength, self.window = scale, strength, window
+        self.cache_bytes, self.kept = cache_bytes, {}
 
-    def __call__(self, t, halves):
+    def __call__(self, t, halves=1):
         """Returns the residuals at timestep t for the halves of guidance: batch 1 or halves * B."""
-        if t != self.t:
+        if t not in self.kept:
             t_emb = self.unet.time_embedding(torch.tensor([t], device=self.cond.device))
-            residuals = self.bps(self.cond.to(t_emb.dtype), t_emb)
-            if len(self.cond) > 1:
-                residuals = [r if r is None else torch.cat([r] * halves) for r in residuals]
-            self.t, self.residuals = t, residuals
-        return self.residuals
+            maps = [r if r is None else self.scale * r
+                    for r in self.bps(self.cond.to(t_emb.dtype), t_emb)]
+            size = sum(r.nbytes for r in maps if r is not None)
+            if size * (len(self.kept) + 1) > self.cache_bytes:
+                self.kept.clear()
+            self.kept[t] = maps
+        if len(self.cond) == 1 or halves == 1:
+            return self.kept[t]
+        return [r if r is None else torch.cat([r] * halves) for r in self.kept[t]]
+
+    def steers(self, share):
+        """Returns whether it does anything once a share of the steps is done, 0 to below 1."""
+        start, end = self.window
+        return self.scale != 0 and self.strength != 0 and start <= share < end
 
 
-def make_denoiser(unet, context, context_empty, guidance_scale, steering=None, strength=1.0):
-    """Returns denoise(z_t, t) -> eps (or v): the prior, or the posterior where there is steering.
+def make_denoiser(unet, context, context_empty, guidance_scale, conditions=(), timesteps=()):
+    """Returns denoise(z_t, t) -> eps (or v): the prior, or the posterior of all the conditions.
 
     context: (B, L, D); context_empty: (1, L, D), of the empty or negative prompt, which guidance 1
-    does not need. strength: 0 is the prior, 1 the posterior; others cost a second pass of the
-    U-Net. z_t and eps are float32, whatever the U-Net computes in.
+    does not need. conditions: Steerings; a single one of strength 1 costs nothing more than the
+    prior, all others a pass of the U-Net each. timesteps: of the steps, in order; what windows are
+    a share of. z_t and eps are float32, whatever the U-Net computes in.
     """
     halves = 1 if guidance_scale == 1 else 2
     context = torch.cat([context_empty.expand_as(context), context][-halves:])
+    shares = {t: i / len(timesteps) for i, t in enumerate(timesteps)}
 
     def denoise(z_t, t):
         """Returns the guided prediction (B, 4, H, W)."""
         z = torch.cat([z_t] * halves).to(context.dtype, memory_format=torch.channels_last)
         ts = torch.full((len(z),), t, device=z.device)
-        if steering is None or strength == 0:
-            eps = unet(z, ts, context)
+        active = [each for each in conditions if each.steers(shares.get(t, 0.0))]
+        posteriors = [unet(z, ts, context, each(t, halves)) for each in active]
+        if len(active) == 1 and active[0].strength == 1:
+            eps = posteriors[0]
         else:
-            eps = unet(z, ts, context, steering(t, halves))
-            if strength != 1:
-                eps = posterior(unet(z, ts, context), [eps], [strength])
+            eps = posterior(unet(z, ts, context), posteriors, [each.strength for each in active])
         eps = eps.float()
         return eps if halves == 1 else diffusion.guide(*eps.chunk(2), guidance_scale)
 
@@ -66,16 +89,15 @@ def make_denoiser(unet, context, context_empty, guidance_scale, steering=None, s
 
 
 def draw(unet, vae, schedule, context, context_empty, seeds, size, steps, guidance_scale,
-         steering=None):
+         conditions=()):
     """Returns pictures x (B, 3, size, size), one per text state and seed, drawn as one batch.
 
-    context: (B, L, D); seeds: B integers; steering: a Steering of B conditions, or None for the
-    frozen base.
+    context: (B, L, D); seeds: B integers; conditions: Steerings of B conditions each.
     """
-    denoise = make_denoiser(unet, context, context_empty, guidance_scale, steering)
+    denoise = make_denoiser(unet, context, context_empty, guidance_scale, conditions)
     side = size // vae.factor
     noise = draw_noise(seeds, (unet.config.latent_channels, side, side)).to(context.device)
     for z in tqdm(diffusion.sample(denoise, noise, schedule, steps), total=steps, leave=False,
-                  desc="draw with BPS" if steering else "draw"):
+                  desc="draw with BPS" if conditions else "draw"):
         pass
     return torch.cat([vae.decode(part) for part in z.split(images_at_a_time(size))])

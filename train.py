@@ -10,6 +10,7 @@ Shapes: B batch, C channels, H W rows and columns of the latent.
 """
 import json
 import shlex
+import sys
 import time
 from pathlib import Path
 
@@ -22,10 +23,14 @@ import layouts
 import weights
 from bps import BPS, config_for, save_bps
 from cli import BASE, Parser, run, seed_number
-from conditions import DataError, to_image
-from data import TASKS, Bank, load_pairs
-from measure import paired_errors, report
+from clip import load_clip
+from conditions import TASKS, DataError, cond_to_x, to_image
+from data import EMPTY_SHARE, Bank, load_pairs, mostly_light_on_dark, open_pair, split_names
+from measure import SHEET_ROWS, contact_sheet, paired_errors, report
+from obedience import meter_for
+from own_data import Source, check, find_pairs
 from sample import load_base
+from tiny.tasks import CLASSES
 
 CHECKPOINT = "checkpoint.safetensors"           # there as long as a run is unfinished
 
@@ -45,7 +50,8 @@ def train(bps, optimizer, unet, schedule, bank, args, start, on_save):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / args.steps)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        cond, z, context = (x.to(device) for x in bank.batch(args.batch, generator))
+        cond, z, context = (x.to(device) for x in bank.batch(args.batch, generator,
+                                                                args.prompt_drop))
         t = torch.randint(schedule.timesteps, (args.batch,), generator=generator).to(device)
         noise = torch.randn(z.shape, generator=generator).to(device)
         z_t = schedule.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
@@ -85,6 +91,19 @@ def choose_out(wanted, facts):
     raise DataError(f"{wanted}: 10,000 runs beside it; give another --out")
 
 
+def named_classes(args, bank):
+    """Returns {colour: name} of the label maps' classes; only the embedded ones have names."""
+    names = {} if args.data else {colour: name for name, colour in CLASSES.items()}
+    return {colour: names.get(colour, "") for colour in sorted(bank.classes)}
+
+
+def example_condition(task, bank):
+    """Returns an image that draws with pair 0's condition: itself where it is colours only."""
+    if task == "artistic":                  # whose condition is made of the picture
+        return bank.image(0)
+    return to_image(cond_to_x(bank.cond([0]))[0])
+
+
 def sampling_command(args, file, drawing, prompt):
     """Returns the command that draws with a trained BPS on the base of these arguments."""
     words = ["python", "sample.py", "--bps", file, "--cond", drawing, "--prompt", prompt]
@@ -100,10 +119,19 @@ def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--task", choices=TASKS, default="sketch", help="kind of condition (default: %(default)s)")
-    add("--data", type=Path, help="folder of your own pairs (default: the embedded ones)")
+    add("--data", type=Path, help="your own pairs: a folder, or a .zip of one (default: the "
+        "embedded ones)")
+    add("--extract", choices=[name for name, task in TASKS.items() if task.has_lines],
+        help="make the conditions of this task from the images' own lines; --data needs no others")
+    add("--default-prompt", default="", help="of pictures that have no caption (default: nothing)")
+    add("--prompt-drop", type=float, default=EMPTY_SHARE, help="share of prompts that training "
+        "leaves empty, so that guidance works (default: %(default)s)")
+    add("--check-data", action="store_true", help="look at --data without training: what is in "
+        "it, what is wrong, and a sheet of what the network will see")
     parser.add_base()
     add("--size", type=int, default=64, help="pixels of the square; 512 for SD 1.5 "
                                              "(default: %(default)s)")
+    parser.add_bps_config()
     add("--steps", type=int, default=900, help="(default: %(default)s)")
     add("--batch", type=int, default=16, help="(default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="AdamW's at the start, then falling to zero; 1e-5 "
@@ -119,35 +147,83 @@ def parse_args():
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     if not 0 < args.lr < 1:
         parser.error(f"--lr {args.lr}: allowed is what lies between 0 and 1")
+    if not 0 <= args.prompt_drop <= 1:
+        parser.error(f"--prompt-drop {args.prompt_drop}: allowed are 0 to 1")
+    for name in ("extract", "check_data", "default_prompt"):
+        if getattr(args, name) and not args.data:
+            parser.error(f"--{name.replace('_', '-')}: needs --data, your own pairs")
+    if args.extract and args.extract != args.task:
+        parser.error(f"--extract {args.extract}: makes no conditions of --task {args.task}; give "
+                     f"--task {args.extract}")
+    args.weights = args.weights or TASKS[args.task].port_weights
+    args.out = args.out or Path("runs") / ("check" if args.check_data else args.task)
+    parser.check_out(args.out)
     return args
+
+
+def check_data(args):
+    """Prints what is in --data and writes a sheet of it; all that is wrong ends in exit code 2."""
+    source = Source(args.data)
+    found, problems = find_pairs(source, bool(args.extract))
+    tokenizer, _ = load_clip(args.base, args.tokenizer)
+    problems = check(source, args.task, found, problems, split_names(p.cond for p in found),
+                     tokenizer, bool(args.extract))
+    if not problems:
+        pairs = load_pairs(args.task, "train", args.data, bool(args.extract), args.default_prompt)
+        light, shown = mostly_light_on_dark(pairs, args.task, args.extract), pairs[:SHEET_ROWS]
+        columns = []
+        for flip in (False, True):
+            opened = [open_pair(pair, args.task, args.size, light, args.extract, flip)
+                      for pair in shown]
+            columns.append(cond_to_x(torch.stack([cond for cond, *_ in opened]) / 255))
+            columns.append(torch.stack([x for _, x, _ in opened]))
+        print(f"polarity: {'light on dark' if light else 'dark on light, or none'}")
+        args.out.mkdir(parents=True, exist_ok=True)
+        contact_sheet(columns, ["condition", "picture", "both", "flipped"],
+                      [pair.prompts[0] for pair in shown], args.out / "check.png")
+        return
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    raise DataError(f"{args.data}: {len(problems)} problems, named above")
+
+
+def load_banks(args, vae, tokenizer, text_model):
+    """Returns the Banks of the training, validation and test pairs."""
+    extract, light_on_dark, banks = bool(args.extract), None, []
+    for split in ("train", "val", "test"):
+        pairs = load_pairs(args.task, split, args.data, extract, args.default_prompt)
+        banks.append(Bank(pairs, args.task, args.size, vae, tokenizer, text_model,
+                          mirror=split == "train", light_on_dark=light_on_dark, extract=extract))
+        light_on_dark = banks[0].light_on_dark
+    return banks
 
 
 def main():
     """Trains, measures, and writes everything of the run."""
     args = parse_args()
-    started, task = time.monotonic(), TASKS[args.task]
+    if args.check_data:
+        return check_data(args)
+    started = time.monotonic()
     unet, vae, tokenizer, text_model, schedule = load_base(
         args.base, args.tokenizer, args.device, vae_path=args.vae,
         prediction_type=args.prediction_type)
     unit = vae.factor * 2 ** (len(unet.config.channels) - 1)
     if args.size % unit:
         raise DataError(f"--size {args.size}: this base takes multiples of {unit}")
+    bps_config = config_for(unet.config, TASKS[args.task].channels, vae.factor, args.weights,
+                            args.paths, args.foot)
     base = weights.fingerprint(*layouts.find_unet(args.base))
     facts = {key: str(value) for key, value in vars(args).items() if key != "out"}
     facts["base_sha256"] = base
-    out = choose_out(args.out or Path("runs") / args.task, facts)
+    out = choose_out(args.out, facts)
 
-    pairs = {split: load_pairs(args.task, split, args.data) for split in ("train", "val", "test")}
-    bank = Bank(pairs["train"], args.size, vae, tokenizer, text_model, mirror=True)
-    val_bank, test_bank = (Bank(pairs[split], args.size, vae, tokenizer, text_model,
-                                light_on_dark=bank.light_on_dark) for split in ("val", "test"))
+    bank, val_bank, test_bank = load_banks(args, vae, tokenizer, text_model)
     del text_model
     print(f"{len(bank.pairs)} training, {len(val_bank.pairs)} validation and "
           f"{len(test_bank.pairs)} test pairs; latents and text states are cached")
 
     torch.manual_seed(args.seed)
-    bps = BPS(config_for(unet.config, task.channels, vae.factor, task.head_heavy))
-    bps = bps.to(args.device, memory_format=torch.channels_last)
+    bps = BPS(bps_config).to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
     print(f"run: {out}")
     out.mkdir(parents=True, exist_ok=True)
@@ -168,18 +244,19 @@ def main():
 
     train(bps, optimizer, unet, schedule, bank, args, start, on_save)
     metadata = dict(task=args.task, base=base, context_dim=unet.config.context_dim,
-                    prediction_type=schedule.prediction_type,
-                    size=args.size, steps=args.steps, batch=args.batch, lr=args.lr,
-                    seed=args.seed, light_on_dark=bank.light_on_dark)
-    file, drawing = out / "bps.safetensors", out / "drawing.png"
+                    prediction_type=schedule.prediction_type, size=args.size, steps=args.steps,
+                    batch=args.batch, lr=args.lr, seed=args.seed, extracted=bool(args.extract),
+                    light_on_dark=bank.light_on_dark, classes=named_classes(args, bank))
+    file, drawing = out / "bps.safetensors", out / "condition.png"
     save_bps(bps, file, metadata)                       # first, should the report be interrupted
-    numbers = report(unet, vae, schedule, test_bank, bps, out, args.seed)
+    numbers = report(unet, vae, schedule, test_bank, bps, out, args.seed,
+                     meter_for(args.task, args.data is None, args.device))
     save_bps(bps, file, metadata | dict(results=numbers))
-    to_image((1 - 2 * test_bank.cond([0])[0]).expand(3, -1, -1)).save(drawing)
+    example_condition(args.task, test_bank).save(drawing)
     checkpoint.unlink()
     for written in (file, drawing, out / "log.jsonl", out / "args.json"):
         print(written)
-    print(f"done in {(time.monotonic() - started) / 60:.1f} min; now draw from a drawing:\n"
+    print(f"done in {(time.monotonic() - started) / 60:.1f} min; now draw from a condition:\n"
           + sampling_command(args, file, drawing, test_bank.first_prompts([0])[0]))
 
 

@@ -71,7 +71,7 @@ def test_one_map_of_batch_one_serves_a_whole_batch(parts):
 def test_a_port_weight_multiplies_its_map(parts):
     unet, bps, inputs, cond = parts
     randomize_ports(bps)
-    flat = BPS(config_for(SMALL, cond_channels=2, factor=FACTOR, head_heavy=False))
+    flat = BPS(config_for(SMALL, cond_channels=2, factor=FACTOR, port_weights="flat"))
     flat.load_state_dict(bps.state_dict())
     t_emb = unet.time_embedding(inputs["t"])
     ratios = [None if light is None else (heavy / light).median().item()

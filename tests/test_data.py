@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 from cli import BASE
 from conditions import DataError, extract_lines, line_f1, read_drawing, to_image, to_x
-from data import Bank, Pair, embedded_pairs, folder_pairs, load_pairs, split_names
+from data import Bank, Pair, load_pairs, split_names
 from sample import load_base
 from tiny import world
 
@@ -191,11 +191,11 @@ def drawn_pairs(change, count=6):
 
 def test_a_set_of_light_drawings_gives_the_conditions_of_dark_ones(base):
     _, vae, tokenizer, text_model, _ = base
-    dark = Bank(drawn_pairs(lambda image: image), 64, vae, tokenizer, text_model)
-    light = Bank(drawn_pairs(ImageOps.invert), 64, vae, tokenizer, text_model)
+    dark = Bank(drawn_pairs(lambda image: image), "sketch", 64, vae, tokenizer, text_model)
+    light = Bank(drawn_pairs(ImageOps.invert), "sketch", 64, vae, tokenizer, text_model)
     assert light.light_on_dark and not dark.light_on_dark
     assert torch.equal(light.conds, dark.conds)
-    forced = Bank(drawn_pairs(lambda image: image), 64, vae, tokenizer, text_model,
+    forced = Bank(drawn_pairs(lambda image: image), "sketch", 64, vae, tokenizer, text_model,
                   light_on_dark=True)                       # the training set's polarity rules
     assert torch.equal(forced.conds, 255 - dark.conds)
 
@@ -204,12 +204,12 @@ def test_a_condition_of_another_size_than_its_picture_is_refused(base):
     _, vae, tokenizer, text_model, _ = base
     pairs = drawn_pairs(lambda image: image.resize((70, 60)))
     with pytest.raises(DataError, match="0: 70 x 60 px, but its picture has 64 x 64"):
-        Bank(pairs, 64, vae, tokenizer, text_model)
+        Bank(pairs, "sketch", 64, vae, tokenizer, text_model)
 
 
 def test_a_batch_has_pairs_mirrored_or_not_their_own_prompts_and_a_tenth_empty(base):
     _, vae, tokenizer, text_model, _ = base
-    bank = Bank(drawn_pairs(lambda image: image), 64, vae, tokenizer, text_model, mirror=True)
+    bank = Bank(drawn_pairs(lambda image: image), "sketch", 64, vae, tokenizer, text_model, mirror=True)
     assert len(bank) == 12 and torch.equal(bank.conds[:6].flip(-1), bank.conds[6:])
     cond, z, context = bank.batch(2000, torch.Generator().manual_seed(0))
     which = (cond[:, None] == bank.cond(slice(0, 12))[None]).flatten(2).all(dim=2).int().argmax(1)

@@ -1,23 +1,19 @@
 """Measures the embedded base on names it has never seen, and draws a grid of what it can do.
 
     python -m tiny.evaluate         # prints the table of tiny/README.md, writes tiny/drawn.png
-
-Category accuracy is the small CLIP's: a picture belongs to the category whose training captions
-together are the most probable for it.
 """
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 from cli import BASE, Parser, run
-from clip import load_score
 from conditions import to_image, to_x
 from sample import load_base
 from steer import draw
 from tiny import world
+from tiny.classifier import Classifier
 
 STEPS, GUIDANCE = 50, 3.0
 BATCH = 48
@@ -61,28 +57,6 @@ def draw_all(unet, vae, schedule, context, empty, seed):
                            STEPS, GUIDANCE) for i in torch.arange(len(context)).split(BATCH)])
 
 
-class Classifier:
-    """The CLIP as zero-shot classifier: which category's training captions fit a picture best."""
-
-    def __init__(self, score, tokenizer, device):
-        self.score, rows = score, world.records("train")
-        captions = [world.full_caption(row) for row in rows]
-        self.texts = torch.cat([score.embed_text(tokenizer(captions[i:i + BATCH]).to(device),
-                                                 tokenizer.end)
-                                for i in range(0, len(captions), BATCH)])      # (captions, dim)
-        categories = [world.CATEGORIES.index(row["category"]) for row in rows]
-        self.member = F.one_hot(torch.tensor(categories, device=device)).float()
-
-    def __call__(self, x):
-        """Returns the index (n,) of each picture's category.
-
-        p(category | x) = the sum over its captions of p(caption | x), CLIP's softmax of cosines.
-        """
-        images = torch.cat([self.score.embed_image(part) for part in x.split(BATCH)])
-        p_caption = (self.score.logit_scale.exp() * images @ self.texts.T).softmax(dim=1)
-        return (p_caption @ self.member).argmax(dim=1)
-
-
 def grid(pictures, captions, file, columns=8):
     """Writes pictures x (n, 3, 64, 64) with their captions below, twice as large."""
     side, height = world.SIZE * 2, world.SIZE * 2 + 14
@@ -107,7 +81,6 @@ def main():
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "drawn.png")
     args = parser.parse_args()
     unet, vae, tokenizer, text_model, schedule = load_base(args.base, device=args.device)
-    _, score = load_score(args.base, args.device)
 
     def encode(captions):
         """Returns text states (n, L, D)."""
@@ -127,7 +100,7 @@ def main():
 
     chosen = np.random.default_rng(args.seed).permutation(len(rows))[:args.count]
     wanted = torch.tensor([world.CATEGORIES.index(rows[i]["category"]) for i in chosen])
-    classify = Classifier(score, tokenizer, args.device)
+    classify = Classifier(args.base, args.device)
     empty = encode([""])
     drawn = draw_all(unet, vae, schedule, encode([captions[i] for i in chosen]), empty, args.seed)
     real = (classify(x[chosen]).cpu() == wanted).float().mean().item()

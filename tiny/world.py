@@ -48,7 +48,7 @@ def on_ground(emoji, ground="white"):
     return Image.alpha_composite(canvas, emoji).convert("RGB")
 
 
-def _placed(emoji, size, left, top, flip):
+def placed(emoji, size, left, top, flip):
     """Returns the emoji scaled to size px, on a transparent 64 x 64 canvas."""
     if flip:
         emoji = emoji.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -96,7 +96,7 @@ def single(rows, rng, plain=False):
     size = SIZE if plain or rng.random() < 0.5 else int(rng.integers(50, SIZE + 1))
     left, top = (int(rng.integers(SIZE - size + 1)) for _ in range(2))
     flip = not plain and rng.random() < 0.3
-    emoji = _placed(picture(row["style"], row["name"]), size, left, top, flip)
+    emoji = placed(picture(row["style"], row["name"]), size, left, top, flip)
     return on_ground(emoji, ground), vary_caption(row, ground, rng)
 
 
@@ -112,7 +112,7 @@ def scene(rows, rng):
         size = int(rng.integers(26, 33))
         left = 32 * int(cell % 2) + int(rng.integers(32 - size + 1))
         top = 32 * int(cell // 2) + int(rng.integers(32 - size + 1))
-        canvas.alpha_composite(_placed(picture(style, row["name"]), size, left, top, False))
+        canvas.alpha_composite(placed(picture(style, row["name"]), size, left, top, False))
         places.append((row, left, top, size))
     names = [row["caption"] for row, *_ in places]
     caption = f"{', '.join(names[:-1])} and {names[-1]}, {style} style, on {ground}"

@@ -1,0 +1,254 @@
+"""A user's own pairs: a folder, or a .zip of one, in any of three layouts, and what is wrong there.
+
+    prompt.json         a line {"source", "target", "prompt"} a pair, as in fill50k
+    metadata.jsonl      a line {"file_name", "text", "conditioning_image"} a pair (imagefolder)
+    images/, conditions/        files of the same names, with captions in images/NAME.txt
+
+A prompt or text may be a list, a .txt may have several lines: several captions of one picture, as
+several lines of a listing for one pair are. Where conditions are extracted from the images,
+conditions need not be there, and images may also lie in the folder itself.
+
+    pairs, problems = find_pairs(Source("my_pairs.zip"))
+"""
+import hashlib
+import json
+import posixpath
+import zipfile
+from collections import Counter
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from conditions import TASKS, DataError, class_colours, load_image, open_image, open_label_map
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+LISTINGS = {"prompt.json": (("source",), "target", "prompt"),
+            "metadata.jsonl": (("conditioning_image", "conditioning_image_file_name"),
+                               "file_name", "text")}    # keys of condition, image, caption
+SAME_SHAPE = 0.02               # how far the aspect ratios of a pair may differ
+MOST_BYTES = 2**28              # of one file in a .zip, unpacked
+
+
+class Source:
+    """A folder, or a .zip of one: the names of its files, with / between, and their bytes."""
+
+    def __init__(self, path):
+        """Errors: DataError where the path is neither."""
+        self.path, self.archive, self.top = Path(path), None, ""
+        if self.path.is_dir():
+            names = [file.relative_to(path).as_posix() for file in self.path.rglob("*")
+                     if file.is_file()]
+        elif self.path.is_file():
+            try:
+                self.archive = zipfile.ZipFile(self.path)
+            except (zipfile.BadZipFile, OSError) as error:
+                raise DataError(f"{path}: not a .zip ({error}); --data takes a folder of pairs, "
+                                f"or a .zip of one") from None
+            names = [entry.filename for entry in self.archive.infolist() if not entry.is_dir()]
+        else:
+            raise DataError(f"{path}: no such folder; --data takes a folder of pairs, or a .zip")
+        names = [name for name in names if not any(
+            part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)]
+        tops = {PurePosixPath(name).parts[0] for name in names}
+        if self.archive and len(tops) == 1 and not any(name in tops for name in names):
+            self.top = f"{tops.pop()}/"                 # the folder itself was packed
+        self.names = {name.removeprefix(self.top) for name in names}
+
+    def where(self, name):
+        """Returns what to call a file in messages."""
+        return f"{self.path}/{name}"
+
+    def open(self, name):
+        """Returns a binary file. Errors: DataError where a .zip is damaged, locked or a bomb."""
+        if not self.archive:
+            return open(self.path / name, "rb")
+        try:
+            if self.archive.getinfo(self.top + name).file_size > MOST_BYTES:
+                raise DataError(f"{self.where(name)}: more than {MOST_BYTES:,} bytes unpacked, "
+                                f"which may be meant to fill the memory")
+            return self.archive.open(self.top + name)
+        except (RuntimeError, zipfile.BadZipFile, NotImplementedError) as error:
+            raise DataError(f"{self.where(name)}: cannot be unpacked ({error})") from None
+
+    def text(self, name):
+        """Returns a text file's content; UTF-8, with or without a byte order mark."""
+        with self.open(name) as file:
+            try:
+                return file.read().decode("utf-8-sig")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{self.where(name)}: not UTF-8 ({error}); save it as "
+                                f"UTF-8") from None
+
+    def image(self, name):
+        """Returns the RGB image of a file."""
+        with self.open(name) as file:
+            return open_image(file, self.where(name))
+
+    def condition(self, name, task):
+        """Returns the condition picture of a file: RGB, or of mode P where it is a label map."""
+        if not TASKS[task].has_labels:
+            return self.image(name)
+        with self.open(name) as file:
+            return open_label_map(file, self.where(name), any_colours=task == "layout")
+
+
+class OwnPair(NamedTuple):
+    """Names in a Source. cond is the image itself where conditions are extracted."""
+    cond: str
+    image: str
+    prompts: tuple
+
+
+def find_pairs(source, extract=False):
+    """Returns (pairs, problems): a list of OwnPair, and a line for each thing that is wrong."""
+    for listing, keys in LISTINGS.items():
+        if listing in source.names:
+            return _listed_pairs(source, listing, keys, extract)
+    images, problems = _by_stem(source, "images")
+    if extract and not images:
+        images, problems = _by_stem(source, ".")
+    conds, more = (images, []) if extract else _by_stem(source, "conditions")
+    problems += more
+    pairs = []
+    for stem in sorted(conds.keys() | images.keys()):
+        for there, folder in ((conds, "conditions"), (images, "images")):
+            if stem not in there:
+                problems.append(f"{source.where(folder)}/{stem}.*: missing, so that {stem} is not "
+                                f"in both conditions/ and images/")
+        if stem in conds and stem in images:
+            text = str(PurePosixPath(images[stem]).with_suffix(".txt"))
+            lines = source.text(text).splitlines() if text in source.names else []
+            prompts = tuple(line.strip() for line in lines if line.strip())
+            pairs.append(OwnPair(conds[stem], images[stem], prompts))
+    if not pairs and not problems:
+        problems.append(f"{source.path}: no pairs; allowed are prompt.json (fill50k), "
+                        f"metadata.jsonl (imagefolder) or the folders images/ and conditions/")
+    return pairs, problems
+
+
+def _by_stem(source, folder):
+    """Returns ({name without suffix: file} of the images in a folder, problems)."""
+    files, problems = {}, []
+    for name in sorted(source.names):
+        file = PurePosixPath(name)
+        if str(file.parent) != folder or file.suffix.lower() not in IMAGE_SUFFIXES:
+            continue
+        if file.stem in files:
+            problems.append(f"{source.where(files[file.stem])} and {file.name}: which one? names "
+                            f"must differ in more than the suffix")
+        files[file.stem] = name
+    return files, problems
+
+
+def _listed_pairs(source, listing, keys, extract):
+    """Returns the pairs of a file with one JSON object a line, and its problems by line."""
+    cond_keys, image_key, text_key = keys
+    captions, problems = {}, []
+    for number, line in enumerate(source.text(listing).split("\n"), 1):
+        if not line.strip():
+            continue
+        place = f"{source.where(listing)}, line {number}"
+        try:
+            row = json.loads(line)
+            names = [row[image_key]]
+            if not extract:
+                names.insert(0, next(row[key] for key in cond_keys if key in row))
+            prompts = row.get(text_key) or ()
+            prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+            if not all(isinstance(text, str) for text in (*names, *prompts)):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+            wanted = [image_key] if extract else [cond_keys[0], image_key]
+            problems.append(f"{place}: not a JSON object with the keys "
+                            f"{', '.join([*wanted, text_key])}")
+            continue
+        names = [posixpath.normpath(name.replace("\\", "/")) for name in names]
+        for name in names:
+            if name.startswith(("../", "/")) or name[1:2] == ":":
+                problems.append(f"{place}: {name} leaves the folder; only files in it are read")
+            elif name not in source.names:
+                problems.append(f"{place}: {source.where(name)} does not exist")
+        captions.setdefault((names[0], names[-1]), []).extend(prompts)
+    if not captions and not problems:
+        problems.append(f"{source.where(listing)}: no pairs in it")
+    return [OwnPair(*names, tuple(dict.fromkeys(prompts)))
+            for names, prompts in captions.items()], problems
+
+
+# ---- what is in it -------------------------------------------------------------------------
+
+def check(source, task, pairs, problems, splits, tokenizer, extract):
+    """Prints what a user's data are, and returns all problems: those given and what images have.
+
+    splits: {name of a pair's condition: train, val or test}.
+    """
+    problems, modes, sizes = list(problems), Counter(), Counter()
+    digests, classes, indices = {}, Counter(), {}
+    for pair in tqdm(pairs, desc="check", leave=False):
+        shapes = []
+        for kind, name in (("image", pair.image), ("condition", pair.cond)):
+            if kind == "condition" and extract:
+                continue
+            try:
+                with source.open(name) as file:
+                    image = load_image(file, source.where(name))
+                if kind == "condition":
+                    labels = source.condition(name, task)
+                    if TASKS[task].has_labels:
+                        classes.update(class_colours(labels))
+                        for colour, index in class_colours(labels).items():
+                            indices.setdefault(index, set()).add(colour)
+                with source.open(name) as file:
+                    digest = hashlib.sha256(file.read()).digest()
+            except (DataError, OSError) as error:
+                problems.append(str(error))
+                continue
+            modes[f"{kind} {image.mode}"] += 1
+            sizes[f"{kind} {image.width} x {image.height}"] += 1
+            digests.setdefault((kind, digest), []).append(name)
+            shapes.append(image)
+        if len(shapes) == 2 and not same_shape(*shapes):
+            problems.append(other_shape(source.where(pair.cond), *shapes[::-1]))
+    by_split = Counter(splits.values())
+    print(f"pairs: {len(pairs)}, of which " + ", ".join(
+        f"{by_split[split]} {split}" for split in ("train", "val", "test")))
+    for what, found in (("sizes", sizes), ("modes", modes)):
+        print(f"{what}: " + ", ".join(f"{kind} ({n})" for kind, n in found.most_common(8))
+              + (f" and {len(found) - 8} more" if len(found) > 8 else ""))
+    check_captions(pairs, tokenizer)
+    if TASKS[task].has_labels:
+        print("classes: " + ", ".join(f"{colour} in {n} maps"
+                                      for colour, n in sorted(classes.items())))
+        shared = {i: colours for i, colours in indices.items() if len(colours) > 1}
+        if shared and task == "segmentation":
+            index, colours = min(shared.items())
+            problems.append(f"{source.path}: palettes differ: class {index} is "
+                            f"{' and '.join(sorted(colours))}; save all maps with one palette")
+    for (kind, _), names in digests.items():
+        if len(set(names)) > 1:
+            print(f"duplicates: {kind} {' = '.join(sorted(set(names)))}")
+    return problems
+
+
+def check_captions(pairs, tokenizer):
+    """Prints how many captions there are, and which are cut, with what is lost of them."""
+    texts = [(pair.image, text) for pair in pairs for text in pair.prompts]
+    bare = sum(not pair.prompts for pair in pairs)
+    print(f"captions: {len(texts)}" + (f", none for {bare} pictures: give --default-prompt"
+                                       if bare else ""))
+    for name, text in texts:
+        dropped = tokenizer.fit(text)[1]
+        if dropped:
+            print(f"cut: {name}: its caption loses {dropped!r}")
+
+
+def same_shape(a, b):
+    """Returns whether two images have the same aspect ratio, but for rounding."""
+    return abs(a.width * b.height / (a.height * b.width) - 1) < SAME_SHAPE
+
+
+def other_shape(name, cond, image):
+    """Returns the line that says that a condition does not fit its picture."""
+    return (f"{name}: {cond.width} x {cond.height} px, but its picture has {image.width} x "
+            f"{image.height} px; crop both to one shape")

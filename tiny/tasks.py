@@ -1,0 +1,74 @@
+"""The embedded tasks: the labelled pairs of four small spaces, made of the pictures in tiny/data.
+
+| task | condition | picture | pairs: train, val, test |
+|---|---|---|---|
+| sketch | line drawing by Fluent Emoji's own designers | the same emoji in 3d | 779, 58, 141 |
+| segmentation | label map, class = category | scene of two to four emoji | 480, 48, 144 |
+| layout | boxes of the same scenes | the same scenes | 480, 48, 144 |
+| artistic | colours and lines of the picture itself | a style the base never saw | 40, 22, 52 |
+
+No name of a training pair is in a validation or test pair.
+"""
+import functools
+
+import numpy as np
+from PIL import Image
+
+from tiny import world
+
+GROUND = "ground"
+CLASSES = {GROUND: "#000000", "food": "#d62728", "nature": "#2ca02c", "object": "#1f77b4",
+           "place": "#9467bd", "activity": "#ff7f0e", "face": "#ffdd55"}   # category: class colour
+SCENES = dict(train=480, val=48, test=144)
+ARTISTIC_STYLE, ARTISTIC_TRAIN = "firefox", 40
+
+
+def embedded_pairs(task, split):
+    """Returns (name, open_cond, open_image, prompts) of the pairs of a task and split.
+
+    The first of the prompts is the one to validate with; the pictures are opened when asked for.
+    """
+    if task in ("segmentation", "layout"):
+        return [(f"scene {i}", lambda i=i: scene(split, i)[1][task], lambda i=i: scene(split, i)[0],
+                 (scene(split, i)[2],)) for i in range(SCENES[split])]
+    if task == "sketch":
+        return [(row["name"], functools.partial(opened, "line", row["name"]),
+                 functools.partial(opened, "3d", row["name"]),
+                 (world.full_caption(row), row["caption"]))
+                for row in world.records(split, ("3d",))]
+    rows = world.records(split, (ARTISTIC_STYLE,))
+    if split == "train":
+        rows = rows[::len(rows) // ARTISTIC_TRAIN][:ARTISTIC_TRAIN]
+    pairs = []
+    for row in rows:                        # a caption without a style means any
+        picture = functools.partial(opened, ARTISTIC_STYLE, row["name"])
+        pairs.append((row["name"], picture, picture, (f"{row['caption']}, {row['category']}",)))
+    return pairs
+
+
+def opened(style, name):
+    """Returns an emoji on white, RGB."""
+    return world.on_ground(world.picture(style, name))
+
+
+@functools.cache
+def scene(split, i):
+    """Returns (RGB image, {task: label map of mode P}, caption) of scene i of a split.
+
+    The map of layout has each emoji's box, that of segmentation its outline.
+    """
+    rng = np.random.default_rng((list(SCENES).index(split), i))
+    image, caption, places = world.scene(world.records(split), rng)
+    maps = {}
+    for task in ("segmentation", "layout"):
+        classes = np.zeros((world.SIZE, world.SIZE), np.uint8)
+        for row, left, top, size in places:
+            covered = np.zeros_like(classes)
+            covered[top:top + size, left:left + size] = 255
+            if task == "segmentation":
+                emoji = world.picture(row["style"], row["name"])
+                covered = np.asarray(world.placed(emoji, size, left, top, False))[..., 3]
+            classes[covered >= 128] = list(CLASSES).index(row["category"])
+        maps[task] = Image.fromarray(classes)
+        maps[task].putpalette(bytes.fromhex("".join(CLASSES.values()).replace("#", "")))
+    return image, maps, caption
