@@ -291,7 +291,8 @@ def labelled(world, n, seed):
     return world.draw_labelled(n, torch.Generator().manual_seed(30_000 + seed))
 
 
-def train_method(name, prior, world, n, seed, epochs=None, lr=None, effort=1.0, **bps_options):
+def train_method(name, prior, world, n, seed, *, epochs=None, lr=None, effort=1.0,
+                 **bps_options):
     """Returns the posterior's eps(z_t, t, cond), learned from n labelled points in one of METHODS.
 
     epochs and lr: the method's own by default; `effort` is the share of the epochs that is done.

@@ -71,7 +71,8 @@ def robustness(world, prior, args):
     rows, exam = [], toy2d.Exam(world, args.seed)
     jobs = [(method, n, epochs) for method in COMPARED for n in SIZES for epochs in EPOCHS]
     for method, n, epochs in tqdm(jobs, desc="robustness"):
-        eps = toy2d.train_method(method, prior, world, n, args.seed, epochs, args.effort)
+        eps = toy2d.train_method(method, prior, world, n, args.seed, epochs=epochs,
+                                 effort=args.effort)
         rows.append(dict(method=method, n=n, epochs=epochs) | exam.marks(exam.draw(eps)))
     toy2d.table(rows, args.out / "robustness.md")
     figure = Figure(2, len(COMPARED))

@@ -1,18 +1,18 @@
 """Drawing from the command line: what a picture depends on, and what it remembers."""
 import hashlib
+import json
 import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageOps
 
 import cli
 import sample
-import steer
 from bps import BPS, BPSConfig, save_bps
-from conditions import DataError, read_drawing
+from conditions import DataError
 from weights import WeightsError
 
 
@@ -21,11 +21,11 @@ def draw(tmp_path, monkeypatch, bps_file):
     """Runs sample.main() with arguments; returns the folder of its pictures."""
     counter = iter(range(100))
 
-    def run(*arguments):
+    def run(*arguments, bps=bps_file):
         out = tmp_path / str(next(counter))
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--bps", str(bps_file), "--steps", "2",
-                                          "--device", "cpu", "--out", str(out),
-                                          *map(str, arguments)])
+        given = [] if arguments[:1] == ("--bps",) else ["--bps", bps]
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--steps", "2", "--device", "cpu", "--out",
+                                          *map(str, (out, *given, *arguments))])
         sample.main()
         return out
 
@@ -43,21 +43,16 @@ def test_a_picture_depends_on_its_own_seed_alone(draw):
     assert not np.array_equal(pixels(three / "0005.png"), pixels(three / "0006.png"))
 
 
-def test_a_row_of_noise_is_that_of_its_seed():
-    both = steer.draw_noise([3, 4], (4, 5, 6))
-    assert torch.equal(both[1:], steer.draw_noise([4], (4, 5, 6)))
-    assert not torch.equal(both[0], both[1])
-
-
 def test_a_png_remembers_how_it_was_drawn(draw, bps_file):
     file = draw("--n", 1, "--prompt", "a grüne pear", "--guidance", 2.5) / "0000.png"
     text = Image.open(file).text
     assert text["prompt"] == "a grüne pear" and text["guidance"] == "2.5"
     assert text["seed"] == "0" and text["steps"] == "2" and text["sampler"] == "ddim"
-    tiny = cli.BASE.parent
+    files = json.loads(text["files"])
     for key, source in (("base", cli.BASE / "unet" / "diffusion_pytorch_model.safetensors"),
-                        ("bps", bps_file), ("drawing", tiny / "drawing.png")):
-        assert text[key] == hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+                        ("bps 1", bps_file), ("cond 1", cli.BASE.parent / "drawing.png")):
+        assert files.pop(key) == hashlib.sha256(source.read_bytes()).hexdigest()[:16]
+    assert not files
 
 
 def test_nothing_that_is_there_is_overwritten(draw, tmp_path):
@@ -127,39 +122,120 @@ def test_a_damaged_bps_file_is_refused(draw, tmp_path, bps_file):
         draw("--bps", file)
 
 
-def test_scale_zero_is_the_prior_and_scale_one_is_not(draw, monkeypatch):
-    zero, one = (pixels(draw("--n", 1, "--scale", s) / "0000.png") for s in (0, 1))
-    assert not np.array_equal(zero, one)
-    monkeypatch.setattr(steer.Steering, "__call__", lambda *_: None)      # the base alone
-    assert np.array_equal(zero, pixels(draw("--n", 1, "--scale", 1) / "0000.png"))
+@pytest.mark.parametrize("option", ["--scale", "--strength"])
+def test_at_zero_the_picture_is_the_bases_own_bit_for_bit(option, draw):
+    zero, half, one = (pixels(draw("--n", 1, option, s) / "0000.png") for s in (0, 0.5, 1))
+    alone = pixels(draw("--bps", "none", "--n", 1, "--size", 64) / "0000.png")
+    assert np.array_equal(zero, alone)
+    assert not np.array_equal(zero, one) and not np.array_equal(half, one)
 
 
-@torch.inference_mode()
-def test_the_strength_tempers_the_posterior_linearly(bps_file):
-    unet, vae, tokenizer, text_model, _ = sample.load_base(cli.BASE)
+def test_a_window_of_everything_is_no_window_and_one_of_half_the_steps_is(draw):
+    plain, all_steps, first, second = (
+        pixels(draw("--n", 1, *window) / "0000.png")
+        for window in ([], ["--window", 0, 1], ["--window", 0, 0.5], ["--window", 0.5, 1]))
+    assert np.array_equal(plain, all_steps)
+    assert not np.array_equal(first, plain) and not np.array_equal(first, second)
+
+
+@pytest.fixture
+def other(tmp_path, bps_file):
+    """A second BPS of random ports, and a drawing for it."""
     bps = sample.load_bps(bps_file)
-    context, empty = text_model(tokenizer(["a red apple", ""])).split(1)
-    cond, _ = read_drawing(cli.BASE.parent / "drawing.png", 64, 64)
-    steering = steer.Steering(bps, unet, cond[None])
-    z_t = torch.randn(1, 4, 16, 16)
-    prior, half, full = (steer.make_denoiser(unet, context, empty, 3.0, steering, s)(z_t, 500)
-                         for s in (0.0, 0.5, 1.0))
-    torch.testing.assert_close(half, (prior + full) / 2, atol=1e-4, rtol=1e-4)
-    assert (full - prior).abs().max() > 0.01
+    generator = torch.Generator().manual_seed(1)
+    for port in bps.zero_blocks[1:2]:
+        port.weight += 0.005 * torch.randn(port.weight.shape, generator=generator)
+    save_bps(bps, tmp_path / "other.safetensors", bps.metadata)
+    image = Image.new("RGB", (64, 64), "white")
+    ImageDraw.Draw(image).rectangle((10, 20, 50, 40), outline="black", width=3)
+    image.save(tmp_path / "box.png")
+    return ["--bps", tmp_path / "other.safetensors", "--cond", tmp_path / "box.png"]
 
 
-@torch.inference_mode()
-def test_bps_runs_once_per_timestep_whatever_the_number_of_seeds(draw, monkeypatch):
-    calls = []
-    forward = BPS.forward
+def test_conditions_add_up_in_any_order_each_with_its_own_options(draw, bps_file, other):
+    first = ["--cond", cli.BASE.parent / "drawing.png", "--strength", 0.5]
+    alone = pixels(draw("--n", 1, *first) / "0000.png")
+    one = draw("--n", 1, *first, *other, "--scale", 0.5)
+    assert sorted(file.name for file in one.iterdir()) == [
+        "0000.png", "condition1.png", "condition2.png"]
+    two = draw(*other[2:], "--scale", 0.5, "--bps", bps_file, *first, "--n", 1, bps=other[1])
+    assert np.array_equal(pixels(one / "0000.png"), pixels(two / "0000.png"))
+    assert not np.array_equal(pixels(one / "0000.png"), alone)
 
-    def counted(self, cond, t_emb):
-        calls.append(len(cond))
-        return forward(self, cond, t_emb)
 
-    monkeypatch.setattr(BPS, "forward", counted)
-    draw("--n", 3)
-    assert calls == [1, 1]          # two steps, condition batch 1, serving both guidance halves
+def test_a_picture_is_drawn_again_from_itself_alone(draw, other, tmp_path, monkeypatch):
+    out = draw("--n", 2, "--seed", 3, "--prompt", "-a 'grüne' pear", "--negative-prompt", "a cup",
+               "--strength", 0.5, "--window", 0, 0.5, *other, "--scale", 2, "--sampler", "euler",
+               "--init", cli.BASE.parent / "drawing.png", "--denoise", 0.5, "--size", "48x80")
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--from", str(out / "0004.png"), "--out",
+                                      str(tmp_path / "again")])
+    sample.main()
+    assert [file.name for file in tmp_path.glob("again/0*.png")] == ["0004.png"]
+    assert np.array_equal(pixels(out / "0004.png"), pixels(tmp_path / "again" / "0004.png"))
+    # other options overrule its own
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--from", str(out / "0004.png"), "--seed", "3",
+                                      "--out", str(tmp_path / "other")])
+    sample.main()
+    assert np.array_equal(pixels(out / "0003.png"), pixels(tmp_path / "other" / "0003.png"))
+    # a file that has changed since is named
+    ImageOps.invert(Image.open(other[3])).save(other[3])
+    with pytest.raises(DataError, match="box.png: not the file that .*0004.png was drawn with"):
+        sample.main()
+
+
+def test_a_folder_of_conditions_is_drawn_each_with_its_own_prompt(draw, tmp_path):
+    folder = tmp_path / "drawings"
+    folder.mkdir()
+    shutil.copy(cli.BASE.parent / "drawing.png", folder / "apple.png")
+    shutil.copy(cli.BASE.parent / "drawing.png", folder / "pear.png")
+    (folder / "pear.txt").write_text("a pear\n")
+    out = draw("--n", 2, "--cond", folder, "--prompt", "a red apple")
+    assert sorted(file.name for file in out.iterdir()) == [
+        "apple-0000.png", "apple-0001.png", "apple-condition.png", "pear-0000.png",
+        "pear-0001.png", "pear-condition.png"]
+    assert Image.open(out / "pear-0000.png").text["prompt"] == "a pear"
+    single = pixels(draw("--n", 1, "--cond", folder / "apple.png") / "0000.png")
+    assert np.array_equal(pixels(out / "apple-0000.png"), single)
+
+
+def test_little_denoising_keeps_the_picture_and_all_of_it_forgets_it(draw, tmp_path):
+    image = Image.new("RGB", (64, 64), (200, 40, 40))
+    image.save(tmp_path / "red.png")
+    red = np.asarray(image).astype(float)
+    kept, half, gone = (np.abs(pixels(draw("--n", 1, "--steps", 20, "--init", tmp_path / "red.png",
+                                           "--denoise", share) / "0000.png") - red).mean()
+                        for share in (0.05, 0.6, 1))
+    assert kept < 12 < half < gone
+    noise = pixels(draw("--n", 1, "--steps", 20) / "0000.png")
+    assert np.abs(noise - red).mean() == gone
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--window", "0.6", "0.4"], "--window 0.6 0.4: a start and a later end"),
+    (["--window", "0.7", "0.8"], "--window 0.7 0.8: holds none of the 2 steps"),
+    (["--cond", "a.png", "--cond", "b.png"], "--cond: twice for one condition"),
+    (["--strength", "nan"], "--strength nan: a finite number"),
+    (["--denoise", "0.5"], "--denoise 0.5: needs --init"),
+    (["--init", "tiny/drawing.png", "--denoise", "0"], "--denoise 0.0: allowed is above 0"),
+    (["--from", "tiny/drawing.png"], "tiny/drawing.png: does not say how it was drawn"),
+    (["--cond", "tests"], "--cond tests: no image in this folder"),
+])
+def test_a_wrong_option_is_named_with_what_is_allowed(arguments, message, draw, monkeypatch,
+                                                      capsys):
+    monkeypatch.chdir(cli.HERE)
+    with pytest.raises((DataError, SystemExit)) as error:
+        draw(*arguments)
+    assert message in f"{error.value}{capsys.readouterr().err}"
+
+
+def test_a_bps_of_the_wrong_channels_or_without_its_task_is_refused(draw, tmp_path, bps_file):
+    bps = sample.load_bps(bps_file)
+    save_bps(bps, tmp_path / "a.safetensors", bps.metadata | dict(task="layout"))
+    with pytest.raises(WeightsError, match="takes conditions of 1 channels, but .* layout, have 3"):
+        draw("--bps", tmp_path / "a.safetensors")
+    save_bps(bps, tmp_path / "b.safetensors", bps.metadata | dict(task="nonsense"))
+    with pytest.raises(WeightsError, match="does not say what it was trained for"):
+        draw("--bps", tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
