@@ -178,69 +178,76 @@ def _listed_pairs(source, listing, keys, extract):
 
 # ---- what is in it -------------------------------------------------------------------------
 
-def check(source, task, pairs, problems, splits, tokenizer, extract):
-    """Prints what a user's data are, and returns all problems: those given and what images have.
+class Survey:
+    """Collects what the files of some pairs are, and what is wrong with them."""
+
+    def __init__(self, source, task):
+        self.source, self.task, self.problems = source, task, []
+        self.sizes, self.modes, self.classes = Counter(), Counter(), Counter()
+        self.digests, self.colours_of = {}, {}      # (kind, SHA-256): names; palette index: colours
+
+    def look(self, kind, name):
+        """Returns the image of a file, once it is counted; None where it cannot be used."""
+        try:
+            with self.source.open(name) as file:
+                image = load_image(file, self.source.where(name))
+            if kind == "condition" and TASKS[self.task].has_labels:
+                found = class_colours(self.source.condition(name, self.task))
+                self.classes.update(list(found))
+                for colour, index in found.items():
+                    self.colours_of.setdefault(index, set()).add(colour)
+            with self.source.open(name) as file:
+                digest = hashlib.sha256(file.read()).digest()
+        except (DataError, OSError) as error:
+            self.problems.append(str(error))
+            return None
+        self.modes[f"{kind} {image.mode}"] += 1
+        self.sizes[f"{kind} {image.width} x {image.height}"] += 1
+        self.digests.setdefault((kind, digest), []).append(name)
+        return image
+
+    def show(self):
+        """Prints sizes, modes, classes and duplicates; palettes that differ are a problem."""
+        for what, found in (("sizes", self.sizes), ("modes", self.modes)):
+            print(f"{what}: " + ", ".join(f"{kind} ({n})" for kind, n in found.most_common(8))
+                  + (f" and {len(found) - 8} more" if len(found) > 8 else ""))
+        if TASKS[self.task].has_labels:
+            print("classes: " + ", ".join(f"{colour} in {n} maps"
+                                          for colour, n in sorted(self.classes.items())))
+        differ = {i: colours for i, colours in self.colours_of.items() if len(colours) > 1}
+        if differ and self.task == "segmentation":
+            index, colours = min(differ.items())
+            self.problems.append(f"{self.source.path}: palettes differ: class {index} is "
+                                 f"{' and '.join(sorted(colours))}; save all maps with one palette")
+        for (kind, _), names in self.digests.items():
+            if len(set(names)) > 1:
+                print(f"duplicates: {kind} {' = '.join(sorted(set(names)))}")
+
+
+def check(source, task, pairs, splits, tokenizer, extract):
+    """Prints what a user's pairs are, and returns a line for each problem of their files.
 
     splits: {name of a pair's condition: train, val or test}.
     """
-    problems, modes, sizes = list(problems), Counter(), Counter()
-    digests, classes, indices = {}, Counter(), {}
+    survey = Survey(source, task)
     for pair in tqdm(pairs, desc="check", leave=False):
-        shapes = []
-        for kind, name in (("image", pair.image), ("condition", pair.cond)):
-            if kind == "condition" and extract:
-                continue
-            try:
-                with source.open(name) as file:
-                    image = load_image(file, source.where(name))
-                if kind == "condition":
-                    labels = source.condition(name, task)
-                    if TASKS[task].has_labels:
-                        classes.update(class_colours(labels))
-                        for colour, index in class_colours(labels).items():
-                            indices.setdefault(index, set()).add(colour)
-                with source.open(name) as file:
-                    digest = hashlib.sha256(file.read()).digest()
-            except (DataError, OSError) as error:
-                problems.append(str(error))
-                continue
-            modes[f"{kind} {image.mode}"] += 1
-            sizes[f"{kind} {image.width} x {image.height}"] += 1
-            digests.setdefault((kind, digest), []).append(name)
-            shapes.append(image)
-        if len(shapes) == 2 and not same_shape(*shapes):
-            problems.append(other_shape(source.where(pair.cond), *shapes[::-1]))
-    by_split = Counter(splits.values())
-    print(f"pairs: {len(pairs)}, of which " + ", ".join(
-        f"{by_split[split]} {split}" for split in ("train", "val", "test")))
-    for what, found in (("sizes", sizes), ("modes", modes)):
-        print(f"{what}: " + ", ".join(f"{kind} ({n})" for kind, n in found.most_common(8))
-              + (f" and {len(found) - 8} more" if len(found) > 8 else ""))
-    check_captions(pairs, tokenizer)
-    if TASKS[task].has_labels:
-        print("classes: " + ", ".join(f"{colour} in {n} maps"
-                                      for colour, n in sorted(classes.items())))
-        shared = {i: colours for i, colours in indices.items() if len(colours) > 1}
-        if shared and task == "segmentation":
-            index, colours = min(shared.items())
-            problems.append(f"{source.path}: palettes differ: class {index} is "
-                            f"{' and '.join(sorted(colours))}; save all maps with one palette")
-    for (kind, _), names in digests.items():
-        if len(set(names)) > 1:
-            print(f"duplicates: {kind} {' = '.join(sorted(set(names)))}")
-    return problems
-
-
-def check_captions(pairs, tokenizer):
-    """Prints how many captions there are, and which are cut, with what is lost of them."""
-    texts = [(pair.image, text) for pair in pairs for text in pair.prompts]
+        image = survey.look("image", pair.image)
+        cond = image if extract else survey.look("condition", pair.cond)
+        if image and cond and not same_shape(cond, image):
+            survey.problems.append(other_shape(source.where(pair.cond), cond, image))
+    sides = Counter(splits.values())
+    print(f"pairs: {len(pairs)}, of which {sides['train']} train, {sides['val']} val, "
+          f"{sides['test']} test")
+    survey.show()
+    captions = [(pair.image, text) for pair in pairs for text in pair.prompts]
     bare = sum(not pair.prompts for pair in pairs)
-    print(f"captions: {len(texts)}" + (f", none for {bare} pictures: give --default-prompt"
-                                       if bare else ""))
-    for name, text in texts:
+    print(f"captions: {len(captions)}"
+          + (f", none for {bare} pictures: give --default-prompt" if bare else ""))
+    for name, text in captions:
         dropped = tokenizer.fit(text)[1]
         if dropped:
             print(f"cut: {name}: its caption loses {dropped!r}")
+    return survey.problems
 
 
 def same_shape(a, b):

@@ -45,7 +45,6 @@ from unet import load_unet
 from vae import load_vae
 from weights import WeightsError, fingerprint
 
-fingerprint_once = functools.cache(fingerprint)     # a base's takes seconds
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 
 
@@ -341,10 +340,10 @@ def command_words(args, facts, conditions):
     return [*map(str, words), "--n", "1"]
 
 
-def fingerprints(args, conditions):
+def fingerprints(args, conditions, fingerprint_of):
     """Returns {role: fingerprint} of the files that a picture depends on.
 
-    Errors: DataError where a --from picture was drawn with another one.
+    fingerprint_of: weights.fingerprint, or a version that remembers. Errors: DataError where a --from picture was drawn with another one.
     """
     files = {"base": find_unet(args.base)}
     if args.vae:
@@ -353,7 +352,7 @@ def fingerprints(args, conditions):
         files["init"] = [args.init]
     for i, condition in enumerate(conditions, 1):
         files |= {f"bps {i}": [condition.bps], f"cond {i}": [condition.cond]}
-    found = {role: fingerprint_once(*paths) for role, paths in files.items()}
+    found = {role: fingerprint_of(*paths) for role, paths in files.items()}
     for role, then in args.drawn_with.items():
         if role in found and found[role] != then:
             raise DataError(f"{files[role][0]}: not the file that {args.picture} was drawn with: "
@@ -406,10 +405,11 @@ def main():
     layers = text_model.config.layers
     if not 1 <= args.clip_skip <= layers:
         raise WeightsError(f"--clip-skip {args.clip_skip}: allowed are 1 to {layers}")
+    once = functools.cache(fingerprint)                 # of a base it takes seconds
     jobs = [(name, own, prompt,
              [read_condition(c.cond, networks[c.bps].metadata["task"], width, height,
                              networks[c.bps].metadata.get("classes")) for c in own],
-             fingerprints(args, own))
+             fingerprints(args, own, once))
             for name, own, prompt in list_jobs(conditions, args.prompt)]
     for file, bps in networks.items():
         if jobs[0][-1]["base"] != bps.metadata.get("base"):

@@ -166,8 +166,8 @@ def check_data(args):
     source = Source(args.data)
     found, problems = find_pairs(source, bool(args.extract))
     tokenizer, _ = load_clip(args.base, args.tokenizer)
-    problems = check(source, args.task, found, problems, split_names(p.cond for p in found),
-                     tokenizer, bool(args.extract))
+    problems += check(source, args.task, found, split_names(pair.cond for pair in found),
+                      tokenizer, bool(args.extract))
     if not problems:
         pairs = load_pairs(args.task, "train", args.data, bool(args.extract), args.default_prompt)
         light, shown = mostly_light_on_dark(pairs, args.task, args.extract), pairs[:SHEET_ROWS]
@@ -177,7 +177,8 @@ def check_data(args):
                       for pair in shown]
             columns.append(cond_to_x(torch.stack([cond for cond, *_ in opened]) / 255))
             columns.append(torch.stack([x for _, x, _ in opened]))
-        print(f"polarity: {'light on dark' if light else 'dark on light, or none'}")
+        if args.task == "sketch":
+            print(f"lines: {'light on dark' if light else 'dark on light'}")
         args.out.mkdir(parents=True, exist_ok=True)
         contact_sheet(columns, ["condition", "picture", "both", "flipped"],
                       [pair.prompts[0] for pair in shown], args.out / "check.png")

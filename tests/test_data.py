@@ -100,82 +100,12 @@ def test_no_name_is_on_two_sides_of_the_split():
 
 
 def test_embedded_pairs_are_aligned_drawings_of_their_pictures():
-    pairs = embedded_pairs("sketch", "test")[:20]
+    pairs = load_pairs("sketch", "test")[:20]
     drawn = torch.stack([to_x(pair.open_cond()) for pair in pairs])
     true = torch.stack([to_x(pair.open_image()) for pair in pairs])
     right = line_f1(extract_lines(true), extract_lines(drawn)).mean()
     wrong = line_f1(extract_lines(true.roll(1, 0)), extract_lines(drawn)).mean()
     assert right > 0.6 and right > wrong + 0.2
-
-
-@pytest.fixture
-def images(tmp_path):
-    """A folder with 3 pictures and 3 conditions."""
-    for kind in ("images", "conditions"):
-        (tmp_path / kind).mkdir()
-        for i in range(3):
-            ring(32, 24).save(tmp_path / kind / f"{i}.png")
-    return tmp_path
-
-
-def test_three_layouts_give_the_same_pairs(images):
-    (images / "images" / "0.txt").write_text("a ring\n")
-    expected = [(images / "conditions" / f"{i}.png", images / "images" / f"{i}.png",
-                 "a ring" if i == 0 else "") for i in range(3)]
-    assert folder_pairs(images) == expected
-    for listing, keys in (("metadata.jsonl", ("conditioning_image", "file_name", "text")),
-                          ("prompt.json", ("source", "target", "prompt"))):
-        rows = [dict(zip(keys, (f"conditions/{i}.png", f"images/{i}.png", prompt)))
-                for i, (*_, prompt) in enumerate(expected)]
-        (images / listing).write_text("\n".join(map(json.dumps, rows)) + "\n")
-        assert folder_pairs(images) == expected
-        (images / listing).write_text(json.dumps(rows[0]) + "\nnonsense\n")
-        with pytest.raises(DataError, match="line 2"):
-            folder_pairs(images)
-        (images / listing).unlink()
-
-
-def test_a_folder_without_pairs_or_with_half_a_pair_is_refused(images, tmp_path):
-    (images / "images" / "1.png").unlink()
-    with pytest.raises(DataError, match="1 is not in both"):
-        folder_pairs(images)
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match="no pairs"):
-        folder_pairs(tmp_path / "empty")
-    (images / "conditions" / "1.png").unlink()
-    with pytest.raises(DataError, match="2 pairs; at least 10"):
-        load_pairs("sketch", "train", images)
-
-
-def test_what_the_system_leaves_in_a_folder_is_no_pair_but_a_doubled_name_is_an_error(images):
-    (images / "conditions" / ".DS_Store").write_text("")
-    (images / "images" / "Thumbs.db").write_text("")
-    assert len(folder_pairs(images)) == 3
-    ring(32, 24).save(images / "images" / "1.jpg")
-    with pytest.raises(DataError, match="1.jpg and 1.png"):
-        folder_pairs(images)
-
-
-def test_a_listing_may_begin_with_a_byte_order_mark_but_must_be_utf8(images):
-    row = json.dumps(dict(source="conditions/0.png", target="images/0.png", prompt="grün"))
-    (images / "prompt.json").write_text(row, encoding="utf-8-sig")
-    assert folder_pairs(images)[0][2] == "grün"
-    (images / "prompt.json").write_bytes(b'{"source": "\xff"}')
-    with pytest.raises(DataError, match="prompt.json: not UTF-8"):
-        folder_pairs(images)
-
-
-def test_pairs_in_folders_of_their_own_are_told_apart(tmp_path):
-    rows = []
-    for i in range(12):
-        (tmp_path / f"{i:02d}").mkdir()
-        for name in ("source", "target"):
-            ring(32, 24).save(tmp_path / f"{i:02d}" / f"{name}.png")
-        rows.append(json.dumps(dict(source=f"{i:02d}/source.png", target=f"{i:02d}/target.png",
-                                    prompt="a ring")))
-    (tmp_path / "prompt.json").write_text("\n".join(rows))
-    sides = [len(load_pairs("sketch", side, tmp_path)) for side in ("train", "val", "test")]
-    assert sides == [9, 1, 2]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,335 @@
+"""A user's own pairs: three layouts in a folder or a .zip, and everything that can be wrong there."""
+import json
+import shutil
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+import train
+from conditions import DataError, open_label_map
+from data import load_pairs, open_pair
+from own_data import OwnPair, Source, find_pairs
+
+
+def ring(width, height, color="black"):
+    """A ring on white, RGB."""
+    image = Image.new("RGB", (width, height), "white")
+    ImageDraw.Draw(image).ellipse((width // 5, height // 5, width * 4 // 5, height * 4 // 5),
+                                  outline=color, width=max(2, width // 16))
+    return image
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with 12 pictures and 12 conditions, no two alike."""
+    root = tmp_path / "pairs"
+    for kind in ("images", "conditions"):
+        (root / kind).mkdir(parents=True)
+        for i in range(12):
+            ring(32 + i, 32 + i).save(root / kind / f"{i:02d}.png")
+    return root
+
+
+def found(path, extract=False):
+    """Returns the pairs of a path that has no problems."""
+    pairs, problems = find_pairs(Source(path), extract)
+    assert problems == []
+    return pairs
+
+
+def problem(path, extract=False):
+    """Returns the only problem of a path."""
+    line, = find_pairs(Source(path), extract)[1]
+    return line
+
+
+def listing(folder, rows, name="prompt.json"):
+    (folder / name).write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+
+
+def packed(folder, file, top=""):
+    with zipfile.ZipFile(file, "w") as archive:
+        for path in sorted(folder.rglob("*")):
+            archive.write(path, top + path.relative_to(folder).as_posix())
+    return file
+
+
+LAYOUTS = {"prompt.json": ("source", "target", "prompt"),
+           "metadata.jsonl": ("conditioning_image", "file_name", "text")}
+
+
+def test_three_layouts_give_the_same_pairs(folder):
+    (folder / "images" / "00.txt").write_text("a ring\n\nsomething round\n")
+    expected = [OwnPair(f"conditions/{i:02d}.png", f"images/{i:02d}.png",
+                        ("a ring", "something round") if i == 0 else ()) for i in range(12)]
+    assert found(folder) == expected
+    for name, keys in LAYOUTS.items():
+        rows = [dict(zip(keys, (pair.cond, pair.image, list(pair.prompts)))) for pair in expected]
+        listing(folder, rows, name)
+        assert found(folder) == expected
+        # several lines for one pair are several captions, too
+        listing(folder, [rows[0] | {keys[2]: text} for text in expected[0].prompts] + rows[1:], name)
+        assert found(folder) == expected
+        (folder / name).unlink()
+    rows = [dict(file_name=pair.image, conditioning_image_file_name=pair.cond) for pair in expected]
+    listing(folder, rows, "metadata.jsonl")
+    assert [pair[:2] for pair in found(folder)] == [pair[:2] for pair in expected]
+
+
+@pytest.mark.parametrize("top", ["", "my pairs/"])
+def test_a_zip_gives_the_pairs_of_its_folder(folder, tmp_path, top):
+    (folder / "images" / "03.txt").write_text("grün", encoding="utf-8")
+    file = packed(folder, tmp_path / "pairs.zip", top)
+    assert found(file) == found(folder)
+    for ours, theirs in zip(load_pairs("sketch", "train", file),
+                            load_pairs("sketch", "train", folder)):
+        assert ours.prompts == theirs.prompts
+        for kind in ("open_cond", "open_image"):
+            a, b = getattr(ours, kind)(), getattr(theirs, kind)()
+            assert np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def test_where_there_is_no_caption_the_default_prompt_stands(folder):
+    (folder / "images" / "03.txt").write_text("three")
+    prompts = {prompt for split in ("train", "val", "test")
+               for pair in load_pairs("sketch", split, folder, default_prompt="a ring")
+               for prompt in pair.prompts}
+    assert prompts == {"three", "a ring"}
+
+
+def test_only_images_are_enough_where_conditions_are_extracted(folder, tmp_path):
+    shutil.rmtree(folder / "conditions")
+    assert "conditions" in find_pairs(Source(folder))[1][0]
+    assert [pair.cond for pair in found(folder, True)] == [pair.image for pair in
+                                                           found(folder, True)]
+    flat = tmp_path / "flat"
+    shutil.copytree(folder / "images", flat)
+    assert len(found(flat, True)) == 12
+    listing(flat, [dict(file_name="00.png", text="a ring")], "metadata.jsonl")
+    assert found(flat, True) == [OwnPair("00.png", "00.png", ("a ring",))]
+    pair = load_pairs("sketch", "train", folder, True)[0]
+    cond, x, _ = open_pair(pair, "sketch", 64, extract=True)
+    assert cond.max() == 255 and (cond[0, :5] == 0).all()           # ink where the ring is only
+    assert (x.mean(0)[cond[0] > 128].mean() < x.mean() - 0.2)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hosts.png", "images/../../secret.png",
+                                  "C:\\secret.png", "..\\secret.png"])
+def test_a_path_that_leaves_the_folder_is_refused_by_file_and_line(folder, name):
+    ring(32, 32).save(folder.parent / "secret.png")
+    listing(folder, [dict(source="conditions/00.png", target="images/00.png", prompt=""),
+                     dict(source="conditions/01.png", target=name, prompt="")])
+    line = problem(folder)
+    assert "prompt.json, line 2: " in line and "leaves the folder" in line
+    packed(folder, folder.parent / "pairs.zip")
+    assert "leaves the folder" in problem(folder.parent / "pairs.zip")
+    with pytest.raises(DataError, match="leaves the folder"):
+        load_pairs("sketch", "train", folder)
+
+
+@pytest.mark.parametrize("line, words", [
+    ("nonsense", "line 2: not a JSON object with the keys source, target, prompt"),
+    ("[1, 2]", "line 2: not a JSON object"), ('{"source": "a.png"}', "line 2: not a JSON object"),
+    ('{"source": 3, "target": "images/00.png"}', "line 2: not a JSON object"),
+    ('{"source": "conditions/00.png", "target": "images/00.png", "prompt": [1]}', "line 2: not"),
+    ('{"source": "conditions/99.png", "target": "images/00.png"}', "conditions/99.png does not"),
+])
+def test_a_wrong_line_of_a_listing_is_named(folder, line, words):
+    row = json.dumps(dict(source="conditions/00.png", target="images/00.png", prompt="a ring"))
+    (folder / "prompt.json").write_text(f"{row}\n{line}\n")
+    assert words in problem(folder)
+
+
+def test_halves_of_pairs_doubled_names_and_too_few_are_refused(folder, tmp_path):
+    (folder / "images" / "01.png").unlink()
+    assert "01 is not in both" in problem(folder)
+    with pytest.raises(DataError, match="01 is not in both"):
+        load_pairs("sketch", "train", folder)
+    (folder / "conditions" / "01.png").unlink()
+    ring(32, 32).save(folder / "images" / "02.jpg")
+    assert "02.jpg and 02.png: which one?" in problem(folder)
+    (folder / "images" / "02.jpg").unlink()
+    for i in (2, 3):
+        for kind in ("images", "conditions"):
+            (folder / kind / f"0{i}.png").unlink()
+    with pytest.raises(DataError, match="9 pairs; at least 10"):
+        load_pairs("sketch", "train", folder)
+    (tmp_path / "empty").mkdir()
+    assert "no pairs; allowed are" in problem(tmp_path / "empty")
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        Source(tmp_path / "nowhere")
+
+
+def test_what_systems_leave_behind_is_no_pair(folder, tmp_path):
+    (folder / "conditions" / ".DS_Store").write_text("")
+    (folder / "images" / "Thumbs.db").write_text("")
+    (folder / "__MACOSX").mkdir()
+    (folder / "__MACOSX" / "00.png").write_text("")
+    assert len(found(folder)) == 12
+    assert len(found(packed(folder, tmp_path / "pairs.zip", "top/"))) == 12
+
+
+def test_a_listing_may_begin_with_a_byte_order_mark_but_must_be_utf8(folder):
+    row = json.dumps(dict(source="conditions/00.png", target="images/00.png", prompt="grün"))
+    (folder / "prompt.json").write_text(row, encoding="utf-8-sig")
+    assert found(folder)[0].prompts == ("grün",)
+    (folder / "prompt.json").write_bytes(b'{"source": "\xff"}')
+    with pytest.raises(DataError, match="prompt.json: not UTF-8"):
+        find_pairs(Source(folder))
+
+
+def test_pairs_in_folders_of_their_own_are_told_apart(tmp_path):
+    rows = []
+    for i in range(12):
+        (tmp_path / f"{i:02d}").mkdir()
+        for name in ("source", "target"):
+            ring(32, 24).save(tmp_path / f"{i:02d}" / f"{name}.png")
+        rows.append(dict(source=f"{i:02d}/source.png", target=f"{i:02d}/target.png",
+                         prompt="a ring"))
+    listing(tmp_path, rows)
+    sides = [len(load_pairs("sketch", side, tmp_path)) for side in ("train", "val", "test")]
+    assert sides == [9, 1, 2]
+
+
+def test_a_huge_an_unreadable_and_a_damaged_file_are_refused_by_name(folder, monkeypatch, tmp_path):
+    pair = load_pairs("sketch", "train", folder)[0]
+    stem = pair.name[-6:]
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)         # more than that warns, twice raises
+    for pixels in (900, 500):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
+        with pytest.raises(DataError, match=f"{stem}: more than .* pixels"):
+            pair.open_image()
+    monkeypatch.undo()
+    (folder / "images" / stem).write_bytes((folder / "images" / stem).read_bytes()[:60])
+    with pytest.raises(DataError, match=f"{stem}: cannot be read as an image"):
+        pair.open_image()
+    (tmp_path / "bad.zip").write_bytes(b"PK nonsense")
+    with pytest.raises(DataError, match="bad.zip: not a .zip"):
+        Source(tmp_path / "bad.zip")
+    monkeypatch.setattr("own_data.MOST_BYTES", 10)
+    with pytest.raises(DataError, match="more than 10 bytes unpacked"):
+        Source(packed(folder, tmp_path / "pairs.zip")).image("images/00.png")
+
+
+# ---- label maps ----------------------------------------------------------------------------
+
+def label_map(size=40, mode="P"):
+    """Two classes, 0 and 7, in halves."""
+    array = np.zeros((size, size), np.uint8)
+    array[:, size // 2:] = 7
+    image = Image.fromarray(array)
+    if mode == "P":
+        image.putpalette([10, 20, 30] * 7 + [200, 100, 50])
+    return image
+
+
+def test_a_label_map_keeps_its_colours_and_nothing_between(folder):
+    for i in range(12):
+        label_map(32 + i).save(folder / "conditions" / f"{i:02d}.png")
+    pair = load_pairs("segmentation", "train", folder)[0]
+    cond, x, colours = open_pair(pair, "segmentation", 48)
+    assert colours == {"#0a141e", "#c86432"}
+    values = set(map(tuple, cond.flatten(1).T.tolist()))
+    assert values == {(10, 20, 30), (200, 100, 50)}
+    flipped, x_flipped, _ = open_pair(pair, "segmentation", 48, flip=True)
+    assert torch.equal(flipped, cond.flip(-1)) and torch.equal(x_flipped, x.flip(-1))
+
+
+def test_class_numbers_in_grey_get_a_palette_of_distinct_colours(tmp_path):
+    label_map(mode="L").save(tmp_path / "grey.png")
+    image = open_label_map(tmp_path / "grey.png")
+    assert image.mode == "P" and set(np.unique(np.asarray(image))) == {0, 7}
+    palette = np.array(image.getpalette()).reshape(-1, 3)
+    assert len(set(map(tuple, palette.tolist()))) == 256
+    # PASCAL VOC's first classes: background, aeroplane, bicycle
+    assert palette[:3].tolist() == [[0, 0, 0], [128, 0, 0], [0, 128, 0]]
+
+
+def test_a_label_map_in_jpeg_or_in_shades_is_refused(tmp_path):
+    label_map().convert("RGB").save(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match="a.jpg: a JPEG file blurs where classes meet"):
+        open_label_map(tmp_path / "a.jpg")
+    ring(64, 64).save(tmp_path / "rgb.png")
+    with pytest.raises(DataError, match="rgb.png: mode RGB, .* palette PNG"):
+        open_label_map(tmp_path / "rgb.png")
+    boxes = label_map().convert("RGB")
+    boxes.save(tmp_path / "boxes.png")
+    assert open_label_map(tmp_path / "boxes.png", any_colours=True).mode == "P"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    with pytest.raises(DataError, match="noise.png: 1,[0-9]+ colours; a label map has one a class"):
+        open_label_map(tmp_path / "noise.png", any_colours=True)
+
+
+# ---- --check-data --------------------------------------------------------------------------
+
+@pytest.fixture
+def check(folder, tmp_path, monkeypatch):
+    """Runs train.py --check-data on the folder; returns its sheet."""
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", str(folder), "--check-data",
+                                          "--out", str(tmp_path / "out"), *arguments])
+        train.main()
+        return tmp_path / "out" / "check.png"
+
+    return run
+
+
+def test_a_check_tells_what_is_there_and_shows_what_the_network_sees(check, folder, capsys):
+    (folder / "images" / "01.txt").write_text("a ring " * 60)
+    shutil.copy(folder / "images" / "01.png", folder / "images" / "05.png")
+    shutil.copy(folder / "conditions" / "01.png", folder / "conditions" / "05.png")
+    sheet = Image.open(check("--size", "48"))
+    printed = capsys.readouterr().out
+    for words in ("pairs: 12, of which 9 train, 1 val, 2 test", "image 33 x 33 (2)",
+                  "condition RGB (12)", "captions: 1, none for 11 pictures: give --default-prompt",
+                  "cut: images/01.png: its caption loses 'ring a ring",
+                  "duplicates: image images/01.png = images/05.png", "lines: dark on light"):
+        assert words in printed, words
+    pairs = load_pairs("sketch", "train", folder)
+    cond, x, _ = open_pair(pairs[0], "sketch", 48)
+    shown = np.asarray(sheet.crop((0, 16, 96, 112)).resize((48, 48), Image.Resampling.NEAREST))
+    assert np.abs(shown[..., 0] - (255 - cond[0].numpy().astype(int))).max() <= 1
+
+
+def test_a_check_names_every_problem_and_ends_in_an_error(check, folder, capsys):
+    (folder / "images" / "01.png").unlink()
+    (folder / "images" / "02.png").write_bytes(b"nonsense")
+    ring(32, 50).save(folder / "images" / "03.png")
+    with pytest.raises(DataError, match="3 problems"):
+        check()
+    lines = capsys.readouterr().err
+    for words in ("01 is not in both", "02.png: cannot be read as an image",
+                  "03.png: 35 x 35 px, but its picture has 32 x 50"):
+        assert words in lines, words
+
+
+def test_a_check_of_label_maps_tells_classes_and_palettes_that_differ(check, folder, capsys):
+    for i in range(12):
+        label_map(32 + i).save(folder / "conditions" / f"{i:02d}.png")
+    check("--task", "segmentation")
+    assert "classes: #0a141e in 12 maps, #c86432 in 12 maps" in capsys.readouterr().out
+    other = label_map(32)
+    other.putpalette([10, 20, 30] * 7 + [0, 0, 255])
+    other.save(folder / "conditions" / "00.png")
+    with pytest.raises(DataError, match="1 problems"):
+        check("--task", "segmentation")
+    assert "class 7 is #0000ff and #c86432" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--extract", "sketch"], "--extract: needs --data"), (["--check-data"], "--check-data: needs"),
+    (["--data", "x", "--extract", "artistic"], "makes no conditions of --task sketch"),
+    (["--prompt-drop", "1.5"], "--prompt-drop 1.5: allowed are 0 to 1"),
+    (["--weights", "a,b"], "a,b: allowed are head-heavy, flat"), (["--paths", "up"], "'up'"),
+    (["--foot", "none"], "'none'")])
+def test_a_wrong_option_of_training_is_one_line(arguments, words, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        train.main()
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and words in printed and printed.count("\n") == 1

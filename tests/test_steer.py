@@ -1,0 +1,169 @@
+"""What strengths, windows and caches do: against exact Gaussians, and bit for bit."""
+import math
+
+import pytest
+import torch
+
+import diffusion
+import steer
+from bps import BPS, config_for
+from unet import UNet, UNetConfig
+
+SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,
+                   context_dim=24)
+SCHEDULE = diffusion.NoiseSchedule()
+
+
+def test_a_row_of_noise_is_that_of_its_seed():
+    both = steer.draw_noise([3, 4], (4, 5, 6))
+    assert torch.equal(both[1:], steer.draw_noise([4], (4, 5, 6)))
+    assert not torch.equal(both[0], both[1])
+
+
+# ---- against exact Gaussians ---------------------------------------------------------------
+
+class Gaussian:
+    """Stands for U-Net and BPS: z_0 ~ N(0, 1), readings r_i = z_0 + error_i N(0, 1) of it.
+
+    Its residuals are the readings: (r, error). eps = -s grad log p_t(z_t | readings).
+    """
+
+    def __call__(self, z_t, ts, context, residuals=None):
+        return self.eps(z_t, ts, [residuals] if residuals else [])
+
+    def eps(self, z_t, ts, readings):
+        z = z_t.double().requires_grad_()
+        with torch.inference_mode(False), torch.enable_grad():
+            score, = torch.autograd.grad(log_density(z, int(ts[0]), readings).sum(), z)
+        return -SCHEDULE.signal_and_noise(ts, z)[1] * score
+
+    def steering(self, reading, error, **options):
+        """Returns a Steering whose maps are a reading."""
+        steering = steer.Steering(None, None, torch.zeros(1, 1, 1, 1), **options)
+        steering.__class__ = type("Read", (steer.Steering,), dict(
+            __call__=lambda *_: (reading, error)))
+        return steering
+
+
+def log_density(z, t, readings, powers=None):
+    """Returns log p_t(z) prod_i p_t(r_i | z)^power_i, up to a constant, in closed form.
+
+    z_0 | z_t ~ N(a z, s^2), since p_t(z) = N(0, a^2 + s^2) = N(0, 1).
+    """
+    a, s = (x.item() for x in SCHEDULE.signal_and_noise(torch.tensor([t]), z[:1].flatten()))
+    log_p = -z**2 / 2
+    for (reading, error), power in zip(readings, powers or [1] * len(readings)):
+        log_p = log_p - power * (reading - a * z) ** 2 / (2 * (s**2 + error**2))
+    return log_p
+
+
+@pytest.mark.parametrize("strengths", [(0.5,), (2.0,), (1.0, 1.0), (0.3, 1.7)])
+@pytest.mark.parametrize("t", [21, 501, 981])
+def test_strengths_are_powers_of_the_conditions_likelihoods(strengths, t):
+    readings = [(1.5, 0.4), (-0.5, 1.0)][:len(strengths)]
+    world, z_t = Gaussian(), torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
+    conditions = [world.steering(*reading, strength=strength)
+                  for reading, strength in zip(readings, strengths)]
+    context = torch.zeros(7, 1, 1, dtype=torch.float64)
+    denoise = steer.make_denoiser(world, context, context[:1], 1.0, conditions)
+    z = z_t.clone().requires_grad_()
+    score, = torch.autograd.grad(log_density(z, t, readings, strengths).sum(), z)
+    s = SCHEDULE.signal_and_noise(torch.tensor([t]), z_t)[1]
+    torch.testing.assert_close(denoise(z_t, t), (-s * score).float())
+
+
+def test_a_strength_draws_the_law_of_a_gaussian_reading_and_guidance_leaves_it_alone():
+    """A reading of small error: the posterior is N(r / (1 + error^2), error^2 / (1 + error^2))."""
+    world, (reading, error) = Gaussian(), (1.5, 0.5)
+    noise = torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0)).double()
+    context = torch.zeros(4000, 1, 1, dtype=torch.float64)
+    for guidance in (1.0, 5.0):             # this world has no text, so guidance changes nothing
+        denoise = steer.make_denoiser(world, context, context[:1], guidance,
+                                      [world.steering(reading, error)])
+        for z in diffusion.sample(denoise, noise, SCHEDULE, 200):
+            pass
+        assert z.mean().item() == pytest.approx(reading / (1 + error**2), abs=0.05)
+        assert z.std().item() == pytest.approx(error / math.sqrt(1 + error**2), rel=0.05)
+
+
+# ---- maps, once a timestep -----------------------------------------------------------------
+
+class CountedBPS(torch.nn.Module):
+    """A BPS with random ports that notes the batch of each of its calls."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bps, self.calls = BPS(config_for(SMALL, 1, 4)), []
+        for parameter in self.bps.parameters():
+            if not parameter.any():
+                torch.nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, cond, t_emb):
+        self.calls.append(len(cond))
+        return self.bps(cond, t_emb)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(1)
+    return UNet(SMALL).eval().requires_grad_(False)
+
+
+@torch.inference_mode()
+def run(unet, steering, prompts=1, steps=3):
+    """Draws two seeds of each prompt in turn, with guidance; returns the latents."""
+    drawn = []
+    for prompt in range(prompts):
+        torch.manual_seed(prompt)
+        denoise = steer.make_denoiser(unet, torch.randn(1, 5, 24), torch.zeros(1, 5, 24), 3.0,
+                                      [steering])
+        for seed in (0, 1):
+            for z in diffusion.sample(denoise, steer.draw_noise([seed], (4, 12, 8)), SCHEDULE,
+                                      steps):
+                pass
+            drawn.append(z)
+    return torch.cat(drawn)
+
+
+def test_bps_runs_once_a_timestep_for_both_halves_all_seeds_and_all_prompts(unet):
+    bps, cond = CountedBPS(), torch.rand(1, 1, 48, 32)
+    kept = run(unet, steer.Steering(bps, unet, cond), prompts=2)
+    assert bps.calls == [1, 1, 1]               # three timesteps, four pictures
+    again = run(unet, steer.Steering(bps, unet, cond, cache_bytes=0), prompts=2)
+    assert len(bps.calls) == 3 + 12             # no room: each step of each picture anew
+    assert torch.equal(kept, again)             # bit for bit
+
+
+def test_maps_are_kept_only_while_they_fit(unet):
+    bps, cond = CountedBPS(), torch.rand(1, 1, 48, 32)
+    steering = steer.Steering(bps, unet, cond)
+    size = sum(r.nbytes for r in steering(500) if r is not None)
+    steering = steer.Steering(bps, unet, cond, cache_bytes=2 * size)
+    for t in (900, 500, 100):
+        steering(t)
+    assert list(steering.kept) == [100]
+
+
+def test_a_batch_of_conditions_serves_both_halves(unet):
+    conds = torch.rand(2, 1, 48, 32)
+    residual = steer.Steering(CountedBPS(), unet, conds)(500, halves=2)[1]
+    assert len(residual) == 4 and torch.equal(residual[:2], residual[2:])
+
+
+def test_the_scale_multiplies_the_maps(unet):
+    cond = torch.rand(1, 1, 48, 32)
+    plain, scaled = (steer.Steering(CountedBPS(), unet, cond, scale=s)(500) for s in (1.0, 2.5))
+    for a, b in zip(plain, scaled):
+        assert (a is None) == (b is None)
+        assert a is None or torch.allclose(2.5 * a, b)
+
+
+def test_a_window_is_a_share_of_the_steps(unet):
+    steering = steer.Steering(CountedBPS(), unet, torch.rand(1, 1, 48, 32), window=(0.25, 0.75))
+    timesteps = [801, 601, 401, 201]
+    empty = torch.zeros(1, 5, 24)
+    denoise = steer.make_denoiser(unet, empty, empty, 1.0, [steering], timesteps)
+    for t in timesteps:
+        denoise(torch.zeros(1, 4, 12, 8), t)
+    assert list(steering.kept) == [601, 401]
