@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 LINE_CONTRAST = 0.1             # slope of x per pixel from which an edge counts as a line
-FULL_INK = 0.25                 # slope of x from which an extracted line is drawn in full
-SMOOTHED = 256                  # lines are extracted as if pictures had so many pixels a side
+FAINT, FULL_INK = 0.05, 0.25    # slopes from which a soft line is there, and is drawn in full
+SMOOTHED = 256                  # pixels a side above which pictures are smoothed for soft lines
 COLOUR_CELLS = 8                # of a colour reference, along the shorter side
 MAX_CLASSES = 256               # what a palette holds
 LOSSLESS = ("PNG", "BMP", "GIF")
@@ -188,17 +188,17 @@ def soft_lines(x):
     """Returns the lines of pictures as ink (B, 1, H, W) in [0, 1], for x (B, 3, H, W) in [-1, 1].
 
     The steeper the edge, the more ink. Large pictures are smoothed first, so that their texture
-    does not become lines.
+    does not become lines; their slopes are then per pixel of the smaller picture that they are.
     """
     sigma = min(x.shape[-2:]) / SMOOTHED
-    if sigma > 0.5:
+    if sigma > 1:
         reach = torch.arange(-int(3 * sigma), int(3 * sigma) + 1, dtype=torch.float32)
         kernel = (-(reach / sigma) ** 2 / 2).softmax(0).expand(3, 1, 1, -1)
         edge = len(reach) // 2
         padded = F.pad(x.float().cpu(), (edge, edge, edge, edge), mode="replicate")
         x = F.conv2d(F.conv2d(padded, kernel, groups=3), kernel.transpose(2, 3), groups=3)
     slope, ridge = edges(x)
-    return (ridge * slope / FULL_INK).clamp(max=1)[:, None]
+    return (ridge * (slope * max(1, sigma) - FAINT) / (FULL_INK - FAINT)).clamp(0, 1)[:, None]
 
 
 def line_f1(found, wanted):

@@ -9,11 +9,12 @@ Shapes: n pictures, C channels, H W rows and columns.
 import torch
 import torch.nn.functional as F
 
-from conditions import FULL_INK, LINE_CONTRAST, coarse_colours, cond_to_x, extract_lines, line_f1
+from conditions import coarse_colours, cond_to_x, extract_lines, line_f1
 from tiny import world
 from tiny.classifier import Classifier
 from tiny.tasks import CLASSES
 
+SURE_INK = 0.25                 # of a soft line, from which it is one that extract_lines finds
 OFF_GROUND = 0.25               # of x in the channel that differs most: no longer the ground
 LEAST_SHARE = 0.05              # of a quarter that something must cover to be there
 
@@ -36,14 +37,15 @@ def meter_for(task, embedded, device="cpu"):
 
 def sketch(pictures, conds):
     """Returns the F1, 1 px tolerance, of the pictures' lines against the drawings' lines."""
-    return {"line F1": line_f1(extract_lines(pictures), extract_lines(cond_to_x(conds))).mean().item()}
+    f1 = line_f1(extract_lines(pictures), extract_lines(cond_to_x(conds)))
+    return {"line F1": f1.mean().item()}
 
 
 def artistic(pictures, conds):
     """Returns the mean difference of the coarse colours, 0 to 1, and the F1 of the lines."""
-    wanted = conds[:, 3] > LINE_CONTRAST / FULL_INK
-    return {"colour distance": (coarse_colours(pictures) - conds[:, :3]).abs().mean().item(),
-            "line F1": line_f1(extract_lines(pictures), wanted).mean().item()}
+    distance = (coarse_colours(pictures) - conds[:, :3]).abs().mean().item()
+    f1 = line_f1(extract_lines(pictures), conds[:, 3] > SURE_INK)
+    return {"colour distance": distance, "line F1": f1.mean().item()}
 
 
 # ---- classes, read again from scenes -------------------------------------------------------

@@ -1,9 +1,14 @@
 """What makes BPS safe to add and what it consists of."""
+import itertools
+import sys
+
 import pytest
 import torch
 
-from bps import BPS, BPSConfig, config_for, load_bps, posterior, save_bps
-from unet import UNet, UNetConfig
+import bps as bps_module
+import cli
+from bps import FEET, PATHS, BPS, BPSConfig, config_for, load_bps, port_table, posterior, save_bps
+from unet import UNet, UNetConfig, load_unet
 from weights import WeightsError
 
 SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,
@@ -89,6 +94,79 @@ def test_sd15_size_has_the_published_number_of_parameters_and_21_ports():
     assert sum(p.numel() for p in bps.parameters()) == 692_370_894 - 14 - unused
     ports = sum(port is not None for port in bps.zero_blocks) + len(bps.output_blocks)
     assert ports == 21
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+SUBSETS = [paths for n in (1, 2, 3) for paths in itertools.combinations(PATHS, n)]
+
+
+@pytest.mark.parametrize("foot", FEET)
+@pytest.mark.parametrize("paths", SUBSETS, ids="+".join)
+def test_only_the_chosen_paths_are_steered_and_all_that_is_built_is_used(paths, foot, parts):
+    unet, _, inputs, cond = parts
+    bps = BPS(config_for(SMALL, 2, FACTOR, paths=paths, foot=foot))
+    randomize_ports(bps)
+    residuals = bps(cond, unet.time_embedding(inputs["t"]))
+    inputs_n, outputs_n = len(unet.input_blocks), len(unet.output_blocks)
+    there = [residual is not None for residual in residuals]
+    assert there[:inputs_n] == [("contracting" in paths) and i in (1, 3) for i in range(inputs_n)]
+    assert there[inputs_n] == ("transition" in paths)
+    assert there[inputs_n + 1:] == ["expansive" in paths] * outputs_n
+    unet(**inputs, residuals=residuals).square().mean().backward()
+    unused = {name for name, p in bps.named_parameters() if p.grad is None}
+    assert unused == set()
+
+
+def test_a_light_foot_is_the_base_at_the_start_and_has_at_most_40_percent_of_the_parameters(parts):
+    unet, _, inputs, cond = parts
+    light = BPS(config_for(SMALL, 2, FACTOR, foot="light"))
+    residuals = light(cond, unet.time_embedding(inputs["t"]))
+    assert torch.equal(unet(**inputs, residuals=residuals), unet(**inputs))
+    with torch.device("meta"):
+        for unet_config, factor in ((UNetConfig(), 8), (load_unet(cli.BASE).config, 4)):
+            faithful, light = (parameters(BPS(config_for(unet_config, 1, factor, foot=foot)))
+                               for foot in FEET)
+            assert light <= 0.4 * faithful
+
+
+def test_weights_may_be_numbers_but_as_many_as_the_base_takes():
+    config = config_for(SMALL, 1, FACTOR, port_weights=(3.0, 2.0, 5.0, 0.5))
+    assert (config.input_weights, config.middle_weight, config.output_weight) == (
+        (3.0, 2.0), 5.0, 0.5)
+    with pytest.raises(WeightsError, match="3 port weights; this base takes 4: .* 2 levels"):
+        config_for(SMALL, 1, FACTOR, port_weights=(1.0, 2.0, 3.0))
+
+
+@pytest.mark.parametrize("foot", FEET)
+@pytest.mark.parametrize("paths", [PATHS, PATHS[:1], PATHS[1:]], ids="+".join)
+def test_the_table_of_ports_accounts_for_every_parameter(paths, foot):
+    with torch.device("meta"):
+        bps = BPS(config_for(UNetConfig(), 1, 8, paths=paths, foot=foot))
+    rows = port_table(bps, 64)
+    assert sum(row[-1] for row in rows) == parameters(bps)
+    assert len(rows) == 12 + 1 + 12
+    sides = [row[2] for row in rows]            # method.md's table
+    assert sides[:13] == [64, 64, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8, 8]
+    assert sides[13:] == [8] * 3 + [16] * 3 + [32] * 3 + [64] * 3
+    if paths == PATHS:
+        assert [row[4] for row in rows[:13]] == ["-", 16, 16, "-", 8, 8, "-", 4, 4, "-", 2, 2, 16]
+        assert [row[4] for row in rows[13:]] == [1] * 12
+        assert [row[3] for row in rows] == ([320] * 4 + [640] * 3 + [1280] * 6 + [1280] * 6
+                                            + [640] * 3 + [320] * 3)
+
+
+def test_the_ports_of_a_base_are_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bps.py", "--ports", "--base", str(cli.BASE)])
+    bps_module.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3] == "| input 1 | contracting | 16 x 16 | 64 | 16 | 143,936 |"
+    assert lines[-1] == "| all | | | | | 3,842,176 |"
+    monkeypatch.setattr(sys, "argv", ["bps.py"])
+    with pytest.raises(SystemExit):
+        bps_module.main()
 
 
 def test_posterior_is_prior_plus_weighted_differences():
