@@ -6,7 +6,7 @@ import torch
 from test_layouts import save_file, single_file, write_folder
 
 import cli
-from studies import bench
+from studies import bench, steering_cost
 
 
 @pytest.fixture
@@ -56,3 +56,21 @@ def test_without_diffusers_only_our_own_figures_are_printed(base, monkeypatch, c
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip() for line in lines[-2:]] == ["sd15", "sd15.safetensors"]
     assert "nan" in lines[-1]
+
+
+def test_steering_is_timed_naive_and_amortised(monkeypatch, capsys):
+    monkeypatch.setattr(steering_cost, "PICTURES", (2,))
+    monkeypatch.setitem(steering_cost.SIZES, "embedded base", dict(steps=3, repeat=1))
+    batches, forward = [], steering_cost.BPS.forward
+
+    def counted(self, cond, t_emb):
+        batches.append(len(cond))
+        return forward(self, cond, t_emb)
+
+    monkeypatch.setattr(steering_cost.BPS, "forward", counted)
+    monkeypatch.setattr(sys, "argv", ["steering_cost.py", "--only", "embedded base"])
+    steering_cost.main()
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("|")[2].strip() for row in rows] == ["faithful", "light"]
+    # the warm-up; then for each foot: every step of two pictures with both halves, or every step
+    assert batches == [2] * 3 + 2 * ([2] * 6 + [1] * 3)
