@@ -91,7 +91,7 @@ def mostly_light_on_dark(pairs, task, extract=False):
 def open_pair(pair, task, size, light_on_dark=False, extract=False, flip=False):
     """Returns (cond uint8 (C, size, size), x (3, size, size), label map's colours) of a pair.
 
-    Condition and image are cropped, and flipped, alike. Errors: DataError where their shapes differ.
+    Condition and image are cropped, and flipped, alike. Errors: DataError where shapes differ.
     """
     cond, image, colours = pair.open_cond(), pair.open_image(), set()
     if not same_shape(cond, image):

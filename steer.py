@@ -1,4 +1,4 @@
-"""From the prior to the posterior denoiser: BPS's maps at each timestep, strengths, windows, guidance.
+"""From the prior to the posterior denoiser: BPS's maps, strengths, windows, guidance.
 
     conditions = [Steering(bps, unet, cond, strength=0.8, window=(0.0, 0.5))]
     denoise = make_denoiser(unet, context, context_empty, 3.0, conditions, timesteps)

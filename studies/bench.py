@@ -22,7 +22,8 @@ import layouts
 import weights
 from cli import BASE, Parser, run
 from clip import BEGIN, END, CLIPTextConfig, CLIPTextModel, load_clip
-from sample import DTYPES, load_base
+from sample import load_base
+from sample_options import DTYPES
 from steer import draw
 from unet import UNet, UNetConfig, load_unet
 from vae import AutoencoderKL, VAEConfig, load_vae

@@ -3,9 +3,8 @@
     python -m studies.steering_cost                 # embedded base, and SD 1.5's sizes: 15 minutes
 
 naive is how the authors' code runs: BPS in every call of the U-Net, for both halves of guidance.
-amortised is how sample.py runs: once a timestep and condition, for all pictures. The networks have
-random weights; at SD 1.5's sizes one step of 512 px stands for all of them, for each costs the same.
-Only the steps are timed, not the text encoder and the autoencoder. Ways take turns; times are
+amortised is how sample.py runs: once a timestep and condition, for all pictures. BPS has random
+weights; at SD 1.5's sizes so has the U-Net, and one step of 512 px stands for all of them. Only the steps are timed, not the text encoder and the autoencoder. Ways take turns; times are
 medians.
 """
 import itertools

@@ -1,5 +1,4 @@
 """Users' drawings and folders, the lines of a picture, and what a training step is given."""
-import json
 
 import numpy as np
 import pytest

@@ -1,17 +1,19 @@
 """The READMEs' commands are ones their scripts take, and every file named is there."""
 import re
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from test_layouts import save_file, single_file, write_folder
 
+import bps
 import cli
 import sample
 import toy2d
 import train
-from studies import bench
+from studies import bench, steering_cost
 from tiny import evaluate, make_data, pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +23,8 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", BOTH, re.DOTALL)
             for line in block.splitlines() if line.strip() and not line.startswith("#")]
 MODULES = {"train.py": train, "sample.py": sample, "toy2d.py": toy2d,
            "tiny.pretrain": pretrain,
-           "tiny.evaluate": evaluate, "tiny.make_data": make_data, "studies.bench": bench}
+           "tiny.evaluate": evaluate, "tiny.make_data": make_data, "studies.bench": bench,
+           "studies.steering_cost": steering_cost, "bps.py": bps}
 
 
 def split(command):
@@ -61,10 +64,19 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
         write_folder(small, "small1", random_states("small1"))
     if "MODEL.safetensors" in arguments:
         save_file(single_file(random_states("small1")), single)
+    if "DRAWINGS" in arguments:
+        (tmp_path / "drawings").mkdir()
+        shutil.copy(tiny / "drawing.png", tmp_path / "drawings")
+    if "--from" in arguments:
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--steps", "2", "--n", "1", "--out",
+                                          str(tmp_path / "first")])
+        sample.main()
     # what stands in for a user's own files: the base is the embedded one where BPS steers it
-    stand_ins = {"runs/sketch/bps.safetensors": tiny / "bps_sketch.safetensors",
-                 "runs/sd/bps.safetensors": tiny / "bps_sketch.safetensors",
-                 "drawing.png": tiny / "drawing.png", "768x512": "96x64",
+    bps_file, drawing = tiny / "bps_sketch.safetensors", tiny / "drawing.png"
+    stand_ins = {"runs/sketch/bps.safetensors": bps_file, "runs/sd/bps.safetensors": bps_file,
+                 "A.safetensors": bps_file, "B.safetensors": bps_file, "a.png": drawing,
+                 "b.png": drawing, "drawing.png": drawing, "768x512": "96x64",
+                 "DRAWINGS": tmp_path / "drawings", "pictures/0000.png": tmp_path / "first/0000.png",
                  "SD_FOLDER": cli.BASE if "--bps" in arguments else small,
                  "MODEL.safetensors": single}
     arguments = [str(stand_ins.get(word, word)) for word in arguments]
@@ -72,12 +84,19 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["sample.py", *arguments, "--steps", "2", "--n", "1",
                                       "--out", str(tmp_path)])
     sample.main()
-    assert list(tmp_path.glob("0*.png"))
+    assert list(tmp_path.glob("*0000.png"))
+
+
+def test_the_table_of_ports_in_the_readme_is_what_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bps.py", "--ports"])
+    bps.main()
+    assert capsys.readouterr().out in README
 
 
 def test_every_file_that_the_readme_links_to_exists():
     targets = re.findall(r"\]\(([^)#]+)\)", README)
-    targets += re.findall(r"^\| `([\w/]+\.\w+)`", README, re.M)
+    targets += [file for row in re.findall(r"^\| (`[^|]+`) \|", README, re.M)
+                for file in re.findall(r"`([\w/]+\.\w+)`", row)]
     assert targets
     for target in targets:
         assert target.startswith("http") or (ROOT / target).exists(), target
