@@ -77,7 +77,8 @@ def draw_pairs(unet, vae, schedule, bank, bps, count, seed):
     pictures = []
     for i in torch.arange(count).split(images_at_a_time(bank.size)):
         context = bank.context(bank.first_prompts(i.tolist())).to(device)
-        conditions = [Steering(bps, unet, bank.cond(i).to(device))] if bps else []
+        conditions = ([Steering(bps, unet, bank.cond(i).to(device), cache_bytes=0)]
+                      if bps else [])          # each condition draws once
         pictures.append(draw(unet, vae, schedule, context, empty, (seed + i).tolist(), bank.size,
                              SAMPLE_STEPS, SAMPLE_GUIDANCE, conditions).cpu())
     return torch.cat(pictures)

@@ -15,7 +15,9 @@ import functools
 import json
 import shlex
 import sys
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from PIL import PngImagePlugin
@@ -37,7 +39,7 @@ from conditions import (
 from layouts import find_unet, read_vae
 from own_data import IMAGE_SUFFIXES
 from sample_options import DTYPES, command_words, parse_args
-from steer import Steering, draw_noise, make_denoiser
+from steer import CACHE_BYTES, Steering, draw_noise, make_denoiser
 from unet import load_unet
 from vae import load_vae
 from weights import WeightsError, fingerprint
@@ -125,14 +127,21 @@ def check_window(condition, steps):
                         f"give more --steps")
 
 
-def list_jobs(conditions, prompt):
-    """Returns (name, conditions, prompt) of each picture to draw: one, or one a file of folders.
+class Job(NamedTuple):
+    """A prompt and its conditions; name is what the files of its pictures begin with."""
+    name: str
+    conditions: list
+    prompt: str
 
-    name: what its files begin with. Errors: DataError where folders don't have the same names.
+
+def list_jobs(conditions, prompt):
+    """Returns the Jobs: one, or where conditions are folders one for each name in them.
+
+    Errors: DataError where folders don't have the same names.
     """
     folders = [condition for condition in conditions if condition.cond.is_dir()]
     if not folders:
-        return [("", conditions, prompt)]
+        return [Job("", conditions, prompt)]
     files = {condition.cond: {file.stem: file for file in sorted(condition.cond.iterdir())
                               if file.suffix.lower() in IMAGE_SUFFIXES} for condition in folders}
     first = folders[0].cond
@@ -147,18 +156,20 @@ def list_jobs(conditions, prompt):
                for condition in conditions]
         text = first / f"{stem}.txt"
         lines = text.read_text(encoding="utf-8-sig").splitlines() if text.is_file() else []
-        jobs.append((f"{stem}-", own, lines[0].strip() if lines else prompt))
+        jobs.append(Job(f"{stem}-", own, lines[0].strip() if lines else prompt))
     return jobs
 
 
-def start_latent(args, vae, noise, signal_and_noise, width, height):
-    """Returns (z_t, start): noise and step 0, or --init with the noise of the step to start at."""
-    start = args.steps - max(1, round(args.denoise * args.steps))
-    if not args.init or start == 0:
+def start_latent(noise, z_init, share, timesteps, signal_and_noise):
+    """Returns (z_t, i): noise and step 0, or z_init with the noise of step i to start at.
+
+    share: of the steps that are still to do after z_init, the latent of a picture, or None.
+    """
+    i = len(timesteps) - max(1, round(share * len(timesteps)))
+    if z_init is None or i == 0:
         return noise, 0
-    x = to_x(crop(open_image(args.init), width, height))[None].to(noise.device)
-    a, s = signal_and_noise[start]
-    return a * vae.encode(x).mean + s * noise, start
+    a, s = signal_and_noise[i]
+    return a * z_init + s * noise, i
 
 
 # ---- pictures, and what they remember ------------------------------------------------------
@@ -228,59 +239,72 @@ def main():
     layers = text_model.config.layers
     if not 1 <= args.clip_skip <= layers:
         raise WeightsError(f"--clip-skip {args.clip_skip}: allowed are 1 to {layers}")
+    jobs = list_jobs(conditions, args.prompt)
+    uses = Counter(condition for job in jobs for condition in job.conditions)
+    read = {c: read_condition(c.cond, networks[c.bps].metadata["task"], width, height,
+                              networks[c.bps].metadata.get("classes")) for c in uses}
     once = functools.cache(fingerprint)                 # of a base it takes seconds
-    jobs = [(name, own, prompt,
-             [read_condition(c.cond, networks[c.bps].metadata["task"], width, height,
-                             networks[c.bps].metadata.get("classes")) for c in own],
-             fingerprints(args, own, once))
-            for name, own, prompt in list_jobs(conditions, args.prompt)]
+    files = [fingerprints(args, job.conditions, once) for job in jobs]
     for file, bps in networks.items():
-        if jobs[0][-1]["base"] != bps.metadata.get("base"):
+        if files[0]["base"] != bps.metadata.get("base"):
             print(f"note: {file} was trained on other weights than {args.base}; it fits, but may "
                   f"follow the condition less", file=sys.stderr)
+    z_init = None
+    if args.init:
+        x = to_x(crop(open_image(args.init), width, height))[None].to(args.device)
+        with torch.inference_mode():
+            z_init = vae.encode(x).mean
+    # the maps of a condition are only kept where another job draws with it
+    steerings = {c: Steering(networks[c.bps], unet, cond[None].to(args.device), c.scale, c.strength,
+                             c.window, CACHE_BYTES if uses[c] > 1 else 0)
+                 for c, (cond, _) in read.items()}
     args.out.mkdir(parents=True, exist_ok=True)         # before the work, should it not be possible
-    for job in jobs:
-        draw_job(job, args, networks, base, width, height)
+    for job, used in zip(jobs, files):
+        facts = dict(prompt=job.prompt, negative_prompt=args.negative_prompt,
+                     size=f"{width}x{height}", sampler=args.sampler, steps=args.steps,
+                     guidance=args.guidance, clip_skip=args.clip_skip, dtype=args.dtype,
+                     prediction_type=schedule.prediction_type)
+        pictures = draw(job, [steerings[c] for c in job.conditions], args, base, z_init, width,
+                        height)
+        seeds = range(args.seed, args.seed + args.n)
+        texts = [facts | dict(seed=seed, device=args.device, torch=torch.__version__,
+                              command=shlex.join(command_words(args, facts | dict(seed=seed),
+                                                               job.conditions)),
+                              files=json.dumps(used)) for seed in seeds]
+        write_pictures(job.name, pictures, seeds, texts, [read[c][1] for c in job.conditions],
+                       args.out)
 
 
 @torch.inference_mode()
-def draw_job(job, args, networks, base, width, height):
-    """Draws and writes the pictures of a job."""
-    name, conditions, prompt, read, files = job
+def draw(job, steerings, args, base, z_init, width, height):
+    """Returns pictures x, a list of --n (3, height, width), of a job.
+
+    z_init: the latent of --init, or None. Errors: WeightsError where --dtype is too narrow.
+    """
     unet, vae, tokenizer, text_model, schedule = base
     timesteps, signal_and_noise = diffusion.levels(args.steps, schedule, args.sampler)
-    ids = tokenizer([prompt, args.negative_prompt]).to(args.device)
+    ids = tokenizer([job.prompt, args.negative_prompt]).to(args.device)
     context, empty = text_model(ids, args.clip_skip).split(1)
-    seeds = range(args.seed, args.seed + args.n)
     shape = (unet.config.latent_channels, height // vae.factor, width // vae.factor)
-    starts = [start_latent(args, vae, draw_noise([seed], shape).to(args.device), signal_and_noise,
-                           width, height) for seed in seeds]
-    start = starts[0][1]
-    for c in conditions:
-        check_window(c, args.steps - start)
-    steerings = [Steering(networks[c.bps], unet, cond[None].to(args.device), c.scale, c.strength,
-                          c.window) for c, (cond, _) in zip(conditions, read)]
-    denoise = make_denoiser(unet, context, empty, args.guidance, steerings, timesteps[start:])
+    starts = [start_latent(draw_noise([seed], shape).to(args.device), z_init, args.denoise,
+                           timesteps, signal_and_noise)
+              for seed in range(args.seed, args.seed + args.n)]
+    i = starts[0][1]
+    for condition in job.conditions:
+        check_window(condition, args.steps - i)
+    denoise = make_denoiser(unet, context, empty, args.guidance, steerings, timesteps[i:])
     # One sampler a seed, not one batch, so that a picture is the same to the bit whatever --n is;
     # they go in step, so that BPS runs once a timestep for all of them.
-    samplers = [diffusion.sample(denoise, z_t, schedule, args.steps, args.sampler, start)
-                for z_t, start in starts]
-    for latents in tqdm(zip(*samplers), total=args.steps - start, desc="draw", leave=False):
+    samplers = [diffusion.sample(denoise, z_t, schedule, args.steps, args.sampler, i)
+                for z_t, i in starts]
+    for latents in tqdm(zip(*samplers), total=args.steps - i, desc="draw", leave=False):
         pass
+    for steering in steerings:
+        steering.forget()
     if not all(z.isfinite().all() for z in latents):
         raise WeightsError(f"--dtype {args.dtype}: too narrow for {args.base}, its numbers ran "
                            f"over; give --dtype bf16 or fp32")
-    facts = dict(prompt=prompt, negative_prompt=args.negative_prompt, size=f"{width}x{height}",
-                 sampler=args.sampler, steps=args.steps, guidance=args.guidance,
-                 clip_skip=args.clip_skip, dtype=args.dtype,
-                 prediction_type=schedule.prediction_type)
-    texts = []
-    for seed in seeds:
-        command = shlex.join(command_words(args, facts | dict(seed=seed), conditions))
-        texts.append(facts | dict(seed=seed, device=args.device, torch=torch.__version__,
-                                  command=command, files=json.dumps(files)))
-    write_pictures(name, (vae.decode(z)[0] for z in latents), seeds, texts,
-                   [image for _, image in read], args.out)
+    return [vae.decode(z)[0] for z in latents]
 
 
 if __name__ == "__main__":

@@ -54,6 +54,11 @@ class Steering:
             return self.kept[t]
         return [r if r is None else torch.cat([r] * halves) for r in self.kept[t]]
 
+    def forget(self):
+        """Drops the maps where there is no room to keep them for the next pictures."""
+        if self.cache_bytes == 0:
+            self.kept.clear()
+
     def steers(self, share):
         """Returns whether it does anything once a share of the steps is done, 0 to below 1."""
         start, end = self.window

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageOps
 
 import cli
 import sample
-from bps import BPS, BPSConfig, save_bps
+from bps import BPS, BPSConfig, config_for, save_bps
 from conditions import DataError
 from weights import WeightsError
 
@@ -196,6 +196,43 @@ def test_a_folder_of_conditions_is_drawn_each_with_its_own_prompt(draw, tmp_path
     assert Image.open(out / "pear-0000.png").text["prompt"] == "a pear"
     single = pixels(draw("--n", 1, "--cond", folder / "apple.png") / "0000.png")
     assert np.array_equal(pixels(out / "apple-0000.png"), single)
+
+
+def test_one_condition_beside_a_folder_of_others_is_computed_once(draw, other, tmp_path,
+                                                                 monkeypatch):
+    folder, calls, forward = tmp_path / "drawings", [], BPS.forward
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(cli.BASE.parent / "drawing.png", folder / name)
+
+    def counted(self, cond, t_emb):
+        calls.append(len(cond))
+        return forward(self, cond, t_emb)
+
+    monkeypatch.setattr(BPS, "forward", counted)
+    draw("--n", 2, "--cond", folder, *other)
+    assert calls == [1] * 2 * (2 + 1)           # two steps: of either drawing, and of the other one
+
+
+def test_a_label_map_with_a_class_that_was_not_trained_on_is_refused(draw, tmp_path):
+    config = config_for(sample.load_unet(cli.BASE).config, 3, 4, port_weights="flat")
+    save_bps(BPS(config), tmp_path / "boxes.safetensors", dict(
+        task="layout", size=64, context_dim=128, classes={"#000000": "ground", "#ff0000": ""}))
+    image = Image.new("RGB", (100, 60))
+    ImageDraw.Draw(image).rectangle((10, 10, 40, 40), fill=(255, 0, 0))
+    image.save(tmp_path / "a.png")
+    out = draw("--bps", tmp_path / "boxes.safetensors", "--cond", tmp_path / "a.png", "--n", 1)
+    colours = {colour for _, colour in Image.open(out / "condition.png").getcolors()}
+    assert colours == {(0, 0, 0), (255, 0, 0)}                  # scaled, and none in between
+    image.putpixel((5, 5), (0, 0, 255))
+    image.save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="a.png: .*#0000ff, is unknown; .* #000000 ground, #ff0000"):
+        draw("--bps", tmp_path / "boxes.safetensors", "--cond", tmp_path / "a.png")
+    image.save(tmp_path / "a.jpg")
+    with pytest.raises(DataError, match="a.jpg: a JPEG file blurs"):
+        draw("--bps", tmp_path / "boxes.safetensors", "--cond", tmp_path / "a.jpg")
+    with pytest.raises(DataError, match="boxes.safetensors: trained for layout; give --cond"):
+        draw("--bps", tmp_path / "boxes.safetensors")
 
 
 def test_little_denoising_keeps_the_picture_and_all_of_it_forgets_it(draw, tmp_path):
