@@ -11,9 +11,11 @@ conditions need not be there, and images may also lie in the folder itself.
     pairs, problems = find_pairs(Source("my_pairs.zip"))
 """
 import hashlib
+import io
 import json
 import posixpath
 import zipfile
+import zlib
 from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
@@ -67,8 +69,8 @@ class Source:
             if self.archive.getinfo(self.top + name).file_size > MOST_BYTES:
                 raise DataError(f"{self.where(name)}: more than {MOST_BYTES:,} bytes unpacked, "
                                 f"which may be meant to fill the memory")
-            return self.archive.open(self.top + name)
-        except (RuntimeError, zipfile.BadZipFile, NotImplementedError) as error:
+            return io.BytesIO(self.archive.read(self.top + name))
+        except (RuntimeError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
             raise DataError(f"{self.where(name)}: cannot be unpacked ({error})") from None
 
     def text(self, name):

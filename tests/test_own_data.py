@@ -210,6 +210,11 @@ def test_a_huge_an_unreadable_and_a_damaged_file_are_refused_by_name(folder, mon
     (tmp_path / "bad.zip").write_bytes(b"PK nonsense")
     with pytest.raises(DataError, match="bad.zip: not a .zip"):
         Source(tmp_path / "bad.zip")
+    file = packed(folder, tmp_path / "damaged.zip")         # stored, so an image's bytes are there
+    image = (folder / "images" / "00.png").read_bytes()
+    file.write_bytes(file.read_bytes().replace(image, image[:-20] + bytes(20)))
+    with pytest.raises(DataError, match="damaged.zip/images/00.png: cannot be unpacked"):
+        Source(file).image("images/00.png")
     monkeypatch.setattr("own_data.MOST_BYTES", 10)
     with pytest.raises(DataError, match="more than 10 bytes unpacked"):
         Source(packed(folder, tmp_path / "pairs.zip")).image("images/00.png")
