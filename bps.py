@@ -368,8 +368,8 @@ def main():
     unet_config = load_unet(args.base).config if args.base else UNetConfig()
     factor = load_vae(args.base).factor if args.base else BPSConfig.factor
     with torch.device("meta"):
-        bps = BPS(config_for(unet_config, args.cond_channels, factor, args.weights or WEIGHTS[0],
-                             args.paths, args.foot))
+        bps = BPS(config_for(unet_config, args.cond_channels, factor, args.weights, args.paths,
+                             args.foot))
     rows = port_table(bps, unet_config.sample_size or 64)
     print("| block | path | latent | channels | weight | parameters |\n|---|---|---|---|---|---|")
     for block, path, side, channels, weight, count in rows:

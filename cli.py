@@ -54,9 +54,9 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument
         add("--paths", nargs="+", choices=PATHS, default=PATHS, metavar="PATH",
             help=f"what is steered, some of {', '.join(PATHS)} (default: all)")
-        add("--weights", type=port_weights, help=f"of the ports: {', '.join(WEIGHTS)}, or numbers "
-            f"with commas between: one a level, the middle's, the expansive path's (default: the "
-            f"task's)")
+        add("--weights", type=port_weights, default=WEIGHTS[0], help=f"of the ports: "
+            f"{', '.join(WEIGHTS)}, or numbers with commas between: one a level, the middle's, the "
+            f"expansive path's (default: %(default)s)")
         add("--foot", choices=FEET, default=FEET[0], help="the expansive half: the authors', or "
             "one of a third of the parameters in all (default: %(default)s)")
 

@@ -34,14 +34,13 @@ class DataError(ValueError):
 class Task(NamedTuple):
     """A kind of condition."""
     channels: int
-    port_weights: str = "head-heavy"        # a name of bps.WEIGHTS
     has_labels: bool = False                # its colours are classes, which nothing may blend
     has_lines: bool = False                 # which may be extracted where only images are there
     steps: int = 900                        # of training, by default
 
 
 TASKS = {"sketch": Task(1, has_lines=True), "segmentation": Task(3, has_labels=True),
-         "layout": Task(3, "flat", has_labels=True),
+         "layout": Task(3, has_labels=True),
          "artistic": Task(4, has_lines=True, steps=300)}        # 40 pictures: more steps overfit
 
 
@@ -101,13 +100,12 @@ def to_image(x):
     return Image.fromarray(array)
 
 
-def crop(image, width, height, blend=True):
+def crop(image, width, height):
     """Returns the image scaled until it covers width x height, and cropped to its middle.
 
-    blend False: every pixel keeps a colour of the image, as a label map's must.
+    Label maps, palette images, are not blended: Pillow takes the nearest pixel for mode P.
     """
-    resampling = Image.Resampling.LANCZOS if blend else Image.Resampling.NEAREST
-    return ImageOps.fit(image, (width, height), resampling)
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def images_at_a_time(size):
@@ -311,7 +309,7 @@ def read_condition(file, task, width, height, classes=None):
                 known = ", ".join(" ".join(entry).strip() for entry in classes.items())
                 raise DataError(f"{file}: class {index}, {colour}, is unknown; this BPS was "
                                 f"trained on {known}")
-        image = crop(image, width, height, blend=False)
+        image = crop(image, width, height)
     else:
         image = crop(open_image(file), width, height)
     cond = to_cond(image, task)

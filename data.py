@@ -98,8 +98,7 @@ def open_pair(pair, task, size, light_on_dark=False, extract=False, flip=False):
         raise DataError(other_shape(pair.name, cond, image))
     if TASKS[task].has_labels:
         colours = set(class_colours(cond))
-    cond = crop(cond, size, size, blend=not TASKS[task].has_labels)
-    image = crop(image, size, size)
+    cond, image = crop(cond, size, size), crop(image, size, size)
     if light_on_dark:
         cond = ImageOps.invert(cond)
     if flip:

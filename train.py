@@ -157,7 +157,6 @@ def parse_args():
     if args.extract and args.extract != args.task:
         parser.error(f"--extract {args.extract}: makes no conditions of --task {args.task}; give "
                      f"--task {args.extract}")
-    args.weights = args.weights or TASKS[args.task].port_weights
     args.out = args.out or Path("runs") / ("check" if args.check_data else args.task)
     parser.check_out(args.out)
     return args

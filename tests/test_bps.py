@@ -132,6 +132,18 @@ def test_a_light_foot_is_the_base_at_the_start_and_has_at_most_40_percent_of_the
             assert light <= 0.4 * faithful
 
 
+def test_a_light_foot_reads_what_each_level_ends_with_and_the_middle(parts, monkeypatch):
+    unet, _, inputs, cond = parts
+    light, outputs, seen = BPS(config_for(SMALL, 2, FACTOR, foot="light")), {}, {}
+    for name, block in (("1", light.input_blocks[1]), ("3", light.input_blocks[3]),
+                        ("middle", light.middle_block[-1])):
+        block.register_forward_hook(lambda *a, name=name: outputs.update({name: a[2]}))
+    light.light_foot.register_forward_hook(lambda module, args, out: seen.update(args=args))
+    light(cond, unet.time_embedding(inputs["t"]))
+    h, features = seen["args"]
+    assert h is outputs["middle"] and features[0] is outputs["1"] and features[1] is outputs["3"]
+
+
 def test_weights_may_be_numbers_but_as_many_as_the_base_takes():
     config = config_for(SMALL, 1, FACTOR, port_weights=(3.0, 2.0, 5.0, 0.5))
     assert (config.input_weights, config.middle_weight, config.output_weight) == (

@@ -159,6 +159,13 @@ def test_the_scale_multiplies_the_maps(unet):
         assert a is None or torch.allclose(2.5 * a, b)
 
 
+@pytest.mark.parametrize("nothing", [dict(scale=0.0), dict(strength=0.0)], ids=str)
+def test_what_steers_nothing_costs_nothing(unet, nothing):
+    bps = CountedBPS()
+    run(unet, steer.Steering(bps, unet, torch.rand(1, 1, 48, 32), **nothing))
+    assert bps.calls == []
+
+
 def test_a_window_is_a_share_of_the_steps(unet):
     steering = steer.Steering(CountedBPS(), unet, torch.rand(1, 1, 48, 32), window=(0.25, 0.75))
     timesteps = [801, 601, 401, 201]
