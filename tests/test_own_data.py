@@ -235,6 +235,7 @@ def label_map(size=40, mode="P"):
 def test_a_label_map_keeps_its_colours_and_nothing_between(folder):
     for i in range(12):
         label_map(32 + i).save(folder / "conditions" / f"{i:02d}.png")
+        label_map(32 + i).convert("RGB").save(folder / "images" / f"{i:02d}.png")   # lopsided
     pair = load_pairs("segmentation", "train", folder)[0]
     cond, x, colours = open_pair(pair, "segmentation", 48)
     assert colours == {"#0a141e", "#c86432"}

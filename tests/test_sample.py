@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 import cli
+import diffusion
 import sample
 from bps import BPS, BPSConfig, config_for, save_bps
 from conditions import DataError
@@ -166,7 +167,8 @@ def test_conditions_add_up_in_any_order_each_with_its_own_options(draw, bps_file
 def test_a_picture_is_drawn_again_from_itself_alone(draw, other, tmp_path, monkeypatch):
     out = draw("--n", 2, "--seed", 3, "--prompt", "-a 'grüne' pear", "--negative-prompt", "a cup",
                "--strength", 0.5, "--window", 0, 0.5, *other, "--scale", 2, "--sampler", "euler",
-               "--init", cli.BASE.parent / "drawing.png", "--denoise", 0.5, "--size", "48x80")
+               "--init", cli.BASE.parent / "drawing.png", "--denoise", 0.4, "--steps", 5,
+               "--size", "48x80")
     monkeypatch.setattr(sys, "argv", ["sample.py", "--from", str(out / "0004.png"), "--out",
                                       str(tmp_path / "again")])
     sample.main()
@@ -233,6 +235,18 @@ def test_a_label_map_with_a_class_that_was_not_trained_on_is_refused(draw, tmp_p
         draw("--bps", tmp_path / "boxes.safetensors", "--cond", tmp_path / "a.jpg")
     with pytest.raises(DataError, match="boxes.safetensors: trained for layout; give --cond"):
         draw("--bps", tmp_path / "boxes.safetensors")
+
+
+def test_a_start_is_the_pictures_latent_with_the_noise_of_its_step():
+    noise, z_init = torch.randn(2, 1, 4, 6, 8)
+    timesteps, signal_and_noise = diffusion.levels(10, diffusion.NoiseSchedule())
+    z_t, i = sample.start_latent(noise, z_init, 0.3, timesteps, signal_and_noise)
+    assert i == 7 and timesteps[i] == 201
+    expected = diffusion.NoiseSchedule().add_noise(z_init, noise, torch.tensor([201]))
+    torch.testing.assert_close(z_t, expected)
+    for start in ((z_init, 1.0), (None, 0.3)):
+        z_t, i = sample.start_latent(noise, *start, timesteps, signal_and_noise)
+        assert i == 0 and torch.equal(z_t, noise)
 
 
 def test_little_denoising_keeps_the_picture_and_all_of_it_forgets_it(draw, tmp_path):

@@ -76,7 +76,8 @@ def test_every_task_trains_measures_and_draws_from_its_own_condition(task, measu
     assert metadata["task"] == task and list(metadata["results"]["obedience"]) == measured
     for scores in metadata["results"]["obedience"].values():
         assert all(0 <= scores[name] <= 1 for name in ("base", "steered", "round_trip"))
-    assert bool(metadata["classes"]) == (task in ("segmentation", "layout"))
+    has_labels = task in ("segmentation", "layout")
+    assert ("face" in metadata["classes"].values()) == has_labels == bool(metadata["classes"])
     run(sample, monkeypatch, *shlex.split(command)[2:], "--n", 1, "--steps", 2,
         "--out", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "0000.png").is_file()
