@@ -19,7 +19,6 @@ Shapes: B batch, C channels, H W rows and columns of the latent, f the autoencod
 """
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import weights
-from unet import Downsample, UNetConfig, Upsample
+from unet import Downsample, Upsample
 
 PATHS = ("contracting", "transition", "expansive")      # input blocks, middle, output blocks
 WEIGHTS = ("head-heavy", "flat")        # names of port weights: config_for
@@ -307,77 +306,7 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
     return weights.load_strict(bps, weights.Checkpoint({}, state, str, file), dtype, device)
 
 
-# ---- the table of ports --------------------------------------------------------------------
-
-def port_table(bps, side):
-    """Returns rows (block, path, latent side, channels, weight, parameters) of all blocks.
-
-    side: of the latent at the outermost level. parameters: of the block and its port, so that
-    they add up to the network's; weight is "-" where there is no port.
-    """
-    config = bps.config
-    light = bps.light_foot.levels if hasattr(bps, "light_foot") else []
-    rows, sides = [], [side]
-
-    def add(block, path, channels, weight, *parts):
-        """Appends a row; parts: the block's modules, or None."""
-        count = sum(p.numel() for part in parts if part is not None for p in part.parameters())
-        rows.append((block, path, sides[-1], channels, "-" if weight is None else weight, count))
-
-    channels = config.channels[0]
-    for i, (block, port, weight) in enumerate(zip(bps.input_blocks, bps.zero_blocks,
-                                                  bps.input_port_weights)):
-        if isinstance(block, TimeResBlock):
-            channels = block.in_layers[-1].out_channels
-        elif isinstance(block, Downsample):
-            sides.append(-(-sides[-1] // 2))
-        add(f"input {i}", "contracting", channels, None if port is None else weight, block, port)
-    port = bps.zero_blocks[-1]
-    add("middle", "transition", channels, None if port is None else config.middle_weight,
-        bps.middle_block, port)
-    for i in range(len(config.channels) * (config.blocks_per_level + 1)):
-        level, number = divmod(i, config.blocks_per_level + 1)
-        parts = [bps.output_blocks[i]] if len(bps.output_blocks) else []
-        if light:
-            mix, ports = light[level]
-            parts = [ports[number], mix if number == 0 else None]
-        add(f"output {i}", "expansive", config.channels[-1 - level],
-            config.output_weight if parts else None, *parts)
-        if number == config.blocks_per_level and len(sides) > 1:
-            sides.pop()
-    return rows
-
-
-def main():
-    """Prints the table of ports for a base."""
-    from cli import Parser                          # here, for cli.py imports this file
-    from unet import load_unet
-    from vae import load_vae
-    parser = Parser(__doc__)
-    parser.add_argument("--ports", action="store_true", help="prints the table of ports")
-    parser.add_argument("--cond-channels", type=int, default=1, help="1 sketch, 3 segmentation or "
-                        "layout, 4 artistic (default: %(default)s)")
-    parser.add_argument("--base", type=Path, help="a Stable Diffusion, for whose U-Net the table "
-                        "is (default: the sizes of SD 1.5)")
-    parser.add_bps_config()
-    args = parser.parse_args()
-    if not args.ports:
-        parser.error("nothing to do; --ports prints the table of ports")
-    if args.cond_channels < 1:
-        parser.error(f"--cond-channels {args.cond_channels}: at least 1")
-    unet_config = load_unet(args.base).config if args.base else UNetConfig()
-    factor = load_vae(args.base).factor if args.base else BPSConfig.factor
-    with torch.device("meta"):
-        bps = BPS(config_for(unet_config, args.cond_channels, factor, args.weights, args.paths,
-                             args.foot))
-    rows = port_table(bps, unet_config.sample_size or 64)
-    print("| block | path | latent | channels | weight | parameters |\n|---|---|---|---|---|---|")
-    for block, path, side, channels, weight, count in rows:
-        weight = weight if isinstance(weight, str) else f"{weight:g}"
-        print(f"| {block} | {path} | {side} x {side} | {channels} | {weight} | {count:,} |")
-    print(f"| all | | | | | {sum(row[-1] for row in rows):,} |")
-
-
 if __name__ == "__main__":
     from cli import run
+    from ports import main
     run(main)

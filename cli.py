@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 import diffusion
-from bps import FEET, PATHS, WEIGHTS
 from conditions import DataError
 from weights import WeightsError
 
@@ -49,17 +48,6 @@ class Parser(argparse.ArgumentParser):
         add("--prediction-type", choices=diffusion.PREDICTION_TYPES, help="where --base does not "
             "say it: v_prediction for SD 2.x at 768 px")
 
-    def add_bps_config(self):
-        """Adds what a BPS consists of: --paths, --weights, --foot."""
-        add = self.add_argument
-        add("--paths", nargs="+", choices=PATHS, default=PATHS, metavar="PATH",
-            help=f"what is steered, some of {', '.join(PATHS)} (default: all)")
-        add("--weights", type=port_weights, default=WEIGHTS[0], help=f"of the ports: "
-            f"{', '.join(WEIGHTS)}, or numbers with commas between: one a level, the middle's, the "
-            f"expansive path's (default: %(default)s)")
-        add("--foot", choices=FEET, default=FEET[0], help="the expansive half: the authors', or "
-            "one of a third of the parameters in all (default: %(default)s)")
-
 
 def usable_device(name):
     """Returns the name of a device that this machine has. Errors: ArgumentTypeError."""
@@ -68,21 +56,6 @@ def usable_device(name):
     except (RuntimeError, AssertionError):      # no such kind, or PyTorch was built without it
         raise argparse.ArgumentTypeError(f"{name} is not there; cpu always is") from None
     return name
-
-
-def port_weights(text):
-    """Returns a name of bps.WEIGHTS, or the numbers (a tuple) of a text. Errors: ArgumentTypeError.
-    """
-    if text in WEIGHTS:
-        return text
-    try:
-        weights = tuple(map(float, text.split(",")))
-    except ValueError:
-        weights = ()
-    if not weights or not all(0 <= weight < 1e4 for weight in weights):
-        raise argparse.ArgumentTypeError(f"{text}: allowed are {', '.join(WEIGHTS)}, or numbers "
-                                         f"from 0 to 10,000, as in 16,8,4,16,1")
-    return weights
 
 
 def seed_number(text):

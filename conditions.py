@@ -223,10 +223,12 @@ def open_label_map(file, name=None, any_colours=False):
     if image.format not in LOSSLESS:
         raise DataError(f"{name}: a {image.format} file blurs where classes meet; save label maps "
                         f"as palette PNG")
-    if image.mode == "P":
-        return image
-    if image.mode == "L" and not any_colours:
+    if image.mode == "L":
         image.putpalette(distinct_colours())
+    if image.mode == "P":
+        if len(class_colours(image)) < len(image.getcolors()):
+            raise DataError(f"{name}: two of its classes have one colour, and BPS sees colours "
+                            f"only; give each class its own")
         return image
     if not any_colours:
         raise DataError(f"{name}: mode {image.mode}, so its classes cannot be told from blends of "

@@ -23,7 +23,7 @@ from conditions import (
     to_cond,
     to_x,
 )
-from own_data import Source, find_pairs, other_shape, same_shape
+from own_data import Source, find_pairs, groups, other_shape, same_shape
 from tiny.tasks import embedded_pairs
 
 EMPTY_SHARE = 0.1               # of the training prompts, so that guidance has its other half
@@ -67,15 +67,16 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
     if problems:
         more = f" (and {len(problems) - 1} more: see --check-data)" if problems[1:] else ""
         raise DataError(problems[0] + more)
-    splits = split_names(pair.cond for pair in found)
-    if len(splits) < MIN_PAIRS:
-        raise DataError(f"{folder}: {len(splits)} pairs; at least {MIN_PAIRS} are needed to "
+    names = groups(found)
+    sides = split_names(names)
+    if len(sides) < MIN_PAIRS:
+        raise DataError(f"{folder}: {len(sides)} pairs; at least {MIN_PAIRS} are needed to "
                         f"train, to validate and to test")
     return [Pair(source.where(pair.cond),
                  lambda name=pair.cond: (source.image(name) if extract
                                          else source.condition(name, task)),
                  lambda name=pair.image: source.image(name), pair.prompts or (default_prompt,))
-            for pair in found if splits[pair.cond] == split]
+            for pair, name in zip(found, names) if sides[name] == split]
 
 
 # ---- the cache -----------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 Shapes: B batch, C channels, H W rows and columns, of the latent or of the picture.
 """
+import sys
+
 import torch
 from PIL import Image, ImageDraw
 
@@ -12,6 +14,21 @@ VALIDATION_T = tuple(range(62, 1000, 125))      # the fixed timesteps: 62, 187 .
 OBEDIENCE_PICTURES = 48
 SHEET_ROWS = 12
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 25, 3.0
+
+
+def peak_memory(device):
+    """Returns the most memory that the process has held so far, in GB: the GPU's, or the main one's.
+
+    nan where the system does not tell (Windows).
+    """
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ModuleNotFoundError:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 # ---- losses on held-out pairs --------------------------------------------------------------

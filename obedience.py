@@ -9,12 +9,12 @@ Shapes: n pictures, C channels, H W rows and columns.
 import torch
 import torch.nn.functional as F
 
-from conditions import coarse_colours, cond_to_x, extract_lines, line_f1
+from conditions import coarse_colours, cond_to_x, extract_lines, line_f1, soft_lines
 from tiny import world
 from tiny.classifier import Classifier
 from tiny.tasks import CLASSES
 
-SURE_INK = 0.25                 # of a soft line, from which it is one that extract_lines finds
+SURE_INK = 0.25                 # of a soft line, from which it counts
 OFF_GROUND = 0.25               # of x in the channel that differs most: no longer the ground
 LEAST_SHARE = 0.05              # of a quarter that something must cover to be there
 
@@ -44,7 +44,7 @@ def sketch(pictures, conds):
 def artistic(pictures, conds):
     """Returns the mean difference of the coarse colours, 0 to 1, and the F1 of the lines."""
     distance = (coarse_colours(pictures) - conds[:, :3]).abs().mean().item()
-    f1 = line_f1(extract_lines(pictures), conds[:, 3] > SURE_INK)
+    f1 = line_f1(soft_lines(pictures)[:, 0] > SURE_INK, conds[:, 3] > SURE_INK)
     return {"colour distance": distance, "line F1": f1.mean().item()}
 
 

@@ -20,6 +20,7 @@ from collections import Counter
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
+from PIL import ImageOps
 from tqdm import tqdm
 
 from conditions import TASKS, DataError, class_colours, load_image, open_image, open_label_map
@@ -82,6 +83,25 @@ class Source:
                 raise DataError(f"{self.where(name)}: not UTF-8 ({error}); save it as "
                                 f"UTF-8") from None
 
+    def captions(self, image):
+        """Returns the captions of an image: the lines of NAME.txt beside it that are not blank."""
+        text = str(PurePosixPath(image).with_suffix(".txt"))
+        lines = self.text(text).splitlines() if text in self.names else []
+        return tuple(line.strip() for line in lines if line.strip())
+
+    def images(self, folder="."):
+        """Returns ({name without suffix: name} of the images in a folder of it, problems)."""
+        files, problems = {}, []
+        for name in sorted(self.names):
+            file = PurePosixPath(name)
+            if str(file.parent) != folder or file.suffix.lower() not in IMAGE_SUFFIXES:
+                continue
+            if file.stem in files:
+                problems.append(f"{self.where(files[file.stem])} and {file.name}: which one? names "
+                                f"must differ in more than the suffix")
+            files[file.stem] = name
+        return files, problems
+
     def image(self, name):
         """Returns the RGB image of a file."""
         with self.open(name) as file:
@@ -107,10 +127,10 @@ def find_pairs(source, extract=False):
     for listing, keys in LISTINGS.items():
         if listing in source.names:
             return _listed_pairs(source, listing, keys, extract)
-    images, problems = _by_stem(source, "images")
+    images, problems = source.images("images")
     if extract and not images:
-        images, problems = _by_stem(source, ".")
-    conds, more = (images, []) if extract else _by_stem(source, "conditions")
+        images, problems = source.images()
+    conds, more = (images, []) if extract else source.images("conditions")
     problems += more
     pairs = []
     for stem in sorted(conds.keys() | images.keys()):
@@ -119,28 +139,11 @@ def find_pairs(source, extract=False):
                 problems.append(f"{source.where(folder)}/{stem}.*: missing, so that {stem} is not "
                                 f"in both conditions/ and images/")
         if stem in conds and stem in images:
-            text = str(PurePosixPath(images[stem]).with_suffix(".txt"))
-            lines = source.text(text).splitlines() if text in source.names else []
-            prompts = tuple(line.strip() for line in lines if line.strip())
-            pairs.append(OwnPair(conds[stem], images[stem], prompts))
+            pairs.append(OwnPair(conds[stem], images[stem], source.captions(images[stem])))
     if not pairs and not problems:
         problems.append(f"{source.path}: no pairs; allowed are prompt.json (fill50k), "
                         f"metadata.jsonl (imagefolder) or the folders images/ and conditions/")
     return pairs, problems
-
-
-def _by_stem(source, folder):
-    """Returns ({name without suffix: file} of the images in a folder, problems)."""
-    files, problems = {}, []
-    for name in sorted(source.names):
-        file = PurePosixPath(name)
-        if str(file.parent) != folder or file.suffix.lower() not in IMAGE_SUFFIXES:
-            continue
-        if file.stem in files:
-            problems.append(f"{source.where(files[file.stem])} and {file.name}: which one? names "
-                            f"must differ in more than the suffix")
-        files[file.stem] = name
-    return files, problems
 
 
 def _listed_pairs(source, listing, keys, extract):
@@ -178,6 +181,23 @@ def _listed_pairs(source, listing, keys, extract):
             for names, prompts in captions.items()], problems
 
 
+def groups(pairs):
+    """Returns a name for each pair; pairs that share a condition or an image have the same one.
+
+    They must not be on two sides of a split.
+    """
+    leader = {}
+
+    def find(name):
+        while leader.setdefault(name, name) != name:
+            name = leader[name]
+        return name
+
+    for pair in pairs:
+        leader[find(f"image {pair.image}")] = find(pair.cond)
+    return [find(pair.cond) for pair in pairs]
+
+
 # ---- what is in it -------------------------------------------------------------------------
 
 class Survey:
@@ -192,7 +212,7 @@ class Survey:
         """Returns the image of a file, once it is counted; None where it cannot be used."""
         try:
             with self.source.open(name) as file:
-                image = load_image(file, self.source.where(name))
+                image = ImageOps.exif_transpose(load_image(file, self.source.where(name)))
             if kind == "condition" and TASKS[self.task].has_labels:
                 found = class_colours(self.source.condition(name, self.task))
                 self.classes.update(list(found))
@@ -226,10 +246,10 @@ class Survey:
                 print(f"duplicates: {kind} {' = '.join(sorted(set(names)))}")
 
 
-def check(source, task, pairs, splits, tokenizer, extract):
+def check(source, task, pairs, sides, tokenizer, extract, default_prompt):
     """Prints what a user's pairs are, and returns a line for each problem of their files.
 
-    splits: {name of a pair's condition: train, val or test}.
+    sides: train, val or test for each pair.
     """
     survey = Survey(source, task)
     for pair in tqdm(pairs, desc="check", leave=False):
@@ -237,15 +257,14 @@ def check(source, task, pairs, splits, tokenizer, extract):
         cond = image if extract else survey.look("condition", pair.cond)
         if image and cond and not same_shape(cond, image):
             survey.problems.append(other_shape(source.where(pair.cond), cond, image))
-    sides = Counter(splits.values())
-    print(f"pairs: {len(pairs)}, of which {sides['train']} train, {sides['val']} val, "
-          f"{sides['test']} test")
+    print(f"pairs: {len(pairs)}, of which " + ", ".join(
+        f"{sides.count(side)} {side}" for side in ("train", "val", "test")))
     survey.show()
     captions = [(pair.image, text) for pair in pairs for text in pair.prompts]
     bare = sum(not pair.prompts for pair in pairs)
-    print(f"captions: {len(captions)}"
-          + (f", none for {bare} pictures: give --default-prompt" if bare else ""))
-    for name, text in captions:
+    instead = f"{default_prompt!r}" if default_prompt else "nothing, unless --default-prompt says it"
+    print(f"captions: {len(captions)}" + (f"; {bare} pictures have none: {instead}" if bare else ""))
+    for name, text in [*captions, *[("--default-prompt", default_prompt)] * bool(bare)]:
         dropped = tokenizer.fit(text)[1]
         if dropped:
             print(f"cut: {name}: its caption loses {dropped!r}")

@@ -11,6 +11,7 @@ alone it is a plain Stable Diffusion sampler. Each --bps starts a condition, to 
 polarity; --cond FOLDER draws from each image in it, with NAME.txt as its prompt where that is
 there. Picture i depends on seed + i alone, not on --n. Each PNG holds the command that draws it.
 """
+import argparse
 import functools
 import json
 import shlex
@@ -36,10 +37,10 @@ from conditions import (
     to_image,
     to_x,
 )
-from layouts import find_unet, read_vae
-from own_data import IMAGE_SUFFIXES
-from sample_options import DTYPES, command_words, parse_args
-from steer import CACHE_BYTES, Steering, draw_noise, make_denoiser
+from layouts import find_unet, read_text, read_vae
+from own_data import Source
+from sample_options import DTYPES, command_words, files_of, parse_args
+from steer import Steering, draw_noise, make_denoiser, room_for_maps
 from unet import load_unet
 from vae import load_vae
 from weights import WeightsError, fingerprint
@@ -119,14 +120,6 @@ def default_condition(condition, bps):
     return condition._replace(cond=HERE / "tiny" / "drawing.png")
 
 
-def check_window(condition, steps):
-    """Raises DataError where none of the steps begins in a condition's window."""
-    start, end = condition.window
-    if not any(start <= i / steps < end for i in range(steps)):
-        raise DataError(f"--window {start:g} {end:g}: holds none of the {steps} steps; widen it or "
-                        f"give more --steps")
-
-
 class Job(NamedTuple):
     """A prompt and its conditions; name is what the files of its pictures begin with."""
     name: str
@@ -139,37 +132,25 @@ def list_jobs(conditions, prompt):
 
     Errors: DataError where folders don't have the same names.
     """
-    folders = [condition for condition in conditions if condition.cond.is_dir()]
+    folders = {condition.cond: Source(condition.cond) for condition in conditions
+               if condition.cond.is_dir()}
     if not folders:
         return [Job("", conditions, prompt)]
-    files = {condition.cond: {file.stem: file for file in sorted(condition.cond.iterdir())
-                              if file.suffix.lower() in IMAGE_SUFFIXES} for condition in folders}
-    first = folders[0].cond
-    if not files[first]:
-        raise DataError(f"--cond {first}: no image in this folder")
-    jobs = []
-    for stem in files[first]:
-        for folder, by_stem in files.items():
-            if stem not in by_stem:
-                raise DataError(f"--cond {folder}: no {stem}, which {first} has")
-        own = [condition._replace(cond=files.get(condition.cond, {}).get(stem, condition.cond))
-               for condition in conditions]
-        text = first / f"{stem}.txt"
-        lines = text.read_text(encoding="utf-8-sig").splitlines() if text.is_file() else []
-        jobs.append(Job(f"{stem}-", own, lines[0].strip() if lines else prompt))
+    files = {}
+    for folder, source in folders.items():
+        files[folder], problems = source.images()
+        if problems or not files[folder]:
+            raise DataError(problems[0] if problems else f"--cond {folder}: no image in it")
+    (first, source), jobs = next(iter(folders.items())), []
+    for folder, names in files.items():
+        for stem in sorted(names.keys() ^ files[first].keys()):
+            raise DataError(f"--cond {folder} and {first}: only one of them has {stem}; folders "
+                            f"of conditions are joined by name")
+    for stem, name in files[first].items():
+        own = [condition._replace(cond=condition.cond / files[condition.cond][stem])
+               if condition.cond in files else condition for condition in conditions]
+        jobs.append(Job(f"{stem}-", own, (*source.captions(name), prompt)[0]))
     return jobs
-
-
-def start_latent(noise, z_init, share, timesteps, signal_and_noise):
-    """Returns (z_t, i): noise and step 0, or z_init with the noise of step i to start at.
-
-    share: of the steps that are still to do after z_init, the latent of a picture, or None.
-    """
-    i = len(timesteps) - max(1, round(share * len(timesteps)))
-    if z_init is None or i == 0:
-        return noise, 0
-    a, s = signal_and_noise[i]
-    return a * z_init + s * noise, i
 
 
 # ---- pictures, and what they remember ------------------------------------------------------
@@ -177,21 +158,19 @@ def start_latent(noise, z_init, share, timesteps, signal_and_noise):
 def fingerprints(args, conditions, fingerprint_of):
     """Returns {role: fingerprint} of the files that a picture depends on.
 
-    fingerprint_of: weights.fingerprint, or a version that remembers. Errors: DataError where a --from picture was drawn with another one.
+    fingerprint_of: weights.fingerprint, or a version that remembers. Errors: DataError where a
+    --from picture was drawn with another one.
     """
-    files = {"base": find_unet(args.base)}
-    if args.vae:
-        files["vae"] = [read_vae(args.vae).file]
-    if args.init:
-        files["init"] = [args.init]
-    for i, condition in enumerate(conditions, 1):
-        files |= {f"bps {i}": [condition.bps], f"cond {i}": [condition.cond]}
-    found = {role: fingerprint_of(*paths) for role, paths in files.items()}
+    paths = files_of(argparse.Namespace(**vars(args) | dict(conditions=conditions)))
+    readers = dict(base=find_unet, vae=lambda path: [read_vae(path).file],
+                   text=lambda path: [read_text(path).file])
+    found = {role: fingerprint_of(*readers.get(role, lambda path: [path])(path))
+             for role, path in paths.items()}
     for role, then in args.drawn_with.items():
-        if role in found and found[role] != then:
-            raise DataError(f"{files[role][0]}: not the file that {args.picture} was drawn with: "
-                            f"its fingerprint is {found[role]}, not {then}; give the right one "
-                            f"by --{role.split()[0]}")
+        if found[role] != then:
+            raise DataError(f"{paths[role]}: not the file that {args.picture} was drawn with: its "
+                            f"fingerprint is {found[role]}, not {then}; give the right one by "
+                            f"--{'base' if role == 'text' else role.split()[0]}")
     return found
 
 
@@ -219,7 +198,9 @@ def write_pictures(name, pictures, seeds, texts, conditions, out):
         info = PngImagePlugin.PngInfo()
         for key, value in text.items():
             info.add_itxt(key, str(value))
-        to_image(x).save(file, pnginfo=info)
+        temporary = file.with_suffix(".tmp")
+        to_image(x).save(temporary, "PNG", pnginfo=info)
+        temporary.replace(file)
         print(file)
 
 
@@ -254,10 +235,10 @@ def main():
         x = to_x(crop(open_image(args.init), width, height))[None].to(args.device)
         with torch.inference_mode():
             z_init = vae.encode(x).mean
-    # the maps of a condition are only kept where another job draws with it
-    steerings = {c: Steering(networks[c.bps], unet, cond[None].to(args.device), c.scale, c.strength,
-                             c.window, CACHE_BYTES if uses[c] > 1 else 0)
-                 for c, (cond, _) in read.items()}
+    # the maps of a condition are only kept where another job draws with it, and memory allows
+    room = room_for_maps(args.device) // max(1, sum(n > 1 for n in uses.values()))
+    steerings = {c: Steering(networks[c.bps], unet, cond[None], c.scale, c.strength, c.window,
+                             room if uses[c] > 1 else 0) for c, (cond, _) in read.items()}
     args.out.mkdir(parents=True, exist_ok=True)         # before the work, should it not be possible
     for job, used in zip(jobs, files):
         facts = dict(prompt=job.prompt, negative_prompt=args.negative_prompt,
@@ -286,24 +267,25 @@ def draw(job, steerings, args, base, z_init, width, height):
     ids = tokenizer([job.prompt, args.negative_prompt]).to(args.device)
     context, empty = text_model(ids, args.clip_skip).split(1)
     shape = (unet.config.latent_channels, height // vae.factor, width // vae.factor)
-    starts = [start_latent(draw_noise([seed], shape).to(args.device), z_init, args.denoise,
-                           timesteps, signal_and_noise)
+    starts = [draw_noise([seed], shape).to(args.device)
               for seed in range(args.seed, args.seed + args.n)]
-    i = starts[0][1]
-    for condition in job.conditions:
-        check_window(condition, args.steps - i)
-    denoise = make_denoiser(unet, context, empty, args.guidance, steerings, timesteps[i:])
+    if args.start:
+        a, s = signal_and_noise[args.start]
+        starts = [a * z_init + s * noise for noise in starts]
+    denoise = make_denoiser(unet, context, empty, args.guidance, steerings, timesteps[args.start:])
     # One sampler a seed, not one batch, so that a picture is the same to the bit whatever --n is;
     # they go in step, so that BPS runs once a timestep for all of them.
-    samplers = [diffusion.sample(denoise, z_t, schedule, args.steps, args.sampler, i)
-                for z_t, i in starts]
-    for latents in tqdm(zip(*samplers), total=args.steps - i, desc="draw", leave=False):
+    samplers = [diffusion.sample(denoise, z_t, schedule, args.steps, args.sampler, args.start)
+                for z_t in starts]
+    for latents in tqdm(zip(*samplers), total=args.steps - args.start, desc="draw", leave=False):
         pass
     for steering in steerings:
-        steering.forget()
+        steering.forget_last()
     if not all(z.isfinite().all() for z in latents):
+        remedy = ("a --guidance, --strength or --scale nearer to 1" if args.dtype == "fp32" else
+                  "--dtype bf16 or fp32")
         raise WeightsError(f"--dtype {args.dtype}: too narrow for {args.base}, its numbers ran "
-                           f"over; give --dtype bf16 or fp32")
+                           f"over; give {remedy}")
     return [vae.decode(z)[0] for z in latents]
 
 

@@ -6,8 +6,8 @@
 """
 import argparse
 import json
-import math
 import shlex
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from conditions import DataError, load_image
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 DENOISE = 0.6                   # share of the steps after --init
+MOST = 1000                     # of a strength, either way
 
 
 class Condition(NamedTuple):
@@ -99,27 +100,32 @@ def parse_args(description):
     """Returns the checked command line, where --from is given joined to the picture's own.
 
     args.conditions is a list of Condition; args.drawn_with holds {role: fingerprint} of the files
-    that the --from picture was drawn with, or nothing.
+    that the --from picture was drawn with and that no option replaces.
     """
     parser = make_parser(description)
-    args = parser.parse_args()
-    args.drawn_with = {}
-    if args.picture:
-        words, drawn_with = recorded(args.picture)
-        again = parser.parse_args(words)
-        if args.conditions:
-            again.conditions = ()
-        args = parser.parse_args(namespace=again)
-        args.drawn_with = drawn_with
-    if args.n < 1:
-        parser.error(f"--n {args.n}: at least 1")
-    if not 1 <= args.steps <= 999:
-        parser.error(f"--steps {args.steps}: allowed are 1 to 999")
-    embedded = args.base.resolve() == BASE.resolve()
+    own = parser.parse_args()
+    args, drawn_with, then = own, {}, {}
+    if own.picture:
+        words, drawn_with, device = recorded(own.picture)
+        if device != own.device:
+            warnings.warn(f"{own.picture} was drawn on {device}; on {own.device} it may differ in "
+                          f"the last bits", stacklevel=2)
+        args = parser.parse_args(words)
+        args.conditions = check_conditions(parser, args.conditions, args.base)
+        then, before = files_of(args), args.conditions
+        args.conditions = ()
+        args = parser.parse_args(namespace=args)
+        args.conditions = overruled(parser, before, args.conditions, args.base)
+    else:
+        args.conditions = check_conditions(parser, args.conditions, args.base)
+    now = files_of(args)
+    args.drawn_with = {role: found for role, found in drawn_with.items()
+                       if then.get(role) == now.get(role)}
     if args.guidance is None:
-        args.guidance = 3.0 if embedded else 7.5
-    if not math.isfinite(args.guidance):
-        parser.error(f"--guidance {args.guidance}: a finite number is wanted")
+        args.guidance = 3.0 if is_embedded(args.base) else 7.5
+    for name, low, high in (("n", 1, 10_000), ("steps", 1, 999), ("guidance", -MOST, MOST)):
+        if not low <= getattr(args, name) <= high:
+            parser.error(f"--{name} {getattr(args, name)}: allowed are {low} to {high}")
     if args.guidance == 1 and args.negative_prompt:
         parser.error(f"--guidance 1: leaves --negative-prompt {args.negative_prompt!r} without "
                      f"effect; give more than 1")
@@ -128,31 +134,46 @@ def parse_args(description):
     args.denoise = DENOISE if args.denoise is None else args.denoise
     if not 0 < args.denoise <= 1:
         parser.error(f"--denoise {args.denoise}: allowed is above 0, up to 1")
+    # the first of the steps that are done: 0, or what --denoise leaves after --init
+    args.start = args.steps - max(1, round(args.denoise * args.steps)) if args.init else 0
+    for condition in args.conditions:
+        start, end = condition.window
+        steps = args.steps - args.start
+        if not any(start <= i / steps < end for i in range(steps)):
+            parser.error(f"--window {start:g} {end:g}: holds none of the {steps} steps; widen it "
+                         f"or give more --steps")
     parser.check_out(args.out)
-    args.conditions = check_conditions(parser, args.conditions, embedded)
     return args
 
 
-def check_conditions(parser, options, embedded):
+def is_embedded(base):
+    """Returns whether a --base is the one that comes with the project."""
+    return base.resolve() == BASE.resolve()
+
+
+def check_conditions(parser, options, base):
     """Returns Conditions of what ConditionOption collected; ends the script where they are wrong."""
-    if any(str(given.get("bps")) == "none" for given in options):
-        for given in options:
-            for name, value in given.items():
-                if name != "bps":
-                    parser.error(f"--{name} {value}: needs --bps, a file that train.py wrote")
+    options, none = [dict(given) for given in options], Path("none")
+    if any(given.get("bps") == none for given in options):
+        others = [(name, value) for given in options for name, value in given.items()
+                  if value != none]
+        for name, value in others:
+            parser.error(f"--{name} {value}: beside --bps none; leave one of them out")
         return []
-    if embedded and (not options or "bps" not in options[0]):
-        options = [{"bps": HERE / "tiny" / "bps_sketch.safetensors"} | (
-            options[0] if options else {}), *options[1:]]
+    if is_embedded(base) and "bps" not in (options or [{}])[0]:
+        options = [{"bps": HERE / "tiny" / "bps_sketch.safetensors"} | (options or [{}])[0],
+                   *options[1:]]
     conditions = []
     for given in options:
         if "bps" not in given:
             name, value = next(iter(given.items()))
             parser.error(f"--{name} {value}: needs --bps, a file that train.py wrote for this base")
         condition = Condition(**given)
+        if condition.cond is None and len(options) > 1:
+            parser.error(f"--bps {condition.bps}: without --cond; of several, each needs its own")
         for name in ("scale", "strength"):
-            if not math.isfinite(getattr(condition, name)):
-                parser.error(f"--{name} {getattr(condition, name)}: a finite number is wanted")
+            if not -MOST <= getattr(condition, name) <= MOST:
+                parser.error(f"--{name} {getattr(condition, name)}: allowed are {-MOST} to {MOST}")
         start, end = condition.window
         if not 0 <= start < end <= 1:
             parser.error(f"--window {start:g} {end:g}: a start and a later end are wanted, both "
@@ -161,29 +182,55 @@ def check_conditions(parser, options, embedded):
     return conditions
 
 
+def overruled(parser, before, options, base):
+    """Returns the Conditions of a --from picture with those of the command line.
+
+    Options without a --bps change the picture's only condition; a --bps replaces all of them.
+    """
+    if not options:
+        return before
+    if "bps" in options[0] or not before:
+        return check_conditions(parser, options, base)
+    if len(before) > 1 or len(options) > 1:
+        name, value = next(iter(options[0].items()))
+        parser.error(f"--{name} {value}: of which of the picture's {len(before)} conditions? give "
+                     f"them anew, each with its --bps")
+    return check_conditions(parser, [before[0]._asdict() | options[0]], base)
+
+
 # ---- what a picture remembers --------------------------------------------------------------
 
 def recorded(picture):
-    """Returns (the words of the command that drew a picture, {role: fingerprint} of its files)."""
+    """Returns the words of the command that drew a picture, {role: fingerprint}, and the device."""
     text = getattr(load_image(picture), "text", {})
     try:
-        return shlex.split(text["command"])[2:], json.loads(text["files"])
+        return shlex.split(text["command"])[2:], json.loads(text["files"]), text["device"]
     except (KeyError, ValueError):
         raise DataError(f"{picture}: does not say how it was drawn; --from takes a PNG as "
                         f"sample.py wrote it; other programs drop such notes") from None
+
+
+def files_of(args):
+    """Returns {role: path} of the files and folders that a picture depends on."""
+    files = {"base": args.base, "vae": args.vae or args.base, "text": args.base}
+    if args.init:
+        files["init"] = args.init
+    for i, condition in enumerate(args.conditions, 1):
+        files |= {f"bps {i}": condition.bps, f"cond {i}": condition.cond}
+    return files
 
 
 def command_words(args, facts, conditions):
     """Returns the words of the command that draws a picture of these facts once more."""
     words = ["python", "sample.py"]
     for condition in conditions:
-        words += ["--bps", condition.bps, "--cond", condition.cond, "--scale", condition.scale,
-                  "--strength", condition.strength, "--window", *condition.window]
+        words += ["--bps", condition.bps.resolve(), "--cond", condition.cond.resolve(), "--scale",
+                  condition.scale, "--strength", condition.strength, "--window", *condition.window]
     if not conditions:
         words += ["--bps", "none"]
     for name in ("base", "tokenizer", "vae", "init"):
         value = getattr(args, name)
-        words += [f"--{name}", value] if value and value != BASE else []
+        words += [f"--{name}", value.resolve()] if value and value != BASE else []
     if args.init:
         words += ["--denoise", args.denoise]
     for name in ("prompt", "negative_prompt", "seed", "size", "sampler", "steps", "guidance",

@@ -26,9 +26,10 @@ from cli import BASE, Parser, run, seed_number
 from clip import load_clip
 from conditions import TASKS, DataError, cond_to_x, to_image
 from data import EMPTY_SHARE, Bank, load_pairs, mostly_light_on_dark, open_pair, split_names
-from measure import SHEET_ROWS, contact_sheet, paired_errors, report
+from measure import SHEET_ROWS, contact_sheet, paired_errors, peak_memory, report
 from obedience import meter_for
-from own_data import Source, check, find_pairs
+from own_data import Source, check, find_pairs, groups
+from ports import add_options
 from sample import load_base
 from tiny.tasks import CLASSES
 
@@ -131,7 +132,7 @@ def parse_args():
     parser.add_base()
     add("--size", type=int, default=64, help="pixels of the square; 512 for SD 1.5 "
                                              "(default: %(default)s)")
-    parser.add_bps_config()
+    add_options(parser)
     add("--steps", type=int, help="fewer for few pictures: when the validation loss rises, they "
         "are learned by heart (default: 900, artistic 300)")
     add("--batch", type=int, default=16, help="(default: %(default)s)")
@@ -167,8 +168,10 @@ def check_data(args):
     source = Source(args.data)
     found, problems = find_pairs(source, bool(args.extract))
     tokenizer, _ = load_clip(args.base, args.tokenizer)
-    problems += check(source, args.task, found, split_names(pair.cond for pair in found),
-                      tokenizer, bool(args.extract))
+    names = groups(found)
+    sides = split_names(names)
+    problems += check(source, args.task, found, [sides[name] for name in names], tokenizer,
+                      bool(args.extract), args.default_prompt)
     if not problems:
         pairs = load_pairs(args.task, "train", args.data, bool(args.extract), args.default_prompt)
         light, shown = mostly_light_on_dark(pairs, args.task, args.extract), pairs[:SHEET_ROWS]
@@ -186,7 +189,7 @@ def check_data(args):
         return
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
-    raise DataError(f"{args.data}: {len(problems)} problems, named above")
+    raise DataError(f"{args.data}: {len(problems)} problems, each named above")
 
 
 def load_banks(args, vae, tokenizer, text_model):
@@ -258,7 +261,8 @@ def main():
     checkpoint.unlink()
     for written in (file, drawing, out / "log.jsonl", out / "args.json"):
         print(written)
-    print(f"done in {(time.monotonic() - started) / 60:.1f} min; now draw from a condition:\n"
+    print(f"done in {(time.monotonic() - started) / 60:.1f} min, peak memory "
+          f"{peak_memory(args.device):.2f} GB; now draw from a condition:\n"
           + sampling_command(args, file, drawing, test_bank.first_prompts([0])[0]))
 
 

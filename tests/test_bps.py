@@ -5,9 +5,10 @@ import sys
 import pytest
 import torch
 
-import bps as bps_module
 import cli
-from bps import FEET, PATHS, BPS, BPSConfig, config_for, load_bps, port_table, posterior, save_bps
+import ports
+from bps import FEET, PATHS, BPS, BPSConfig, config_for, load_bps, posterior, save_bps
+from ports import port_table
 from unet import UNet, UNetConfig, load_unet
 from weights import WeightsError
 
@@ -172,13 +173,13 @@ def test_the_table_of_ports_accounts_for_every_parameter(paths, foot):
 
 def test_the_ports_of_a_base_are_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bps.py", "--ports", "--base", str(cli.BASE)])
-    bps_module.main()
+    ports.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[3] == "| input 1 | contracting | 16 x 16 | 64 | 16 | 143,936 |"
     assert lines[-1] == "| all | | | | | 3,842,176 |"
     monkeypatch.setattr(sys, "argv", ["bps.py"])
     with pytest.raises(SystemExit):
-        bps_module.main()
+        ports.main()
 
 
 def test_posterior_is_prior_plus_weighted_differences():

@@ -92,6 +92,14 @@ def test_artistic_measures_colours_and_lines():
     assert wrong["colour distance"] > 0.1 and wrong["line F1"] < 0.6
 
 
+def test_a_large_picture_has_the_lines_of_its_own_condition():
+    x = torch.nn.functional.interpolate(to_x(load_pairs("artistic", "test")[0].open_image())[None],
+                                        scale_factor=8, mode="bilinear")
+    noisy = x + 0.05 * torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    cond = torch.cat([coarse_colours(noisy), soft_lines(noisy)], dim=1)
+    assert obedience.artistic(noisy, cond)["line F1"] == 1
+
+
 def test_a_perfect_drawing_is_obedient_and_a_blank_one_is_not():
     cond = torch.zeros(2, 1, 24, 20)
     cond[:, :, 6:18, 5:14] = 1.0

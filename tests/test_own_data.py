@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 
 import train
-from conditions import DataError, open_label_map
+from conditions import DataError, open_label_map, read_condition
 from data import load_pairs, open_pair
-from own_data import OwnPair, Source, find_pairs
+from own_data import OwnPair, Source, find_pairs, groups
 
 
 def ring(width, height, color="black"):
@@ -144,6 +144,18 @@ def test_a_wrong_line_of_a_listing_is_named(folder, line, words):
     assert words in problem(folder)
 
 
+def test_pairs_that_share_an_image_or_a_condition_are_on_one_side(folder):
+    pairs = [OwnPair("a", "x", ()), OwnPair("b", "y", ()), OwnPair("c", "y", ()),
+             OwnPair("c", "x", ()), OwnPair("d", "z", ())]
+    names = groups(pairs)
+    assert names[0] == names[1] == names[2] == names[3] != names[4]
+    rows = [dict(source=f"conditions/{i:02d}.png", target=f"images/{i % 6:02d}.png", prompt="")
+            for i in range(12)]
+    listing(folder, rows)
+    with pytest.raises(DataError, match="6 pairs; at least 10"):
+        load_pairs("sketch", "train", folder)
+
+
 def test_halves_of_pairs_doubled_names_and_too_few_are_refused(folder, tmp_path):
     (folder / "images" / "01.png").unlink()
     assert "01 is not in both" in problem(folder)
@@ -245,6 +257,26 @@ def test_a_label_map_keeps_its_colours_and_nothing_between(folder):
     assert torch.equal(flipped, cond.flip(-1)) and torch.equal(x_flipped, x.flip(-1))
 
 
+def test_two_used_classes_of_one_colour_are_refused(tmp_path):
+    image = label_map()
+    image.putpalette([10, 20, 30] * 8)
+    image.save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="a.png: two of its classes have one colour"):
+        open_label_map(tmp_path / "a.png")
+
+
+def test_grey_class_numbers_are_the_same_condition_in_training_and_sampling(folder, tmp_path):
+    for i in range(12):
+        label_map(48, "L").save(folder / "conditions" / f"{i:02d}.png")
+        ring(48, 48).save(folder / "images" / f"{i:02d}.png")
+    pair = load_pairs("segmentation", "train", folder)[0]
+    trained, _, colours = open_pair(pair, "segmentation", 48)
+    label_map(48, "L").save(tmp_path / "grey.png")
+    drawn, _ = read_condition(tmp_path / "grey.png", "segmentation", 48, 48,
+                              dict.fromkeys(colours, ""))
+    assert torch.equal((drawn * 255).round().byte(), trained)
+
+
 def test_class_numbers_in_grey_get_a_palette_of_distinct_colours(tmp_path):
     label_map(mode="L").save(tmp_path / "grey.png")
     image = open_label_map(tmp_path / "grey.png")
@@ -292,7 +324,7 @@ def test_a_check_tells_what_is_there_and_shows_what_the_network_sees(check, fold
     sheet = Image.open(check("--size", "48"))
     printed = capsys.readouterr().out
     for words in ("pairs: 12, of which 9 train, 1 val, 2 test", "image 33 x 33 (2)",
-                  "condition RGB (12)", "captions: 1, none for 11 pictures: give --default-prompt",
+                  "condition RGB (12)", "captions: 1; 11 pictures have none: nothing, unless --default-prompt",
                   "cut: images/01.png: its caption loses 'ring a ring",
                   "duplicates: image images/01.png = images/05.png", "lines: dark on light"):
         assert words in printed, words
@@ -300,6 +332,19 @@ def test_a_check_tells_what_is_there_and_shows_what_the_network_sees(check, fold
     cond, x, _ = open_pair(pairs[0], "sketch", 48)
     shown = np.asarray(sheet.crop((0, 16, 96, 112)).resize((48, 48), Image.Resampling.NEAREST))
     assert np.abs(shown[..., 0] - (255 - cond[0].numpy().astype(int))).max() <= 1
+
+
+def test_a_check_knows_the_default_prompt_and_turned_photos(check, folder, capsys):
+    for i in range(12):                             # as a phone writes them: wide, to be turned
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        ring(60, 30).save(folder / "images" / f"{i:02d}.jpg", exif=exif)
+        (folder / "images" / f"{i:02d}.png").unlink()
+        ring(30, 60).save(folder / "conditions" / f"{i:02d}.png")
+    check("--default-prompt", "a ring " * 60)
+    printed = capsys.readouterr().out
+    assert "image 30 x 60 (12)" in printed and "12 pictures have none: 'a ring" in printed
+    assert "cut: --default-prompt: its caption loses" in printed
 
 
 def test_a_check_names_every_problem_and_ends_in_an_error(check, folder, capsys):

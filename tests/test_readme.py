@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from test_layouts import save_file, single_file, write_folder
 
-import bps
 import cli
+import ports
 import sample
 import toy2d
 import train
@@ -24,7 +24,7 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", BOTH, re.DOTALL)
 MODULES = {"train.py": train, "sample.py": sample, "toy2d.py": toy2d,
            "tiny.pretrain": pretrain,
            "tiny.evaluate": evaluate, "tiny.make_data": make_data, "studies.bench": bench,
-           "studies.steering_cost": steering_cost, "bps.py": bps}
+           "studies.steering_cost": steering_cost, "bps.py": ports}
 
 
 def split(command):
@@ -89,7 +89,7 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
 
 def test_the_table_of_ports_in_the_readme_is_what_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bps.py", "--ports"])
-    bps.main()
+    ports.main()
     assert capsys.readouterr().out in README
 
 

@@ -12,8 +12,9 @@ from PIL import Image, ImageDraw, ImageOps
 import cli
 import diffusion
 import sample
+import steer
 from bps import BPS, BPSConfig, config_for, save_bps
-from conditions import DataError
+from conditions import DataError, crop, open_image, to_x
 from weights import WeightsError
 
 
@@ -51,6 +52,8 @@ def test_a_png_remembers_how_it_was_drawn(draw, bps_file):
     assert text["seed"] == "0" and text["steps"] == "2" and text["sampler"] == "ddim"
     files = json.loads(text["files"])
     for key, source in (("base", cli.BASE / "unet" / "diffusion_pytorch_model.safetensors"),
+                        ("vae", cli.BASE / "vae" / "diffusion_pytorch_model.safetensors"),
+                        ("text", cli.BASE / "text_encoder" / "model.safetensors"),
                         ("bps 1", bps_file), ("cond 1", cli.BASE.parent / "drawing.png")):
         assert files.pop(key) == hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     assert not files
@@ -131,12 +134,12 @@ def test_at_zero_the_picture_is_the_bases_own_bit_for_bit(option, draw):
     assert not np.array_equal(zero, one) and not np.array_equal(half, one)
 
 
-def test_a_window_of_everything_is_no_window_and_one_of_half_the_steps_is(draw):
-    plain, all_steps, first, second = (
-        pixels(draw("--n", 1, *window) / "0000.png")
-        for window in ([], ["--window", 0, 1], ["--window", 0, 0.5], ["--window", 0.5, 1]))
-    assert np.array_equal(plain, all_steps)
-    assert not np.array_equal(first, plain) and not np.array_equal(first, second)
+def test_a_window_of_everything_is_no_window_and_one_of_half_the_steps_is(draw, monkeypatch):
+    whole, first, second = (pixels(draw("--n", 1, "--window", *window) / "0000.png")
+                            for window in ((0, 1), (0, 0.5), (0.5, 1)))
+    assert not np.array_equal(first, whole) and not np.array_equal(first, second)
+    monkeypatch.setattr(steer.Steering, "steers", lambda *_: True)
+    assert np.array_equal(whole, pixels(draw("--n", 1) / "0000.png"))
 
 
 @pytest.fixture
@@ -166,7 +169,8 @@ def test_conditions_add_up_in_any_order_each_with_its_own_options(draw, bps_file
 
 def test_a_picture_is_drawn_again_from_itself_alone(draw, other, tmp_path, monkeypatch):
     out = draw("--n", 2, "--seed", 3, "--prompt", "-a 'grüne' pear", "--negative-prompt", "a cup",
-               "--strength", 0.5, "--window", 0, 0.5, *other, "--scale", 2, "--sampler", "euler",
+               "--cond", cli.BASE.parent / "drawing.png", "--strength", 0.5, "--window", 0, 0.5,
+               *other, "--scale", 2, "--sampler", "euler",
                "--init", cli.BASE.parent / "drawing.png", "--denoise", 0.4, "--steps", 5,
                "--size", "48x80")
     monkeypatch.setattr(sys, "argv", ["sample.py", "--from", str(out / "0004.png"), "--out",
@@ -179,18 +183,33 @@ def test_a_picture_is_drawn_again_from_itself_alone(draw, other, tmp_path, monke
                                       "--out", str(tmp_path / "other")])
     sample.main()
     assert np.array_equal(pixels(out / "0003.png"), pixels(tmp_path / "other" / "0003.png"))
+    # so do those of conditions, where it is clear which is meant
+    monkeypatch.chdir(tmp_path)
+    single = draw("--n", 1, "--strength", 0.5) / "0000.png"
+    again = ["--device", "cpu", "--from", str(single)]
+    for name, more in (("a", ["--strength", "1"]), ("b", ["--cond", str(other[3])])):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *again, *more, "--out", name])
+        sample.main()
+        assert not np.array_equal(pixels(f"{name}/0000.png"), pixels(single))
+    assert np.array_equal(pixels("a/0000.png"), pixels(draw("--n", 1) / "0000.png"))
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--from", str(out / "0004.png"), "--scale", "1"])
+    with pytest.raises(SystemExit):
+        sample.main()                                   # of which of its two conditions?
+    monkeypatch.setattr(sys, "argv", ["sample.py", "--from", str(out / "0004.png"),
+                                      "--out", str(tmp_path / "changed")])
     # a file that has changed since is named
     ImageOps.invert(Image.open(other[3])).save(other[3])
     with pytest.raises(DataError, match="box.png: not the file that .*0004.png was drawn with"):
         sample.main()
 
 
-def test_a_folder_of_conditions_is_drawn_each_with_its_own_prompt(draw, tmp_path):
+def test_a_folder_of_conditions_is_drawn_each_with_its_own_prompt(draw, tmp_path, bps_file):
     folder = tmp_path / "drawings"
     folder.mkdir()
     shutil.copy(cli.BASE.parent / "drawing.png", folder / "apple.png")
     shutil.copy(cli.BASE.parent / "drawing.png", folder / "pear.png")
     (folder / "pear.txt").write_text("a pear\n")
+    (folder / "._pear.png").write_bytes(b"left by a Mac")
     out = draw("--n", 2, "--cond", folder, "--prompt", "a red apple")
     assert sorted(file.name for file in out.iterdir()) == [
         "apple-0000.png", "apple-0001.png", "apple-condition.png", "pear-0000.png",
@@ -198,6 +217,14 @@ def test_a_folder_of_conditions_is_drawn_each_with_its_own_prompt(draw, tmp_path
     assert Image.open(out / "pear-0000.png").text["prompt"] == "a pear"
     single = pixels(draw("--n", 1, "--cond", folder / "apple.png") / "0000.png")
     assert np.array_equal(pixels(out / "apple-0000.png"), single)
+    (folder / "pear.txt").write_bytes("Birne, grün".encode("latin-1"))
+    with pytest.raises(DataError, match="pear.txt: not UTF-8"):
+        draw("--cond", folder)
+    other_folder = tmp_path / "others"
+    shutil.copytree(folder, other_folder)
+    (other_folder / "pear.png").rename(other_folder / "plum.png")
+    with pytest.raises(DataError, match="only one of them has pear"):
+        draw("--cond", folder, "--bps", bps_file, "--cond", other_folder)
 
 
 def test_one_condition_beside_a_folder_of_others_is_computed_once(draw, other, tmp_path,
@@ -237,16 +264,23 @@ def test_a_label_map_with_a_class_that_was_not_trained_on_is_refused(draw, tmp_p
         draw("--bps", tmp_path / "boxes.safetensors")
 
 
-def test_a_start_is_the_pictures_latent_with_the_noise_of_its_step():
-    noise, z_init = torch.randn(2, 1, 4, 6, 8)
-    timesteps, signal_and_noise = diffusion.levels(10, diffusion.NoiseSchedule())
-    z_t, i = sample.start_latent(noise, z_init, 0.3, timesteps, signal_and_noise)
-    assert i == 7 and timesteps[i] == 201
+def test_a_start_is_the_pictures_latent_with_the_noise_of_its_step(draw, tmp_path, monkeypatch):
+    seen, sample_from = [], diffusion.sample
+
+    def noted(denoise, z_t, schedule, steps, sampler, start):
+        seen.append((z_t, start))
+        return sample_from(denoise, z_t, schedule, steps, sampler, start)
+
+    monkeypatch.setattr(diffusion, "sample", noted)
+    for share in (0.3, 1):
+        draw("--n", 1, "--steps", 10, "--init", cli.BASE.parent / "drawing.png", "--denoise", share)
+    (z_t, start), (all_noise, first) = seen
+    noise = steer.draw_noise([0], (4, 16, 16))
+    x = to_x(crop(open_image(cli.BASE.parent / "drawing.png"), 64, 64))[None]
+    z_init = sample.load_vae(cli.BASE).encode(x).mean
+    assert start == 7 and first == 0 and torch.equal(all_noise, noise)
     expected = diffusion.NoiseSchedule().add_noise(z_init, noise, torch.tensor([201]))
-    torch.testing.assert_close(z_t, expected)
-    for start in ((z_init, 1.0), (None, 0.3)):
-        z_t, i = sample.start_latent(noise, *start, timesteps, signal_and_noise)
-        assert i == 0 and torch.equal(z_t, noise)
+    torch.testing.assert_close(z_t, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_little_denoising_keeps_the_picture_and_all_of_it_forgets_it(draw, tmp_path):
@@ -265,18 +299,24 @@ def test_little_denoising_keeps_the_picture_and_all_of_it_forgets_it(draw, tmp_p
     (["--window", "0.6", "0.4"], "--window 0.6 0.4: a start and a later end"),
     (["--window", "0.7", "0.8"], "--window 0.7 0.8: holds none of the 2 steps"),
     (["--cond", "a.png", "--cond", "b.png"], "--cond: twice for one condition"),
-    (["--strength", "nan"], "--strength nan: a finite number"),
+    (["--strength", "nan"], "--strength nan: allowed are -1000 to 1000"),
+    (["--guidance", "1e30"], "--guidance 1e+30: allowed are -1000 to 1000"),
+    (["--bps", "x", "--bps", "y"], "--bps x: without --cond; of several, each needs its own"),
+    (["--bps", "none", "--bps", "x"], "--bps x: beside --bps none"),
     (["--denoise", "0.5"], "--denoise 0.5: needs --init"),
     (["--init", "tiny/drawing.png", "--denoise", "0"], "--denoise 0.0: allowed is above 0"),
     (["--from", "tiny/drawing.png"], "tiny/drawing.png: does not say how it was drawn"),
-    (["--cond", "tests"], "--cond tests: no image in this folder"),
+    (["--cond", "tests"], "--cond tests: no image in it"),
 ])
 def test_a_wrong_option_is_named_with_what_is_allowed(arguments, message, draw, monkeypatch,
                                                       capsys):
     monkeypatch.chdir(cli.HERE)
     with pytest.raises((DataError, SystemExit)) as error:
         draw(*arguments)
-    assert message in f"{error.value}{capsys.readouterr().err}"
+    printed = capsys.readouterr().err
+    if error.type is SystemExit:
+        assert error.value.code == 2 and printed.count("\n") == 1
+    assert message in f"{error.value}{printed}"
 
 
 def test_a_bps_of_the_wrong_channels_or_without_its_task_is_refused(draw, tmp_path, bps_file):
@@ -308,6 +348,8 @@ def test_numbers_that_ran_over_are_an_error_not_a_black_picture(draw, monkeypatc
     monkeypatch.setattr(sample.diffusion, "guide", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(WeightsError, match="--dtype fp16: too narrow.*give --dtype bf16"):
         draw("--dtype", "fp16")
+    with pytest.raises(WeightsError, match="--dtype fp32: .* --strength or --scale nearer to 1"):
+        draw("--n", 1)
 
 
 def test_guidance_one_needs_half_the_work(draw, monkeypatch):

@@ -1,5 +1,5 @@
 """What strengths, windows and caches do: against exact Gaussians, and bit for bit."""
-import math
+import itertools
 
 import pytest
 import torch
@@ -72,18 +72,53 @@ def test_strengths_are_powers_of_the_conditions_likelihoods(strengths, t):
     torch.testing.assert_close(denoise(z_t, t), (-s * score).float())
 
 
-def test_a_strength_draws_the_law_of_a_gaussian_reading_and_guidance_leaves_it_alone():
-    """A reading of small error: the posterior is N(r / (1 + error^2), error^2 / (1 + error^2))."""
-    world, (reading, error) = Gaussian(), (1.5, 0.5)
+@pytest.mark.parametrize("readings", [[], [(1.5, 0.5)], [(1.5, 0.5), (0.5, 1.0)]], ids=len)
+def test_sampling_draws_the_posterior_of_gaussian_readings(readings):
+    """Precisions add up: 1 of the prior, 1 / error^2 of each reading (one at a time, two as one)."""
+    world, precision = Gaussian(), 1 + sum(1 / error**2 for _, error in readings)
     noise = torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0)).double()
     context = torch.zeros(4000, 1, 1, dtype=torch.float64)
-    for guidance in (1.0, 5.0):             # this world has no text, so guidance changes nothing
-        denoise = steer.make_denoiser(world, context, context[:1], guidance,
-                                      [world.steering(reading, error)])
-        for z in diffusion.sample(denoise, noise, SCHEDULE, 200):
-            pass
-        assert z.mean().item() == pytest.approx(reading / (1 + error**2), abs=0.05)
-        assert z.std().item() == pytest.approx(error / math.sqrt(1 + error**2), rel=0.05)
+    # readings of one z_0 are independent given z_0, not given z_t: joined, they are one reading
+    conditions = [world.steering(sum(r / e**2 for r, e in readings) / (precision - 1),
+                                 (precision - 1) ** -0.5)] if readings else []
+    denoise = steer.make_denoiser(world, context, context[:1], 1.0, conditions)
+    for z in diffusion.sample(denoise, noise, SCHEDULE, 200):
+        pass
+    mean = sum(r / e**2 for r, e in readings) / precision
+    assert z.mean().item() == pytest.approx(mean, abs=0.05)
+    assert z.std().item() == pytest.approx(precision**-0.5, rel=0.05)
+
+
+def test_guidance_extrapolates_the_prompt_with_the_conditions_in_both_halves():
+    class Told(Gaussian):
+        """Whose prompt adds a constant to eps."""
+
+        def __call__(self, z_t, ts, context, residuals=None):
+            return super().__call__(z_t, ts, context, residuals) + context[:, :1, :1, None]
+
+    world, z_t = Told(), torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
+    context = torch.full((7, 1, 1), 0.25, dtype=torch.float64)
+    conditions = [world.steering(1.5, 0.4, strength=0.5)]
+    plain, guided = (steer.make_denoiser(world, context, 0 * context[:1], g, conditions)(z_t, 501)
+                     for g in (1.0, 5.0))
+    torch.testing.assert_close(guided - plain, torch.full_like(plain, 0.25 * 4))
+
+
+def test_three_conditions_add_up_in_any_order():
+    world, z_t = Gaussian(), torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
+    context = torch.zeros(7, 1, 1, dtype=torch.float64)
+    conditions = [world.steering(r, e, strength=s) for r, e, s in
+                  ((1.5, 0.4, 0.5), (-0.5, 1.0, 2.0), (0.3, 0.7, 1.0))]
+    drawn = [steer.make_denoiser(world, context, context[:1], 1.0, order)(z_t, 501)
+             for order in itertools.permutations(conditions)]
+    for each in drawn[1:]:
+        torch.testing.assert_close(each, drawn[0])
+
+
+def test_a_window_without_timesteps_is_refused():
+    context, window = torch.zeros(1, 1, 1), Gaussian().steering(1.5, 0.4, window=(0.0, 0.5))
+    with pytest.raises(ValueError, match="give timesteps"):
+        steer.make_denoiser(None, context, context, 1.0, [window])
 
 
 # ---- maps, once a timestep -----------------------------------------------------------------
@@ -135,14 +170,17 @@ def test_bps_runs_once_a_timestep_for_both_halves_all_seeds_and_all_prompts(unet
     assert torch.equal(kept, again)             # bit for bit
 
 
-def test_maps_are_kept_only_while_they_fit(unet):
+def test_maps_are_kept_as_far_as_there_is_room_and_the_last_ones_always(unet):
     bps, cond = CountedBPS(), torch.rand(1, 1, 48, 32)
-    steering = steer.Steering(bps, unet, cond)
-    size = sum(r.nbytes for r in steering(500) if r is not None)
-    steering = steer.Steering(bps, unet, cond, cache_bytes=2 * size)
-    for t in (900, 500, 100):
+    size = sum(r.nbytes for r in steer.Steering(bps, unet, cond)(500) if r is not None)
+    steering, calls = steer.Steering(bps, unet, cond, cache_bytes=2 * size), len(bps.calls)
+    for t in (900, 500, 100, 100, 900, 500, 100):
         steering(t)
-    assert list(steering.kept) == [100]
+    assert list(steering.kept) == [900, 500]
+    assert len(bps.calls) - calls == 3
+    steering.forget_last()
+    steering(100)
+    assert len(bps.calls) - calls == 4
 
 
 def test_a_batch_of_conditions_serves_both_halves(unet):

@@ -83,6 +83,22 @@ def test_every_task_trains_measures_and_draws_from_its_own_condition(task, measu
     assert (tmp_path / "pictures" / "0000.png").is_file()
 
 
+def test_the_share_of_empty_prompts_is_the_one_asked_for(tmp_path, monkeypatch):
+    shares, batch = [], Bank.batch
+
+    def noted(self, size, generator, empty_share):
+        shares.append(empty_share)
+        return batch(self, size, generator, empty_share)
+
+    monkeypatch.setattr(Bank, "batch", noted)
+    run(train, monkeypatch, *SHORT, "--prompt-drop", "0.25", "--paths", "contracting",
+        "--weights", "flat", "--foot", "light", "--out", tmp_path / "run")
+    assert set(shares) == {0.25}
+    config = load_bps(tmp_path / "run" / "bps.safetensors").config
+    assert config.paths == ("contracting",) and config.foot == "light"
+    assert config.input_weights == (1, 1, 1) and config.middle_weight == 1
+
+
 def test_the_loss_is_against_what_the_model_predicts(tmp_path, monkeypatch):
     """Not the noise, which a model that predicts v never gives: here the target is far away."""
     seen = []
