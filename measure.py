@@ -17,7 +17,7 @@ SAMPLE_STEPS, SAMPLE_GUIDANCE = 25, 3.0
 
 
 def peak_memory(device):
-    """Returns the most memory that the process has held so far, in GB: the GPU's, or the main one's.
+    """Returns the most memory that the process has held so far, in GB; on a GPU, the GPU's.
 
     nan where the system does not tell (Windows).
     """

@@ -262,8 +262,8 @@ def check(source, task, pairs, sides, tokenizer, extract, default_prompt):
     survey.show()
     captions = [(pair.image, text) for pair in pairs for text in pair.prompts]
     bare = sum(not pair.prompts for pair in pairs)
-    instead = f"{default_prompt!r}" if default_prompt else "nothing, unless --default-prompt says it"
-    print(f"captions: {len(captions)}" + (f"; {bare} pictures have none: {instead}" if bare else ""))
+    print(f"captions: {len(captions)}, and {bare} pictures without; their --default-prompt is "
+          f"{default_prompt!r}")
     for name, text in [*captions, *[("--default-prompt", default_prompt)] * bool(bare)]:
         dropped = tokenizer.fit(text)[1]
         if dropped:

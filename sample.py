@@ -115,8 +115,8 @@ def default_condition(condition, bps):
     if condition.cond:
         return condition
     if bps.metadata["task"] != "sketch":
-        raise DataError(f"{condition.bps}: trained for {bps.metadata['task']}; give --cond, what it "
-                        f"is to follow")
+        raise DataError(f"{condition.bps}: trained for {bps.metadata['task']}; give --cond, what "
+                        f"it is to follow")
     return condition._replace(cond=HERE / "tiny" / "drawing.png")
 
 

@@ -152,7 +152,7 @@ def is_embedded(base):
 
 
 def check_conditions(parser, options, base):
-    """Returns Conditions of what ConditionOption collected; ends the script where they are wrong."""
+    """Returns Conditions of what ConditionOption collected; ends the script if they are wrong."""
     options, none = [dict(given) for given in options], Path("none")
     if any(given.get("bps") == none for given in options):
         others = [(name, value) for given in options for name, value in given.items()

@@ -208,15 +208,14 @@ def main():
     args = parse_args()
     if args.check_data:
         return check_data(args)
-    started = time.monotonic()
+    started, task = time.monotonic(), args.task
     unet, vae, tokenizer, text_model, schedule = load_base(
         args.base, args.tokenizer, args.device, vae_path=args.vae,
         prediction_type=args.prediction_type)
-    unit = vae.factor * 2 ** (len(unet.config.channels) - 1)
-    if args.size % unit:
+    if args.size % (unit := vae.factor * 2 ** (len(unet.config.channels) - 1)):
         raise DataError(f"--size {args.size}: this base takes multiples of {unit}")
-    bps_config = config_for(unet.config, TASKS[args.task].channels, vae.factor, args.weights,
-                            args.paths, args.foot)
+    bps_config = config_for(unet.config, TASKS[task].channels, vae.factor, args.weights, args.paths,
+                            args.foot)
     base = weights.fingerprint(*layouts.find_unet(args.base))
     facts = {key: str(value) for key, value in vars(args).items() if key != "out"}
     facts["base_sha256"] = base
@@ -248,16 +247,16 @@ def main():
         tqdm.write(f"step {step}: validation loss {steered:.4f}, frozen base {base_loss:.4f}")
 
     train(bps, optimizer, unet, schedule, bank, args, start, on_save)
-    metadata = dict(task=args.task, base=base, context_dim=unet.config.context_dim,
+    metadata = dict(task=task, base=base, context_dim=unet.config.context_dim,
                     prediction_type=schedule.prediction_type, size=args.size, steps=args.steps,
                     batch=args.batch, lr=args.lr, seed=args.seed, extracted=bool(args.extract),
                     light_on_dark=bank.light_on_dark, classes=named_classes(args, bank))
     file, drawing = out / "bps.safetensors", out / "condition.png"
     save_bps(bps, file, metadata)                       # first, should the report be interrupted
-    numbers = report(unet, vae, schedule, test_bank, bps, out, args.seed,
-                     meter_for(args.task, args.data is None, args.device))
+    meter = meter_for(task, args.data is None, args.device)
+    numbers = report(unet, vae, schedule, test_bank, bps, out, args.seed, meter)
     save_bps(bps, file, metadata | dict(results=numbers))
-    example_condition(args.task, test_bank).save(drawing)
+    example_condition(task, test_bank).save(drawing)
     checkpoint.unlink()
     for written in (file, drawing, out / "log.jsonl", out / "args.json"):
         print(written)

@@ -4,8 +4,9 @@
 
 naive is how the authors' code runs: BPS in every call of the U-Net, for both halves of guidance.
 amortised is how sample.py runs: once a timestep and condition, for all pictures. BPS has random
-weights; at SD 1.5's sizes so has the U-Net, and one step of 512 px stands for all of them. Only the steps are timed, not the text encoder and the autoencoder. Ways take turns; times are
-medians.
+weights; at SD 1.5's sizes so has the U-Net, and one step of 512 px, timed once, stands for all of
+them. On the embedded base times are medians of seven, taken in turns. Only the steps are timed, not
+the text encoder and the autoencoder.
 """
 import itertools
 import statistics

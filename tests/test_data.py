@@ -98,6 +98,19 @@ def test_no_name_is_on_two_sides_of_the_split():
     assert not names["val"] & names["test"] and len(names["test"]) >= 128
 
 
+@pytest.mark.parametrize("task, sizes", [
+    ("sketch", (779, 58, 141)), ("segmentation", (480, 48, 144)), ("layout", (480, 48, 144)),
+    ("artistic", (40, 22, 52))])
+def test_every_embedded_task_has_as_many_pairs_as_its_table_says(task, sizes):
+    splits = [load_pairs(task, split) for split in ("train", "val", "test")]
+    assert tuple(map(len, splits)) == sizes
+    names = [{pair.name for pair in pairs} for pairs in splits]
+    assert [len(each) for each in names] == list(sizes)
+    if task == "artistic":
+        assert not set.intersection(*names[:2]) and not names[0] & names[2]
+        assert "firefox" not in world.BASE_STYLES
+
+
 def test_embedded_pairs_are_aligned_drawings_of_their_pictures():
     pairs = load_pairs("sketch", "test")[:20]
     drawn = torch.stack([to_x(pair.open_cond()) for pair in pairs])
@@ -138,7 +151,8 @@ def test_a_condition_of_another_size_than_its_picture_is_refused(base):
 
 def test_a_batch_has_pairs_mirrored_or_not_their_own_prompts_and_a_tenth_empty(base):
     _, vae, tokenizer, text_model, _ = base
-    bank = Bank(drawn_pairs(lambda image: image), "sketch", 64, vae, tokenizer, text_model, mirror=True)
+    bank = Bank(drawn_pairs(lambda image: image), "sketch", 64, vae, tokenizer, text_model,
+                mirror=True)
     assert len(bank) == 12 and torch.equal(bank.conds[:6].flip(-1), bank.conds[6:])
     cond, z, context = bank.batch(2000, torch.Generator().manual_seed(0))
     which = (cond[:, None] == bank.cond(slice(0, 12))[None]).flatten(2).all(dim=2).int().argmax(1)

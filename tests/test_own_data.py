@@ -1,4 +1,4 @@
-"""A user's own pairs: three layouts in a folder or a .zip, and everything that can be wrong there."""
+"""A user's own pairs: three layouts in a folder or a .zip, and all that can be wrong there."""
 import json
 import shutil
 import sys
@@ -72,7 +72,8 @@ def test_three_layouts_give_the_same_pairs(folder):
         listing(folder, rows, name)
         assert found(folder) == expected
         # several lines for one pair are several captions, too
-        listing(folder, [rows[0] | {keys[2]: text} for text in expected[0].prompts] + rows[1:], name)
+        first = [rows[0] | {keys[2]: text} for text in expected[0].prompts]
+        listing(folder, first + rows[1:], name)
         assert found(folder) == expected
         (folder / name).unlink()
     rows = [dict(file_name=pair.image, conditioning_image_file_name=pair.cond) for pair in expected]
@@ -324,9 +325,10 @@ def test_a_check_tells_what_is_there_and_shows_what_the_network_sees(check, fold
     sheet = Image.open(check("--size", "48"))
     printed = capsys.readouterr().out
     for words in ("pairs: 12, of which 9 train, 1 val, 2 test", "image 33 x 33 (2)",
-                  "condition RGB (12)", "captions: 1; 11 pictures have none: nothing, unless --default-prompt",
+                  "condition RGB (12)", "lines: dark on light",
+                  "captions: 1, and 11 pictures without; their --default-prompt is ''",
                   "cut: images/01.png: its caption loses 'ring a ring",
-                  "duplicates: image images/01.png = images/05.png", "lines: dark on light"):
+                  "duplicates: image images/01.png = images/05.png"):
         assert words in printed, words
     pairs = load_pairs("sketch", "train", folder)
     cond, x, _ = open_pair(pairs[0], "sketch", 48)
@@ -343,7 +345,8 @@ def test_a_check_knows_the_default_prompt_and_turned_photos(check, folder, capsy
         ring(30, 60).save(folder / "conditions" / f"{i:02d}.png")
     check("--default-prompt", "a ring " * 60)
     printed = capsys.readouterr().out
-    assert "image 30 x 60 (12)" in printed and "12 pictures have none: 'a ring" in printed
+    assert "image 30 x 60 (12)" in printed
+    assert "and 12 pictures without; their --default-prompt is 'a ring" in printed
     assert "cut: --default-prompt: its caption loses" in printed
 
 

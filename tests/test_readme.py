@@ -76,7 +76,8 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
     stand_ins = {"runs/sketch/bps.safetensors": bps_file, "runs/sd/bps.safetensors": bps_file,
                  "A.safetensors": bps_file, "B.safetensors": bps_file, "a.png": drawing,
                  "b.png": drawing, "drawing.png": drawing, "768x512": "96x64",
-                 "DRAWINGS": tmp_path / "drawings", "pictures/0000.png": tmp_path / "first/0000.png",
+                 "DRAWINGS": tmp_path / "drawings",
+                 "pictures/0000.png": tmp_path / "first/0000.png",
                  "SD_FOLDER": cli.BASE if "--bps" in arguments else small,
                  "MODEL.safetensors": single}
     arguments = [str(stand_ins.get(word, word)) for word in arguments]

@@ -74,7 +74,7 @@ def test_strengths_are_powers_of_the_conditions_likelihoods(strengths, t):
 
 @pytest.mark.parametrize("readings", [[], [(1.5, 0.5)], [(1.5, 0.5), (0.5, 1.0)]], ids=len)
 def test_sampling_draws_the_posterior_of_gaussian_readings(readings):
-    """Precisions add up: 1 of the prior, 1 / error^2 of each reading (one at a time, two as one)."""
+    """Precisions add up: 1 of the prior, 1 / error^2 of each reading."""
     world, precision = Gaussian(), 1 + sum(1 / error**2 for _, error in readings)
     noise = torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0)).double()
     context = torch.zeros(4000, 1, 1, dtype=torch.float64)
