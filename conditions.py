@@ -34,13 +34,14 @@ class DataError(ValueError):
 class Task(NamedTuple):
     """A kind of condition."""
     channels: int
+    port_weights: str = "head-heavy"        # a name of bps.WEIGHTS, by default
     has_labels: bool = False                # its colours are classes, which nothing may blend
     has_lines: bool = False                 # which may be extracted where only images are there
     steps: int = 900                        # of training, by default
 
 
 TASKS = {"sketch": Task(1, has_lines=True), "segmentation": Task(3, has_labels=True),
-         "layout": Task(3, has_labels=True),
+         "layout": Task(3, "flat", has_labels=True),
          "artistic": Task(4, has_lines=True, steps=300)}        # 40 pictures: more steps overfit
 
 

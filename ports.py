@@ -19,9 +19,9 @@ def add_options(parser):
     add = parser.add_argument
     add("--paths", nargs="+", choices=PATHS, default=PATHS, metavar="PATH",
         help=f"what is steered, some of {', '.join(PATHS)} (default: all)")
-    add("--weights", type=port_weights, default=WEIGHTS[0], help=f"of the ports: "
-        f"{', '.join(WEIGHTS)}, or numbers with commas between: one a level, the middle's, the "
-        f"expansive path's (default: %(default)s)")
+    add("--weights", type=port_weights, help=f"of the ports: {', '.join(WEIGHTS)}, or numbers with "
+        f"commas between: one a level, the middle's, the expansive path's (default: "
+        f"{WEIGHTS[0]}, for layout {WEIGHTS[1]})")
     add("--foot", choices=FEET, default=FEET[0], help="light: an expansive half of narrow 1x1 "
         "layers, 1x1 ports and one middle block, a third of the parameters (default: %(default)s)")
 
@@ -100,8 +100,8 @@ def main():
         vae_config = VAEConfig(**layouts.read_vae(args.base).config)
     factor = 2 ** (len(vae_config.channels) - 1)
     with torch.device("meta"):
-        bps = BPS(config_for(unet_config, args.cond_channels, factor, args.weights, args.paths,
-                             args.foot))
+        bps = BPS(config_for(unet_config, args.cond_channels, factor, args.weights or WEIGHTS[0],
+                             args.paths, args.foot))
     rows = port_table(bps, unet_config.sample_size or 64)
     print("| block | path | latent | channels | weight | parameters |\n|---|---|---|---|---|---|")
     for block, path, side, channels, weight, count in rows:

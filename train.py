@@ -144,6 +144,7 @@ def parse_args():
     parser.add_device()
     add("--out", type=Path, help="folder of the run (default: runs/TASK)")
     args = parser.parse_args()
+    args.weights = args.weights or TASKS[args.task].port_weights
     args.steps = TASKS[args.task].steps if args.steps is None else args.steps
     for name in ("size", "steps", "batch", "save_every"):
         if getattr(args, name) < 1:

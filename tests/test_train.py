@@ -72,7 +72,9 @@ def test_every_task_trains_measures_and_draws_from_its_own_condition(task, measu
     out = tmp_path / "run"
     run(train, monkeypatch, *SHORT, "--task", task, "--out", out)
     command = capsys.readouterr().out.splitlines()[-1]
-    metadata = load_bps(out / "bps.safetensors").metadata
+    bps = load_bps(out / "bps.safetensors")
+    metadata, head = bps.metadata, bps.config.input_weights
+    assert head == ((1, 1, 1) if task == "layout" else (16, 8, 4))      # the authors' for layout
     assert metadata["task"] == task and list(metadata["results"]["obedience"]) == measured
     for scores in metadata["results"]["obedience"].values():
         assert all(0 <= scores[name] <= 1 for name in ("base", "steered", "round_trip"))
