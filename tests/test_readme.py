@@ -99,6 +99,10 @@ def test_every_file_that_the_readme_links_to_exists():
     targets += [file for row in re.findall(r"^\| (`[^|]+`) \|", README, re.M)
                 for file in re.findall(r"`([\w/]+\.\w+)`", row)]
     assert targets
+    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
+                for line in re.findall(r"^#+ (.*)$", README, re.M)}
+    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
+        assert anchor in headings, anchor
     for target in targets:
         assert target.startswith("http") or (ROOT / target).exists(), target
 
