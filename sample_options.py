@@ -157,8 +157,8 @@ def check_conditions(parser, options, base):
     if any(given.get("bps") == none for given in options):
         others = [(name, value) for given in options for name, value in given.items()
                   if value != none]
-        for name, value in others:
-            parser.error(f"--{name} {value}: beside --bps none; leave one of them out")
+        if others:
+            parser.error("--{} {}: beside --bps none; leave one of them out".format(*others[0]))
         return []
     if is_embedded(base) and "bps" not in (options or [{}])[0]:
         options = [{"bps": HERE / "tiny" / "bps_sketch.safetensors"} | (options or [{}])[0],
