@@ -1,5 +1,6 @@
 """What the scripts share: how they read their command line and how they end."""
 import argparse
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -10,6 +11,7 @@ import diffusion
 from conditions import DataError
 from weights import WeightsError
 
+MOST_PIXELS = 4096**2
 HERE = Path(__file__).parent
 BASE = HERE / "tiny" / "model"
 
@@ -26,10 +28,15 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
     def check_out(self, out):
-        """Ends the script where --out, or a folder it would lie in, is a file."""
-        for folder in (out, *out.parents):
+        """Ends the script where --out, or a folder it would lie in, is a file or write-protected.
+        """
+        for folder in (out, *out.absolute().parents):
             if folder.is_file():
                 self.error(f"--out {out}: {folder} is a file; a folder is wanted")
+            if folder.exists():
+                if not os.access(folder, os.W_OK):
+                    self.error(f"--out {out}: {folder} cannot be written to")
+                return
 
     def add_device(self):
         """Adds --device: the GPU where there is one, else the CPU."""
@@ -56,6 +63,12 @@ def usable_device(name):
     except (RuntimeError, AssertionError):      # no such kind, or PyTorch was built without it
         raise argparse.ArgumentTypeError(f"{name} is not there; cpu always is") from None
     return name
+
+
+def check_pixels(width, height):
+    """Raises DataError where a picture would be too large for any of these models."""
+    if width * height > MOST_PIXELS:
+        raise DataError(f"--size {width}x{height}: at most {MOST_PIXELS:,} pixels")
 
 
 def seed_number(text):

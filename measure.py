@@ -12,6 +12,7 @@ from steer import Steering, draw
 
 VALIDATION_T = tuple(range(62, 1000, 125))      # the fixed timesteps: 62, 187 .. 937
 OBEDIENCE_PICTURES = 48
+FEW_PAIRS = 20                                  # too few for a standard error to be trusted
 SHEET_ROWS = 12
 SAMPLE_STEPS, SAMPLE_GUIDANCE = 25, 3.0
 
@@ -137,6 +138,8 @@ def report(unet, vae, schedule, bank, bps, out, seed, meter):
           f"steered {numbers['steered']:.4f}, shuffled conditions {numbers['shuffled']:.4f}")
     print(f"gain {gain:.4f} +- {gain_se:.4f} ({ratio(gain, gain_se):.1f} standard errors), "
           f"shuffled-condition gap {gap:.4f} +- {gap_se:.4f} ({ratio(gap, gap_se):.1f})")
+    if len(bank.pairs) < FEW_PAIRS:
+        print(f"(these are {len(bank.pairs)} pairs only: other ones would give other numbers)")
     count = min(OBEDIENCE_PICTURES, len(bank.pairs))
     indices = torch.arange(count)
     conds, names = bank.cond(indices), bank.first_prompts(range(count))

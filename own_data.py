@@ -30,6 +30,7 @@ LISTINGS = {"prompt.json": (("source",), "target", "prompt"),
             "metadata.jsonl": (("conditioning_image", "conditioning_image_file_name"),
                                "file_name", "text")}    # keys of condition, image, caption
 SAME_SHAPE = 0.02               # how far the aspect ratios of a pair may differ
+MANY_CLASSES = 64               # in all maps; more may be shades
 MOST_BYTES = 2**28              # of one file in a .zip, unpacked
 
 
@@ -137,48 +138,64 @@ def find_pairs(source, extract=False):
         for there, folder in ((conds, "conditions"), (images, "images")):
             if stem not in there:
                 problems.append(f"{source.where(folder)}/{stem}.*: missing, so that {stem} is not "
-                                f"in both conditions/ and images/")
+                                f"in both conditions/ and images/; read are "
+                                f"{', '.join(IMAGE_SUFFIXES)}")
         if stem in conds and stem in images:
-            pairs.append(OwnPair(conds[stem], images[stem], source.captions(images[stem])))
+            prompts = ()
+            try:
+                prompts = source.captions(images[stem])
+            except DataError as error:
+                problems.append(str(error))
+            pairs.append(OwnPair(conds[stem], images[stem], prompts))
     if not pairs and not problems:
         problems.append(f"{source.path}: no pairs; allowed are prompt.json (fill50k), "
-                        f"metadata.jsonl (imagefolder) or the folders images/ and conditions/")
+                        f"metadata.jsonl (imagefolder) or the folders images/ and conditions/; "
+                        f"with --extract, images alone")
     return pairs, problems
 
 
 def _listed_pairs(source, listing, keys, extract):
     """Returns the pairs of a file with one JSON object a line, and its problems by line."""
-    cond_keys, image_key, text_key = keys
     captions, problems = {}, []
-    for number, line in enumerate(source.text(listing).split("\n"), 1):
+    text = source.text(listing)
+    if text.lstrip().startswith("["):
+        return [], [f"{source.where(listing)}: a JSON array; wanted is one object a line, without "
+                    f"brackets and commas around"]
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         place = f"{source.where(listing)}, line {number}"
         try:
-            row = json.loads(line)
-            names = [row[image_key]]
-            if not extract:
-                names.insert(0, next(row[key] for key in cond_keys if key in row))
-            prompts = row.get(text_key) or ()
-            prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
-            if not all(isinstance(text, str) for text in (*names, *prompts)):
-                raise TypeError
-        except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
-            wanted = [image_key] if extract else [cond_keys[0], image_key]
+            names, prompts = _read_row(json.loads(line), keys, extract)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             problems.append(f"{place}: not a JSON object with the keys "
-                            f"{', '.join([*wanted, text_key])}")
+                            f"{keys[0][0]}, {keys[1]}, {keys[2]} ({error})")
             continue
-        names = [posixpath.normpath(name.replace("\\", "/")) for name in names]
-        for name in names:
-            if name.startswith(("../", "/")) or name[1:2] == ":":
-                problems.append(f"{place}: {name} leaves the folder; only files in it are read")
-            elif name not in source.names:
-                problems.append(f"{place}: {source.where(name)} does not exist")
-        captions.setdefault((names[0], names[-1]), []).extend(prompts)
+        wrong = [f"{name} leaves the folder; only files in it are read"
+                 if name.startswith(("../", "/")) or name[1:2] == ":" else
+                 f"{source.where(name)} does not exist"
+                 for name in names if name not in source.names]
+        problems += [f"{place}: {words}" for words in wrong]
+        if not wrong:
+            captions.setdefault((names[0], names[-1]), []).extend(prompts)
     if not captions and not problems:
         problems.append(f"{source.where(listing)}: no pairs in it")
     return [OwnPair(*names, tuple(dict.fromkeys(prompts)))
             for names, prompts in captions.items()], problems
+
+
+def _read_row(row, keys, extract):
+    """Returns (names of condition, unless extracted, and image; captions) of a listing's line."""
+    cond_keys, image_key, text_key = keys
+    names = [row[image_key]]
+    if not extract:
+        names.insert(0, row[next((key for key in cond_keys if key in row), cond_keys[0])])
+    prompts = row.get(text_key) or ()
+    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    for text in (*names, *prompts):
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is no text")
+    return [posixpath.normpath(name.replace("\\", "/")) for name in names], prompts
 
 
 def groups(pairs):
@@ -206,7 +223,8 @@ class Survey:
     def __init__(self, source, task):
         self.source, self.task, self.problems = source, task, []
         self.sizes, self.modes, self.classes = Counter(), Counter(), Counter()
-        self.digests, self.colours_of = {}, {}      # (kind, SHA-256): names; palette index: colours
+        self.digests = {}                           # (kind, SHA-256): names
+        self.maps_of = {}                           # palette index: {colour: a map that has it}
 
     def look(self, kind, name):
         """Returns the image of a file, once it is counted; None where it cannot be used."""
@@ -217,7 +235,7 @@ class Survey:
                 found = class_colours(self.source.condition(name, self.task))
                 self.classes.update(list(found))
                 for colour, index in found.items():
-                    self.colours_of.setdefault(index, set()).add(colour)
+                    self.maps_of.setdefault(index, {}).setdefault(colour, name)
             with self.source.open(name) as file:
                 digest = hashlib.sha256(file.read()).digest()
         except (DataError, OSError) as error:
@@ -236,11 +254,15 @@ class Survey:
         if TASKS[self.task].has_labels:
             print("classes: " + ", ".join(f"{colour} in {n} maps"
                                           for colour, n in sorted(self.classes.items())))
-        differ = {i: colours for i, colours in self.colours_of.items() if len(colours) > 1}
-        if differ and self.task == "segmentation":
-            index, colours = min(differ.items())
-            self.problems.append(f"{self.source.path}: palettes differ: class {index} is "
-                                 f"{' and '.join(sorted(colours))}; save all maps with one palette")
+        for index, maps in sorted(self.maps_of.items()):
+            if len(maps) > 1 and self.task == "segmentation":
+                found = ", ".join(f"{colour} in {name}" for colour, name in maps.items())
+                self.problems.append(f"{self.source.path}: palettes differ: class {index} is "
+                                     f"{found}; save all maps with one palette")
+        if self.task == "sketch" and "condition P" in self.modes:
+            print("note: palette images as line drawings; label maps want --task segmentation")
+        if len(self.classes) > MANY_CLASSES:
+            print(f"note: {len(self.classes)} classes look like shades of a picture")
         for (kind, _), names in self.digests.items():
             if len(set(names)) > 1:
                 print(f"duplicates: {kind} {' = '.join(sorted(set(names)))}")

@@ -35,9 +35,9 @@ def port_weights(text):
         weights = tuple(map(float, text.split(",")))
     except ValueError:
         weights = ()
-    if not weights or not all(0 <= weight < 1e4 for weight in weights):
+    if not any(weights) or not all(0 <= weight < 1e4 for weight in weights):
         raise argparse.ArgumentTypeError(f"{text}: allowed are {', '.join(WEIGHTS)}, or numbers "
-                                         f"from 0 to 10,000, as in 16,8,4,16,1")
+                                         f"from 0 to 10,000, not all 0, as in 16,8,4,16,1")
     return weights
 
 

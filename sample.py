@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import diffusion
 from bps import load_bps
-from cli import HERE, run
+from cli import check_pixels, run
 from clip import load_clip
 from conditions import (
     TASKS,
@@ -39,7 +39,7 @@ from conditions import (
 )
 from layouts import find_unet, read_text, read_vae
 from own_data import Source
-from sample_options import DTYPES, command_words, files_of, parse_args
+from sample_options import DEFAULT_DRAWING, DTYPES, command_words, files_of, parse_args
 from steer import Steering, draw_noise, make_denoiser, room_for_maps
 from unet import load_unet
 from vae import load_vae
@@ -105,6 +105,7 @@ def picture_size(wanted, bps, unet, vae, schedule):
     at_768 = unet.config.context_dim == 1024 and schedule.prediction_type == "v_prediction"
     side = (unet.config.sample_size or (96 if at_768 else 64)) * vae.factor
     width, height = wanted or (bps.metadata["size"] if bps else side,) * 2
+    check_pixels(width, height)
     if width % vae.factor or height % vae.factor:
         raise WeightsError(f"--size {width}x{height}: this base takes multiples of {vae.factor}")
     return width, height
@@ -117,7 +118,7 @@ def default_condition(condition, bps):
     if bps.metadata["task"] != "sketch":
         raise DataError(f"{condition.bps}: trained for {bps.metadata['task']}; give --cond, what "
                         f"it is to follow")
-    return condition._replace(cond=HERE / "tiny" / "drawing.png")
+    return condition._replace(cond=DEFAULT_DRAWING)
 
 
 class Job(NamedTuple):
@@ -224,23 +225,24 @@ def main():
     uses = Counter(condition for job in jobs for condition in job.conditions)
     read = {c: read_condition(c.cond, networks[c.bps].metadata["task"], width, height,
                               networks[c.bps].metadata.get("classes")) for c in uses}
+    z_init = None
+    if args.init:
+        x = to_x(crop(open_image(args.init), width, height))[None].to(args.device)
+        with torch.inference_mode():
+            z_init = vae.encode(x).mean
     once = functools.cache(fingerprint)                 # of a base it takes seconds
     files = [fingerprints(args, job.conditions, once) for job in jobs]
     for file, bps in networks.items():
         if files[0]["base"] != bps.metadata.get("base"):
             print(f"note: {file} was trained on other weights than {args.base}; it fits, but may "
                   f"follow the condition less", file=sys.stderr)
-    z_init = None
-    if args.init:
-        x = to_x(crop(open_image(args.init), width, height))[None].to(args.device)
-        with torch.inference_mode():
-            z_init = vae.encode(x).mean
     # the maps of a condition are only kept where another job draws with it, and memory allows
     room = room_for_maps(args.device) // max(1, sum(n > 1 for n in uses.values()))
     steerings = {c: Steering(networks[c.bps], unet, cond[None], c.scale, c.strength, c.window,
                              room if uses[c] > 1 else 0) for c, (cond, _) in read.items()}
     args.out.mkdir(parents=True, exist_ok=True)         # before the work, should it not be possible
     for job, used in zip(jobs, files):
+        print(f"prompt: {job.prompt}")
         facts = dict(prompt=job.prompt, negative_prompt=args.negative_prompt,
                      size=f"{width}x{height}", sampler=args.sampler, steps=args.steps,
                      guidance=args.guidance, clip_skip=args.clip_skip, dtype=args.dtype,

@@ -18,6 +18,8 @@ from cli import BASE, HERE, Parser, seed_number
 from conditions import DataError, load_image
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
+DEFAULT_BPS = HERE / "tiny" / "bps_sketch.safetensors"      # of the embedded base
+DEFAULT_DRAWING = HERE / "tiny" / "drawing.png"
 DENOISE = 0.6                   # share of the steps after --init
 MOST = 1000                     # of a strength, either way
 
@@ -161,8 +163,7 @@ def check_conditions(parser, options, base):
             parser.error("--{} {}: beside --bps none; leave one of them out".format(*others[0]))
         return []
     if is_embedded(base) and "bps" not in (options or [{}])[0]:
-        options = [{"bps": HERE / "tiny" / "bps_sketch.safetensors"} | (options or [{}])[0],
-                   *options[1:]]
+        options = [{"bps": DEFAULT_BPS} | (options or [{}])[0], *options[1:]]
     conditions = []
     for given in options:
         if "bps" not in given:
@@ -183,19 +184,18 @@ def check_conditions(parser, options, base):
 
 
 def overruled(parser, before, options, base):
-    """Returns the Conditions of a --from picture with those of the command line.
+    """Returns the Conditions of a --from picture, changed by those of the command line, in order.
 
-    Options without a --bps change the picture's only condition; a --bps replaces all of them.
+    --bps none drops them; what is not given anew stays as it was.
     """
     if not options:
         return before
-    if "bps" in options[0] or not before:
+    if not before or any(given.get("bps") == Path("none") for given in options):
         return check_conditions(parser, options, base)
-    if len(before) > 1 or len(options) > 1:
-        name, value = next(iter(options[0].items()))
-        parser.error(f"--{name} {value}: of which of the picture's {len(before)} conditions? give "
-                     f"them anew, each with its --bps")
-    return check_conditions(parser, [before[0]._asdict() | options[0]], base)
+    merged = [condition._asdict() for condition in before]
+    for i, given in enumerate(options):
+        merged[i:i + 1] = [(merged[i] if i < len(merged) else {}) | given]
+    return check_conditions(parser, merged, base)
 
 
 # ---- what a picture remembers --------------------------------------------------------------
@@ -224,8 +224,13 @@ def command_words(args, facts, conditions):
     """Returns the words of the command that draws a picture of these facts once more."""
     words = ["python", "sample.py"]
     for condition in conditions:
-        words += ["--bps", condition.bps.resolve(), "--cond", condition.cond.resolve(), "--scale",
-                  condition.scale, "--strength", condition.strength, "--window", *condition.window]
+        # what comes with the project is not named, so that the folder may be moved
+        if len(conditions) > 1 or condition.bps != DEFAULT_BPS:
+            words += ["--bps", condition.bps.resolve()]
+        if len(conditions) > 1 or condition.cond != DEFAULT_DRAWING:
+            words += ["--cond", condition.cond.resolve()]
+        words += ["--scale", condition.scale, "--strength", condition.strength, "--window",
+                  *condition.window]
     if not conditions:
         words += ["--bps", "none"]
     for name in ("base", "tokenizer", "vae", "init"):

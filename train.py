@@ -8,9 +8,9 @@ command goes on from the last checkpoint; a finished run is never overwritten.
 
 Shapes: B batch, C channels, H W rows and columns of the latent.
 """
+import hashlib
 import json
 import shlex
-import sys
 import time
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 import layouts
 import weights
 from bps import BPS, config_for, save_bps
-from cli import BASE, Parser, run, seed_number
+from cli import BASE, Parser, check_pixels, run, seed_number
 from clip import load_clip
 from conditions import TASKS, DataError, cond_to_x, to_image
 from data import EMPTY_SHARE, Bank, load_pairs, mostly_light_on_dark, open_pair, split_names
@@ -185,12 +185,22 @@ def check_data(args):
         if args.task == "sketch":
             print(f"lines: {'light on dark' if light else 'dark on light'}")
         args.out.mkdir(parents=True, exist_ok=True)
-        contact_sheet(columns, ["condition", "picture", "both", "flipped"],
+        contact_sheet(columns, ["condition", "picture", "flipped", "flipped"],
                       [pair.prompts[0] for pair in shown], args.out / "check.png")
         return
     for problem in problems:
-        print(f"problem: {problem}", file=sys.stderr)
-    raise DataError(f"{args.data}: {len(problems)} problems, each named above")
+        print(f"problem: {problem}")
+    raise DataError(f"{args.data}: problems, each named above: {len(problems)}")
+
+
+def run_facts(args):
+    """Returns what makes a run this one: arguments, base, the pairs' names and captions (a dict)."""
+    pairs = [(split, pair.name, pair.prompts) for split in ("train", "val", "test")
+             for pair in load_pairs(args.task, split, args.data, bool(args.extract),
+                                    args.default_prompt)]
+    return {key: str(value) for key, value in vars(args).items() if key != "out"} | dict(
+        base_sha256=weights.fingerprint(*layouts.find_unet(args.base)),
+        pairs_sha256=hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16])
 
 
 def load_banks(args, vae, tokenizer, text_model):
@@ -215,11 +225,10 @@ def main():
         prediction_type=args.prediction_type)
     if args.size % (unit := vae.factor * 2 ** (len(unet.config.channels) - 1)):
         raise DataError(f"--size {args.size}: this base takes multiples of {unit}")
+    check_pixels(args.size, args.size)
     bps_config = config_for(unet.config, TASKS[task].channels, vae.factor, args.weights, args.paths,
                             args.foot)
-    base = weights.fingerprint(*layouts.find_unet(args.base))
-    facts = {key: str(value) for key, value in vars(args).items() if key != "out"}
-    facts["base_sha256"] = base
+    facts = run_facts(args)
     out = choose_out(args.out, facts)
 
     bank, val_bank, test_bank = load_banks(args, vae, tokenizer, text_model)
@@ -230,7 +239,8 @@ def main():
     torch.manual_seed(args.seed)
     bps = BPS(bps_config).to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
-    print(f"run: {out}")
+    other = "" if out == args.out else f" ({args.out} holds another run)"
+    print(f"run: {out}{other}")
     out.mkdir(parents=True, exist_ok=True)
     weights.write_json(facts, out / "args.json")
     checkpoint, start = out / CHECKPOINT, 0
@@ -248,7 +258,7 @@ def main():
         tqdm.write(f"step {step}: validation loss {steered:.4f}, frozen base {base_loss:.4f}")
 
     train(bps, optimizer, unet, schedule, bank, args, start, on_save)
-    metadata = dict(task=task, base=base, context_dim=unet.config.context_dim,
+    metadata = dict(task=task, base=facts["base_sha256"], context_dim=unet.config.context_dim,
                     prediction_type=schedule.prediction_type, size=args.size, steps=args.steps,
                     batch=args.batch, lr=args.lr, seed=args.seed, extracted=bool(args.extract),
                     light_on_dark=bank.light_on_dark, classes=named_classes(args, bank))

@@ -187,7 +187,10 @@ def save(tensors, file, metadata):
     """Writes tensors and string metadata as safetensors: to a temporary name, then renamed."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     temporary = f"{file}.tmp"
-    save_file(tensors, temporary, metadata)
+    try:
+        save_file(tensors, temporary, metadata)
+    except SafetensorError as error:
+        raise WeightsError(f"{file}: cannot be written ({error}); is the disk full?") from None
     os.replace(temporary, file)
 
 
@@ -213,17 +216,24 @@ def save_training(file, modules, trained, optimizer, facts):
 
 
 def load_training(file, modules, trained, optimizer):
-    """Restores in place what save_training wrote with the same modules; returns its facts."""
-    with safe_open(file, "pt") as f, torch.no_grad():
-        facts = json.loads(f.metadata()["facts"])
-        for name, module in modules.items():
-            for key, parameter in module.named_parameters():
-                parameter.copy_(f.get_tensor(f"{name}.{key}"))
-        for key, parameter in modules[trained].named_parameters():
-            optimizer.state[parameter] = dict(
-                step=torch.tensor(float(facts["step"])),
-                exp_avg=torch.empty_like(parameter).copy_(f.get_tensor(f"m.{key}")),
-                exp_avg_sq=torch.empty_like(parameter).copy_(f.get_tensor(f"v.{key}")))
+    """Restores in place what save_training wrote with the same modules; returns its facts.
+
+    Errors: WeightsError where the file is damaged.
+    """
+    try:
+        with safe_open(file, "pt") as f, torch.no_grad():
+            facts = json.loads(f.metadata()["facts"])
+            for name, module in modules.items():
+                for key, parameter in module.named_parameters():
+                    parameter.copy_(f.get_tensor(f"{name}.{key}"))
+            for key, parameter in modules[trained].named_parameters():
+                optimizer.state[parameter] = dict(
+                    step=torch.tensor(float(facts["step"])),
+                    exp_avg=torch.empty_like(parameter).copy_(f.get_tensor(f"m.{key}")),
+                    exp_avg_sq=torch.empty_like(parameter).copy_(f.get_tensor(f"v.{key}")))
+    except SafetensorError as error:
+        raise WeightsError(f"{file}: damaged ({error}); delete it to start this run "
+                           f"anew") from None
     return facts
 
 

@@ -139,10 +139,13 @@ def test_a_path_that_leaves_the_folder_is_refused_by_file_and_line(folder, name)
     ('{"source": "conditions/00.png", "target": "images/00.png", "prompt": [1]}', "line 2: not"),
     ('{"source": "conditions/99.png", "target": "images/00.png"}', "conditions/99.png does not"),
 ])
-def test_a_wrong_line_of_a_listing_is_named(folder, line, words):
+def test_a_wrong_line_of_a_listing_is_named_once(folder, line, words):
     row = json.dumps(dict(source="conditions/00.png", target="images/00.png", prompt="a ring"))
     (folder / "prompt.json").write_text(f"{row}\n{line}\n")
     assert words in problem(folder)
+    assert len(find_pairs(Source(folder))[0]) == 1              # the good line's pair alone
+    (folder / "prompt.json").write_text(f"[{row},\n{row}]")
+    assert "prompt.json: a JSON array" in problem(folder)
 
 
 def test_pairs_that_share_an_image_or_a_condition_are_on_one_side(folder):
@@ -353,11 +356,12 @@ def test_a_check_knows_the_default_prompt_and_turned_photos(check, folder, capsy
 def test_a_check_names_every_problem_and_ends_in_an_error(check, folder, capsys):
     (folder / "images" / "01.png").unlink()
     (folder / "images" / "02.png").write_bytes(b"nonsense")
+    (folder / "images" / "04.txt").write_bytes("grün".encode("latin-1"))
     ring(32, 50).save(folder / "images" / "03.png")
-    with pytest.raises(DataError, match="3 problems"):
+    with pytest.raises(DataError, match="problems, each named above: 4"):
         check()
-    lines = capsys.readouterr().err
-    for words in ("01 is not in both", "02.png: cannot be read as an image",
+    lines = capsys.readouterr().out
+    for words in ("01 is not in both", "02.png: cannot be read as an image", "04.txt: not UTF-8",
                   "03.png: 35 x 35 px, but its picture has 32 x 50"):
         assert words in lines, words
 
@@ -370,16 +374,21 @@ def test_a_check_of_label_maps_tells_classes_and_palettes_that_differ(check, fol
     other = label_map(32)
     other.putpalette([10, 20, 30] * 7 + [0, 0, 255])
     other.save(folder / "conditions" / "00.png")
-    with pytest.raises(DataError, match="1 problems"):
+    with pytest.raises(DataError, match="problems, each named above: 1"):
         check("--task", "segmentation")
-    assert "class 7 is #0000ff and #c86432" in capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert "class 7 is #0000ff in conditions/00.png, #c86432 in conditions/01.png" in printed
+    check("--task", "sketch")
+    assert "note: palette images as line drawings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, words", [
     (["--extract", "sketch"], "--extract: needs --data"), (["--check-data"], "--check-data: needs"),
     (["--data", "x", "--extract", "artistic"], "makes no conditions of --task sketch"),
     (["--prompt-drop", "1.5"], "--prompt-drop 1.5: allowed are 0 to 1"),
-    (["--weights", "a,b"], "a,b: allowed are head-heavy, flat"), (["--paths", "up"], "'up'"),
+    (["--weights", "a,b"], "a,b: allowed are head-heavy, flat"),
+    (["--weights", "0,0"], "0,0: allowed are head-heavy, flat, or numbers from 0 to 10,000, not"),
+    (["--paths", "up"], "'up'"),
     (["--foot", "none"], "'none'")])
 def test_a_wrong_option_of_training_is_one_line(arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])

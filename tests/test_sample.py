@@ -167,7 +167,8 @@ def test_conditions_add_up_in_any_order_each_with_its_own_options(draw, bps_file
     assert not np.array_equal(pixels(one / "0000.png"), alone)
 
 
-def test_a_picture_is_drawn_again_from_itself_alone(draw, other, tmp_path, monkeypatch):
+def test_a_picture_is_drawn_again_from_itself_alone(draw, other, tmp_path, monkeypatch,
+                                                    bps_file):
     out = draw("--n", 2, "--seed", 3, "--prompt", "-a 'grüne' pear", "--negative-prompt", "a cup",
                "--cond", cli.BASE.parent / "drawing.png", "--strength", 0.5, "--window", 0, 0.5,
                *other, "--scale", 2, "--sampler", "euler",
@@ -192,9 +193,16 @@ def test_a_picture_is_drawn_again_from_itself_alone(draw, other, tmp_path, monke
         sample.main()
         assert not np.array_equal(pixels(f"{name}/0000.png"), pixels(single))
     assert np.array_equal(pixels("a/0000.png"), pixels(draw("--n", 1) / "0000.png"))
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--from", str(out / "0004.png"), "--scale", "1"])
-    with pytest.raises(SystemExit):
-        sample.main()                                   # of which of its two conditions?
+    # a file that was moved: the condition's other options stay
+    moved = tmp_path / "moved.safetensors"
+    shutil.copy(other[1], moved)
+    two = ["--device", "cpu", "--from", str(out / "0004.png")]
+    for name, more in (("c", ["--bps", str(bps_file), "--bps", str(moved)]),
+                       ("d", ["--bps", str(bps_file), "--bps", str(moved), "--scale", "1"])):
+        monkeypatch.setattr(sys, "argv", ["sample.py", *two, *more, "--out", name])
+        sample.main()
+    assert np.array_equal(pixels("c/0004.png"), pixels(out / "0004.png"))
+    assert not np.array_equal(pixels("d/0004.png"), pixels(out / "0004.png"))
     monkeypatch.setattr(sys, "argv", ["sample.py", "--from", str(out / "0004.png"),
                                       "--out", str(tmp_path / "changed")])
     # a file that has changed since is named
@@ -295,7 +303,15 @@ def test_little_denoising_keeps_the_picture_and_all_of_it_forgets_it(draw, tmp_p
     assert np.abs(noise - blue).mean() == gone
 
 
+def test_what_comes_with_the_project_is_found_again_where_the_project_has_moved(draw):
+    text = Image.open(draw("--bps", sample.DEFAULT_DRAWING.parent / "bps_sketch.safetensors",
+                           "--n", 1) / "0000.png").text
+    assert str(cli.HERE) not in text["command"]
+
+
 @pytest.mark.parametrize("arguments, message", [
+    (["--size", "100000"], "--size 100000x100000: at most 16,777,216 pixels"),
+    (["--init", "nowhere.png"], "nowhere.png: no such file"),
     (["--window", "0.6", "0.4"], "--window 0.6 0.4: a start and a later end"),
     (["--window", "0.7", "0.8"], "--window 0.7 0.8: holds none of the 2 steps"),
     (["--cond", "a.png", "--cond", "b.png"], "--cond: twice for one condition"),

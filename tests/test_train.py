@@ -177,6 +177,27 @@ def test_a_run_that_is_interrupted_in_its_report_keeps_its_bps_and_goes_on(tmp_p
     assert "results" in load_bps(out / "bps.safetensors").metadata
 
 
+def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path, monkeypatch):
+    out, report = tmp_path / "run", train.report
+    monkeypatch.setattr(train, "report", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(train, monkeypatch, *SHORT, "--out", out)
+    file = out / "checkpoint.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    monkeypatch.setattr(train, "report", report)
+    with pytest.raises(weights.WeightsError, match="checkpoint.safetensors: damaged .* delete it"):
+        run(train, monkeypatch, *SHORT, "--out", out)
+
+
+def test_other_pairs_are_another_run(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    args = train.parse_args()
+    facts = train.run_facts(args)
+    assert facts == train.run_facts(args)
+    monkeypatch.setattr(train, "load_pairs", lambda *a, **k: load_pairs(*a, **k)[:5])
+    assert train.run_facts(args)["pairs_sha256"] != facts["pairs_sha256"]
+
+
 def test_the_learning_rate_falls_linearly_to_zero(tmp_path, monkeypatch):
     rates, step = [], torch.optim.AdamW.step
 
