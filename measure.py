@@ -130,7 +130,7 @@ def contact_sheet(columns, titles, names, file):
 def report(unet, vae, schedule, bank, bps, out, seed, meter):
     """Validates on test pairs, draws, writes samples.png and returns all the numbers.
 
-    meter: measures obedience, as those of obedience.METERS; None where nothing can.
+    meter: measures obedience, what obedience.meter_for returns.
     """
     numbers = validate(unet, schedule, bank, bps)
     (gain, gain_se), (gap, gap_se) = numbers["gain"], numbers["gap"]

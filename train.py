@@ -194,7 +194,7 @@ def check_data(args):
 
 
 def run_facts(args):
-    """Returns what makes a run this one: arguments, base, the pairs' names and captions (a dict)."""
+    """Returns what makes a run this one: arguments, base, its pairs' names and captions."""
     pairs = [(split, pair.name, pair.prompts) for split in ("train", "val", "test")
              for pair in load_pairs(args.task, split, args.data, bool(args.extract),
                                     args.default_prompt)]
