@@ -159,8 +159,9 @@ def check_conditions(parser, options, base):
     if any(given.get("bps") == none for given in options):
         others = [(name, value) for given in options for name, value in given.items()
                   if value != none]
-        if others:
-            parser.error("--{} {}: beside --bps none; leave one of them out".format(*others[0]))
+        for name, value in others[:1]:
+            why = "beside --bps none" if name == "bps" else "needs --bps, not none"
+            parser.error(f"--{name} {value}: {why}; leave one of them out")
         return []
     if is_embedded(base) and "bps" not in (options or [{}])[0]:
         options = [{"bps": DEFAULT_BPS} | (options or [{}])[0], *options[1:]]

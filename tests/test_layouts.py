@@ -506,7 +506,7 @@ def test_a_wrong_option_is_refused_with_what_is_allowed(arguments, message, rand
     (("--bps", "none", "--scale", "0.3"), "--scale 0.3: needs --bps"),
     (("--device", "meta"), "meta is not there"),
     (("--guidance", "1", "--negative-prompt", "x"), "--guidance 1: leaves --negative-prompt 'x'"),
-    (("--out", __file__), "test_layouts.py: a file; a folder is wanted"),
+    (("--out", __file__), "test_layouts.py is a file; a folder is wanted"),
 ])
 def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, draw, capsys):
     with pytest.raises(SystemExit) as stop:

@@ -284,7 +284,7 @@ def test_bad_input_is_named_and_nothing_is_written(module, arguments, message, t
     (["train.py", "--task", "nonsense"], "'nonsense' (choose from"),
     (["train.py", "--lr", "-1"], "--lr -1.0: allowed is"),
     (["sample.py", "--seed", "-3"], "allowed are 0 to"),
-    (["sample.py", "--guidance", "nan"], "a finite number is wanted"),
+    (["sample.py", "--guidance", "nan"], "--guidance nan: allowed are -1000 to 1000"),
 ])
 def test_a_user_error_is_one_line_with_exit_code_2(arguments, message, tmp_path):
     done = subprocess.run([sys.executable, *arguments, "--out", tmp_path / "x"],
