@@ -136,6 +136,24 @@ class LightFoot(nn.Module):
         return maps
 
 
+def expansive_blocks(config, skip_channels):
+    """Returns the authors' expansive half: an entry [block, port, up-sampler] per skip of BPS.
+
+    skip_channels: those of the contracting path's entries; the last is the middle's, too.
+    """
+    blocks, skip_channels = nn.ModuleList(), list(skip_channels)
+    channels_in = skip_channels[-1]
+    for level, channels in reversed(list(enumerate(config.channels))):
+        for i in range(config.blocks_per_level + 1):
+            entry = [LightResBlock(channels_in + skip_channels.pop(), channels, config.norm_groups),
+                     zero_conv(channels, channels)]
+            channels_in = channels
+            if i == config.blocks_per_level and level > 0:
+                entry.append(Upsample(channels))
+            blocks.append(nn.ModuleList(entry))
+    return blocks
+
+
 class BPS(nn.Module):
     """The steering network: condition and timestep to one residual per block of the U-Net.
 
@@ -181,21 +199,11 @@ class BPS(nn.Module):
                                      for _ in range(1 if light else 2))
         self.zero_blocks = nn.ModuleList([*ports, port_if("transition", channels)])
 
-        # Expansive path: one entry per skip of BPS's own contracting path, or the light foot.
         self.output_blocks = nn.ModuleList()
         if "expansive" in config.paths and light:
             self.light_foot = LightFoot(config)
         elif "expansive" in config.paths:
-            channels_in = channels
-            for level in reversed(range(levels)):
-                channels = config.channels[level]
-                for i in range(config.blocks_per_level + 1):
-                    entry = [LightResBlock(channels_in + skip_channels.pop(), channels, groups),
-                             zero_conv(channels, channels)]
-                    channels_in = channels
-                    if i == config.blocks_per_level and level > 0:
-                        entry.append(Upsample(channels))
-                    self.output_blocks.append(nn.ModuleList(entry))
+            self.output_blocks = expansive_blocks(config, skip_channels)
 
     def forward(self, cond, t_emb):
         """Returns residuals: one map (B, C, H, W) per U-Net block, None where there is no port.

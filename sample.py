@@ -45,6 +45,7 @@ from unet import load_unet
 from vae import load_vae
 from weights import WeightsError, fingerprint
 
+
 def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_path=None,
               prediction_type=None):
     """Returns (unet, vae, tokenizer, text_model, schedule) of an SD folder or single file.

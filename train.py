@@ -193,23 +193,27 @@ def check_data(args):
     raise DataError(f"{args.data}: problems, each named above: {len(problems)}")
 
 
-def run_facts(args):
+def load_splits(args):
+    """Returns {train, val or test: its pairs}."""
+    return {split: load_pairs(args.task, split, args.data, bool(args.extract), args.default_prompt)
+            for split in ("train", "val", "test")}
+
+
+def run_facts(args, splits):
     """Returns what makes a run this one: arguments, base, its pairs' names and captions."""
-    pairs = [(split, pair.name, pair.prompts) for split in ("train", "val", "test")
-             for pair in load_pairs(args.task, split, args.data, bool(args.extract),
-                                    args.default_prompt)]
+    pairs = [(split, pair.name, pair.prompts) for split, own in splits.items() for pair in own]
     return {key: str(value) for key, value in vars(args).items() if key != "out"} | dict(
         base_sha256=weights.fingerprint(*layouts.find_unet(args.base)),
         pairs_sha256=hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16])
 
 
-def load_banks(args, vae, tokenizer, text_model):
+def load_banks(args, splits, vae, tokenizer, text_model):
     """Returns the Banks of the training, validation and test pairs."""
-    extract, light_on_dark, banks = bool(args.extract), None, []
-    for split in ("train", "val", "test"):
-        pairs = load_pairs(args.task, split, args.data, extract, args.default_prompt)
+    light_on_dark, banks = None, []
+    for split, pairs in splits.items():
         banks.append(Bank(pairs, args.task, args.size, vae, tokenizer, text_model,
-                          mirror=split == "train", light_on_dark=light_on_dark, extract=extract))
+                          mirror=split == "train", light_on_dark=light_on_dark,
+                          extract=bool(args.extract)))
         light_on_dark = banks[0].light_on_dark
     return banks
 
@@ -228,10 +232,10 @@ def main():
     check_pixels(args.size, args.size)
     bps_config = config_for(unet.config, TASKS[task].channels, vae.factor, args.weights, args.paths,
                             args.foot)
-    facts = run_facts(args)
+    splits = load_splits(args)
+    facts = run_facts(args, splits)
     out = choose_out(args.out, facts)
-
-    bank, val_bank, test_bank = load_banks(args, vae, tokenizer, text_model)
+    bank, val_bank, test_bank = load_banks(args, splits, vae, tokenizer, text_model)
     del text_model
     print(f"{len(bank.pairs)} training, {len(val_bank.pairs)} validation and "
           f"{len(test_bank.pairs)} test pairs; latents and text states are cached")
@@ -239,8 +243,8 @@ def main():
     torch.manual_seed(args.seed)
     bps = BPS(bps_config).to(args.device, memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
-    other = "" if out == args.out else f" ({args.out} holds another run)"
-    print(f"run: {out}{other}")
+    other = out.resolve() != args.out.resolve()
+    print(f"run: {out}" + f" ({args.out} holds another run)" * other)
     out.mkdir(parents=True, exist_ok=True)
     weights.write_json(facts, out / "args.json")
     checkpoint, start = out / CHECKPOINT, 0

@@ -192,10 +192,10 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path, monkeypatch):
 def test_other_pairs_are_another_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     args = train.parse_args()
-    facts = train.run_facts(args)
-    assert facts == train.run_facts(args)
+    facts = train.run_facts(args, train.load_splits(args))
+    assert facts == train.run_facts(args, train.load_splits(args))
     monkeypatch.setattr(train, "load_pairs", lambda *a, **k: load_pairs(*a, **k)[:5])
-    assert train.run_facts(args)["pairs_sha256"] != facts["pairs_sha256"]
+    assert train.run_facts(args, train.load_splits(args))["pairs_sha256"] != facts["pairs_sha256"]
 
 
 def test_the_learning_rate_falls_linearly_to_zero(tmp_path, monkeypatch):
