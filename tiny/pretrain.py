@@ -58,8 +58,8 @@ def compose(rows, seeds):
 
 
 def make_pool(split, count, seed):
-    """Returns (pictures (count, 3, 64, 64) uint8, captions) of a split's names."""
-    return compose(world.records(split),
+    """Returns (pictures (count, 3, 64, 64) uint8, captions) composed of a split's pool."""
+    return compose(world.pool(split),
                    tqdm([(seed, i) for i in range(count)], desc=f"{split} pictures", leave=False))
 
 
@@ -134,6 +134,22 @@ def random_init(module):
     return module
 
 
+def augment(x, generator):
+    """Returns images (B, 3, H, W), each turned, scaled and tinted a little at random.
+
+    A few drawings of each name are all there are: without this the image tower learns them by
+    heart. Gentle enough that colours and styles keep their names.
+    """
+    angle, zoom = ((torch.rand(len(x), generator=generator) * 2 - 1) * most for most in (0.3, 0.12))
+    cos, sin, zero = angle.cos() * (1 + zoom), angle.sin() * (1 + zoom), torch.zeros(len(x))
+    affine = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
+    turned = F.grid_sample(x, F.affine_grid(affine.to(x), x.shape, align_corners=False),
+                           padding_mode="border", align_corners=False)
+    gain = 0.8 + 0.4 * torch.rand(len(x), 3, 1, 1, generator=generator)
+    shift = 0.2 * torch.rand(len(x), 3, 1, 1, generator=generator) - 0.1
+    return (turned * gain.to(x) + shift.to(x)).clamp(-1, 1)
+
+
 def learn_merges(captions, most):
     """Returns the merges [(left, right)] of a byte-pair encoding: the most frequent pair each time.
 
@@ -189,7 +205,7 @@ class CLIPStage:
     batch, rate = 128, 5e-4
 
     def __init__(self, args):
-        self.args, self.rows = args, world.records("train")
+        self.args, self.rows = args, world.pool("train")
         self.held_out, held_out_captions = make_pool("val", 256, args.seed + 1)
         if not (args.out / "tokenizer" / "vocab.json").exists():
             train_tokenizer(make_pool("train", args.pool, args.seed)[1], args.out / "tokenizer")
@@ -199,10 +215,10 @@ class CLIPStage:
         config = CLIPTextConfig(width=128, layers=3, heads=4, vocab_size=self.end + 1)
         self.model = CLIPScore(random_init(CLIPTextModel(config)), IMAGE_WIDTHS, 128)
 
-    def logits(self, model, pictures, ids):
-        """Returns scaled cosines (B, B) between pictures (rows) and captions (columns)."""
+    def logits(self, model, x, ids):
+        """Returns scaled cosines (B, B) between images x (rows) and captions (columns)."""
         used = int((ids == self.end).int().argmax(dim=1).max()) + 1     # the rest is padding
-        images = model.embed_image(to_x(pictures, self.args.device))
+        images = model.embed_image(x)
         texts = model.embed_text(ids[:, :used].to(self.args.device), self.end)
         return model.logit_scale.clamp(max=4.6).exp() * images @ texts.T
 
@@ -210,14 +226,16 @@ class CLIPStage:
         """Returns the symmetric cross-entropy of a batch composed anew for this step."""
         seed = torch.randint(2**31, (), generator=generator).item()
         pictures, captions = compose(self.rows, [(seed, slot) for slot in range(self.batch)])
-        logits = self.logits(self.model, pictures, self.tokenizer(captions))
+        x = augment(to_x(pictures, self.args.device), generator)
+        logits = self.logits(self.model, x, self.tokenizer(captions))
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
     @torch.inference_mode()
     def evaluate(self, model):
         """Returns how often a held-out picture finds its caption among 256."""
-        nearest = self.logits(model, self.held_out, self.held_out_ids).argmax(dim=1).cpu()
+        x = to_x(self.held_out, self.args.device)
+        nearest = self.logits(model, x, self.held_out_ids).argmax(dim=1).cpu()
         return dict(retrieval_of_256=(nearest == torch.arange(len(nearest))).float().mean().item())
 
     def export(self, model):
@@ -253,17 +271,21 @@ class UNetStage:
     """The noise predictor on cached latents, with the frozen text tower and 10 % empty prompts."""
     batch, rate = 32, 6e-4
     empty_share = 0.1
+    snr_gamma = 5.0             # min-SNR weights (arXiv 2303.09556): clean steps count less
 
     def __init__(self, args):
         self.args = args
         self.schedule = NoiseSchedule()
+        snr = self.schedule.alphas_cumprod / (1 - self.schedule.alphas_cumprod)         # (1000,)
+        self.loss_weights = (snr.clamp(max=self.snr_gamma) / snr).float()
+        self.loss_weights /= self.loss_weights.mean()
         vae = load_vae(args.out, device=args.device)
         tokenizer, text_model = load_clip(args.out, device=args.device)
         self.pool = self.encode(vae, tokenizer, text_model, "train", args.pool, args.seed)
         self.held_out = self.encode(vae, tokenizer, text_model, "val", 256, args.seed + 1)
         self.empty = text_model(tokenizer([""]).to(args.device)).cpu()
         self.model = load_unet(args.init).requires_grad_(True) if args.init else zero_last_layers(
-            UNet(UNetConfig(channels=(64, 96, 128), attention=(False, True, True),
+            UNet(UNetConfig(channels=(64, 128, 192), attention=(False, True, True),
                             heads=(4, 4, 4), blocks_per_level=1, context_dim=128)))
 
     @torch.inference_mode()
@@ -294,7 +316,8 @@ class UNetStage:
         """Returns the loss of a batch drawn with the generator, t uniform in 0..999."""
         indices = torch.randint(len(self.pool[0]), (self.batch,), generator=generator)
         t = torch.randint(self.schedule.timesteps, (self.batch,), generator=generator)
-        return self.eps_error(self.model, self.pool, indices, t, generator).mean()
+        error = self.eps_error(self.model, self.pool, indices, t, generator)
+        return (self.loss_weights[t].to(error) * error).mean()
 
     @torch.inference_mode()
     def evaluate(self, model):
@@ -362,7 +385,7 @@ def train(stage, args):
     model = stage.model.to(args.device, memory_format=torch.channels_last).train()
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.rate, betas=(0.9, 0.99),
-                                  weight_decay=0.01)
+                                  weight_decay=0.01, fused=True)
     step, used = 0, 0.0
     modules, checkpoint = dict(model=model, ema=ema), folder / "checkpoint.safetensors"
     if checkpoint.exists():
@@ -415,7 +438,7 @@ def main():
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--minutes", type=float, default=60.0, help="budget of the stage")
     parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps")
-    parser.add_argument("--pool", type=int, default=24_000, help="training pictures composed")
+    parser.add_argument("--pool", type=int, default=32_000, help="training pictures composed")
     parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints and logs")
     parser.add_argument("--out", type=Path, default=HERE / "model", help="the SD folder")
     parser.add_argument("--init", metavar="PATH", help="SD folder whose U-Net to go on from")

@@ -15,6 +15,7 @@ from PIL import Image
 DATA = Path(__file__).parent / "data"
 SIZE = 64
 BASE_STYLES = ("3d", "flat", "noto", "twemoji", "emojitwo")     # "firefox" is kept for a task
+FLUENT_STYLES = ("3d", "flat")      # by one designer, with the outlines of the line drawings
 CATEGORIES = ("food", "nature", "object", "place", "activity", "face")
 # colour word in captions -> RGB of the ground
 GROUNDS = {"white": (255, 255, 255), "grey": (190, 190, 190), "cream": (250, 240, 210),
@@ -40,6 +41,18 @@ def records(split=None, styles=BASE_STYLES):
     """Returns the rows of metadata.jsonl as dicts, of one split (train, val, test) or of all."""
     rows = map(json.loads, (DATA / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
     return [row for row in rows if row["style"] in styles and split in (None, row["split"])]
+
+
+def pool(split):
+    """Returns the rows whose pictures the base learns from (train) or is tested on (val, test).
+
+    Held out are pictures, not names: the base learns every name from other designers, but sees
+    Fluent's own pictures of training names only. Those of the other names are what it is tested on.
+    """
+    if split != "train":
+        return records(split, FLUENT_STYLES)
+    return [row for row in records()
+            if row["split"] == "train" or row["style"] not in FLUENT_STYLES]
 
 
 def on_ground(emoji, ground="white"):
