@@ -1,24 +1,40 @@
-"""Bayesian Power Steering (BPS, arXiv 2406.03683): the steering network and the posterior.
+"""Bayesian Power Steering (BPS, arXiv 2406.03683): from the prior to the posterior denoiser.
 
-The frozen U-Net is the prior denoiser, eps*(z_t, t, text) = E[eps | z_t, text], over a large
-probability space. A new condition c_add lives in a small one, and by Bayes' rule
+A latent z_t = alpha_t z_0 + sigma_t noise, alpha_t^2 + sigma_t^2 = 1, is denoised by predicting
+its noise. Trained by least squares, the frozen U-Net approximates the best prediction there is,
+eps* = E[noise | z_t, text], and that is the gradient of a log density (Tweedie's formula):
 
-    p_t(z_t | text, c_add)  is proportional to  p_t(z_t | text) p_t(c_add | z_t, text),
-    eps_bar*(z_t, t, text, c_add) = eps*(z_t, t, text) - sigma_t grad_z log p_t(c_add | z_t, text).
+    eps*(z_t, t, text) = -sigma_t grad log p_t(z_t | text)                      the prior
 
-BPS learns the second, time-dependent term: a network that sees only the condition and the timestep
-produces one map (residual) for each block of the U-Net, strong on the contracting path's outer
-levels, weak on the expansive path: head-heavy and foot-light.
+A new condition c is learned from few pairs. Bayes' rule turns a product of densities into a sum
+of gradients:
 
-    python bps.py --ports               # what is steered where, and what it costs
+    p_t(z_t | text, c)  is proportional to  p_t(z_t | text) p_t(c | z_t, text)
+    eps_bar*(z_t, t, text, c) = eps*(z_t, t, text) + M                          the posterior
+    M = -sigma_t grad log p_t(c | z_t, text)                                    the steering
 
-Shapes: B batch, C channels, H W rows and columns of the latent, f the autoencoder's factor.
+BPS learns M with a network that sees the condition and the timestep only. Its maps r(c, t) are
+added inside the frozen U-Net, whose layers make them depend on z_t and on the text:
+
+    M_hat(z_t, t, text, c) = unet(z_t; r(c, t)) - unet(z_t)
+
+Trained by plain noise prediction on labelled pairs, M_hat becomes the best approximation of M that
+this family of functions has. What is learned is the labelled set's law: if its pictures differ
+from the base's, M_hat also holds the gradient of that ratio. That r does not depend on z_t is a
+restriction, and it buys speed: one pass of BPS serves all seeds, all prompts and both passes of
+guidance.
+
+    python bps.py --ports               # where the maps are added, and what they cost
+
+Shapes: B batch, C channels, H W rows and columns of the latent, f the autoencoder's factor, L
+tokens, D width.
 
     residuals = BPS(config)(cond, unet.time_embedding(t))
     eps_bar = unet(z_t, t, context, residuals)
 """
 import json
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,34 +42,35 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 import weights
-from unet import Downsample, Upsample
+from diffusion import guide
+from inputs import checkpoints
+from inputs.options import Parser, add_port_options, run
+from unet import Downsample, UNetConfig, Upsample
 
-PATHS = ("contracting", "transition", "expansive")      # input blocks, middle, output blocks
-WEIGHTS = ("head-heavy", "flat")        # names of port weights: config_for
-FEET = ("faithful", "light")
-NARROW = 4                              # the light foot's layers are so much narrower
+NARROW = 4                              # LightBPS: its expansive layers are so much narrower
 
 
 @dataclass(frozen=True)
 class BPSConfig:
     """The sizes of a BPS network and its port weights; the defaults steer SD 1.5 with a sketch.
 
-    channels, blocks_per_level and norm_groups are the U-Net's. The weights are fixed factors on
-    the maps, one a level for the contracting path (outermost first), one for the middle, one for
-    the whole expansive path. paths: those that are steered. foot: "faithful" to the authors'
-    network, or "light": LightFoot, 1x1 ports, and one block in the middle instead of two.
+    channels, blocks_per_level and norm_groups are the U-Net's. The port weights are fixed factors
+    on the maps: one per level of the contracting path (outermost first), one for the middle, one
+    for the whole expansive path. A weight of 0 means no port, and what only serves ports of weight
+    0 is not built. foot is "faithful" for the authors' network and "light" for LightBPS.
     """
     cond_channels: int = 1                             # 1 sketch, 3 segmentation or layout
-    factor: int = 8                                    # f: pixels of the condition per latent pixel
+    factor: int = 8                                    # f: a latent pixel covers f x f of the image
     channels: tuple = (320, 640, 1280, 1280)
     blocks_per_level: int = 2
     norm_groups: int = 32
     input_weights: tuple = (16.0, 8.0, 4.0, 2.0)       # head-heavy ...
     middle_weight: float = 16.0
     output_weight: float = 1.0                         # ... and foot-light
-    paths: tuple = PATHS
     foot: str = "faithful"
 
+
+# ---- the network ---------------------------------------------------------------------------
 
 def zero_conv(channels_in, channels, size=3):
     """Returns a convolution of size x size that outputs zero until it is trained.
@@ -67,7 +84,11 @@ def zero_conv(channels_in, channels, size=3):
 
 
 class TimeResBlock(nn.Module):
-    """A residual block that the timestep scales and shifts: BPS's contracting and middle block."""
+    """A residual block that the timestep scales and shifts, in the contracting path and middle.
+
+    Its last convolution starts at zero, and so does the port behind it: the ports learn from the
+    first step, the skip's convolutions from the second, these branches from the third.
+    """
 
     def __init__(self, channels_in, channels, t_emb_dim, norm_groups):
         super().__init__()
@@ -81,7 +102,7 @@ class TimeResBlock(nn.Module):
                                 else nn.Conv2d(channels_in, channels, 1))
 
     def forward(self, h, t_emb):
-        """Returns (B, C, H, W) for h (B, C_in, H, W) and t_emb (B or 1, D)."""
+        """h: (B, C_in, H, W). t_emb: (B or 1, D)."""
         norm, *rest = self.out_layers
         scale, shift = self.emb_layers(t_emb)[:, :, None, None].chunk(2, dim=1)
         out = norm(self.in_layers(h)) * (1 + scale) + shift
@@ -90,7 +111,7 @@ class TimeResBlock(nn.Module):
         return self.skip_connection(h) + out
 
 
-class LightResBlock(nn.Module):
+class TimelessResBlock(nn.Module):
     """A residual block of one convolution that ignores the timestep: BPS's expansive block."""
 
     def __init__(self, channels_in, channels, norm_groups):
@@ -101,116 +122,87 @@ class LightResBlock(nn.Module):
         self.skip_connection = nn.Conv2d(channels_in, channels, 1)
 
     def forward(self, h):
-        """Returns (B, C, H, W) for h (B, C_in, H, W)."""
+        """h: (B, C_in, H, W)."""
         return self.skip_connection(h) + self.out_layers(h)
 
 
-class LightFoot(nn.Module):
-    """The expansive half, made light: one narrow 1x1 layer a level, from which all its ports read.
-
-    Narrow, because its maps have the smallest weight. 1x1, because the U-Net convolves each map
-    right after it is added. Shared, because the blocks of a level differ in nothing that BPS sees.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.levels, below = nn.ModuleList(), config.channels[-1]
-        for channels in reversed(config.channels):
-            narrow = channels // NARROW
-            mix = nn.Sequential(nn.Conv2d(below + channels, narrow, 1), nn.SiLU())
-            ports = nn.ModuleList(zero_conv(narrow, channels, 1)
-                                  for _ in range(config.blocks_per_level + 1))
-            self.levels.append(nn.ModuleList([mix, ports]))
-            below = narrow
-
-    def forward(self, h, features):
-        """Returns a map for each output block; features: a map (B, C, H, W) a level, deepest last.
-
-        h: (B, C, H, W), the middle's output.
-        """
-        maps = []
-        for (mix, ports), feature in zip(self.levels, reversed(features)):
-            h = F.interpolate(h, feature.shape[-2:], mode="nearest")
-            h = mix(torch.cat([h, feature], dim=1))
-            maps += [port(h) for port in ports]
-        return maps
-
-
-def expansive_blocks(config, skip_channels):
-    """Returns the authors' expansive half: an entry [block, port, up-sampler] per skip of BPS.
-
-    skip_channels: those of the contracting path's entries; the last is the middle's, too.
-    """
-    blocks, skip_channels = nn.ModuleList(), list(skip_channels)
-    channels_in = skip_channels[-1]
-    for level, channels in reversed(list(enumerate(config.channels))):
-        for i in range(config.blocks_per_level + 1):
-            entry = [LightResBlock(channels_in + skip_channels.pop(), channels, config.norm_groups),
-                     zero_conv(channels, channels)]
-            channels_in = channels
-            if i == config.blocks_per_level and level > 0:
-                entry.append(Upsample(channels))
-            blocks.append(nn.ModuleList(entry))
-    return blocks
-
-
 class BPS(nn.Module):
-    """The steering network: condition and timestep to one residual per block of the U-Net.
+    """The steering network: a condition and a timestep to the maps that steer the U-Net.
 
-    Attributes are named and numbered as in the authors' checkpoints: `zero_blocks` are the
-    ports of the contracting path and, last, of the middle; an expansive entry is
-    [block, port, up-sampler]. Blocks without a port have None there; what only serves a path that
-    is not steered is not built.
+    There is a port, and so a map, for each block of the U-Net that holds a residual block. The
+    stem and the down-samplers (input blocks 0, 3, 6 and 9 of SD 1.5) have None in its place.
+    Attributes are named and numbered as in the authors' checkpoints: `zero_blocks` are the ports
+    of the contracting path and, last, of the middle; an entry of `output_blocks` is
+    [block, port] or [block, port, up-sampler].
     """
+    port_size = 3                       # of the ports' convolutions in contracting path and middle
+    middle_blocks = 2
 
     def __init__(self, config=BPSConfig()):
         super().__init__()
         self.config = config
         base, levels, groups = config.channels[0], len(config.channels), config.norm_groups
         t_emb_dim = base * 4                               # the frozen U-Net's own embedding
-        light = config.foot == "light"
 
-        def port_if(path, channels):
-            """Returns a port, or None where its path is not steered."""
-            if path in config.paths:
-                return zero_conv(channels, channels, 1 if light else 3)
+        def port(channels, weight):
+            return zero_conv(channels, channels, self.port_size) if weight else None
 
-        # Contracting path: stem, then residual blocks with ports, then a down-sampler, per level.
+        # Contracting path: the stem, then per level residual blocks with ports and a down-sampler.
         cond_dim = config.cond_channels * config.factor**2
         self.input_blocks = nn.ModuleList([nn.Conv2d(cond_dim, base, 3, padding=1)])
-        ports, port_weights, skip_channels = [None], [None], [base]
+        ports, self.port_weights, skip_channels = [None], [0.0], [base]
         for level, channels in enumerate(config.channels):
+            weight = config.input_weights[level]
             for _ in range(config.blocks_per_level):
                 self.input_blocks.append(
                     TimeResBlock(skip_channels[-1], channels, t_emb_dim, groups))
-                ports.append(port_if("contracting", channels))
-                port_weights.append(config.input_weights[level])
+                ports.append(port(channels, weight))
+                self.port_weights.append(weight)
                 skip_channels.append(channels)
             if level < levels - 1:
                 self.input_blocks.append(Downsample(channels))
                 ports.append(None)
-                port_weights.append(None)
+                self.port_weights.append(0.0)
                 skip_channels.append(channels)
-        self.input_port_weights = port_weights
 
+        # Transition path
+        innermost = config.channels[-1]
         self.middle_block = nn.ModuleList()
-        if {"transition", "expansive"} & set(config.paths):
-            self.middle_block.extend(TimeResBlock(channels, channels, t_emb_dim, groups)
-                                     for _ in range(1 if light else 2))
-        self.zero_blocks = nn.ModuleList([*ports, port_if("transition", channels)])
+        if config.middle_weight or config.output_weight:
+            self.middle_block.extend(TimeResBlock(innermost, innermost, t_emb_dim, groups)
+                                     for _ in range(self.middle_blocks))
+        self.zero_blocks = nn.ModuleList([*ports, port(innermost, config.middle_weight)])
+        self.port_weights.append(config.middle_weight)
 
+        # Expansive path
         self.output_blocks = nn.ModuleList()
-        if "expansive" in config.paths and light:
-            self.light_foot = LightFoot(config)
-        elif "expansive" in config.paths:
-            self.output_blocks = expansive_blocks(config, skip_channels)
+        if config.output_weight:
+            self.output_blocks = self.build_expansive_path(skip_channels)
+
+    def build_expansive_path(self, skip_channels):
+        """Returns the entries [block, port, up-sampler] of the output blocks, innermost first.
+
+        skip_channels: those of the contracting path's maps, each of which an entry takes in.
+        """
+        config, entries, skip_channels = self.config, nn.ModuleList(), list(skip_channels)
+        channels_in = config.channels[-1]
+        for level, channels in reversed(list(enumerate(config.channels))):
+            for i in range(config.blocks_per_level + 1):
+                entry = [TimelessResBlock(channels_in + skip_channels.pop(), channels,
+                                          config.norm_groups), zero_conv(channels, channels)]
+                channels_in = channels
+                if i == config.blocks_per_level and level > 0:
+                    entry.append(Upsample(channels))
+                entries.append(nn.ModuleList(entry))
+        return entries
 
     def forward(self, cond, t_emb):
         """Returns residuals: one map (B, C, H, W) per U-Net block, None where there is no port.
 
         cond: (B, C_cond, f H, f W) in [0, 1]. t_emb: (B or 1, 4 * base channels), the frozen
-        U-Net's time_embedding(t). The order is input blocks, middle, output blocks.
-        Errors: ValueError where the condition's channels or size do not fit.
+        U-Net's time_embedding(t). The order is input blocks, middle, output blocks. At SD 1.5's
+        size and 512 px the maps go from (B, 320, 64, 64) to (B, 1280, 8, 8) and back.
+        Errors: ValueError if the condition's channels or size do not fit.
         """
         B, C, rows, columns = cond.shape
         factor = self.config.factor
@@ -218,45 +210,46 @@ class BPS(nn.Module):
             raise ValueError(f"condition of {C} channels, {rows} x {columns} px; this BPS takes "
                              f"{self.config.cond_channels} channels and multiples of {factor} px")
         h = F.pixel_unshuffle(cond, factor)                                    # (B, C f^2, H, W)
-        skips, features, residuals = [], [], []
-        for block, port, weight in zip(self.input_blocks, self.zero_blocks,
-                                       self.input_port_weights):
-            if isinstance(block, Downsample):
-                features.append(h)                         # what a level ends with
+        skips, residuals = [], []
+        for i, block in enumerate(self.input_blocks):
             h = block(h, t_emb) if isinstance(block, TimeResBlock) else block(h)
             skips.append(h)
-            residuals.append(None if port is None else weight * port(h))
-        features.append(h)
+            residuals.append(self.residual(i, h))
         for block in self.middle_block:
             h = block(h, t_emb)
-        port = self.zero_blocks[-1]
-        residuals.append(None if port is None else self.config.middle_weight * port(h))
-        return residuals + self.expansive(h, skips, features)
+        residuals.append(self.residual(-1, h))
+        if not self.config.output_weight:
+            blocks = len(self.config.channels) * (self.config.blocks_per_level + 1)
+            return residuals + [None] * blocks
+        return residuals + self.expansive_path(h, skips)
 
-    def expansive(self, h, skips, features):
-        """Returns the residuals of the output blocks, for the middle's output and own skips."""
-        config = self.config
-        if "expansive" not in config.paths:
-            return [None] * (len(config.channels) * (config.blocks_per_level + 1))
-        if config.foot == "light":
-            return [config.output_weight * port_map for port_map in self.light_foot(h, features)]
+    def residual(self, i, h):
+        """Returns r_i = weight_i port_i(h_i(c, t)) of an input block or, i = -1, of the middle."""
+        port = self.zero_blocks[i]
+        return None if port is None else self.port_weights[i] * port(h)
+
+    def expansive_path(self, h, skips):
+        """Returns the residuals of the output blocks.
+
+        h: (B, C, H, W) of the middle. skips: the contracting path's maps, used from the last on.
+        """
         residuals = []
         for block, port, *up in self.output_blocks:
             h = block(torch.cat([h, skips.pop()], dim=1))
-            residuals.append(config.output_weight * port(h))
+            residuals.append(self.config.output_weight * port(h))
             for upsample in up:
                 h = upsample(h, skips[-1].shape[-2:])
         return residuals
 
 
-def config_for(unet_config, cond_channels, factor, port_weights="head-heavy", paths=PATHS,
-               foot="faithful"):
+def config_for(unet_config, cond_channels, factor, port_weights="head-heavy", foot="faithful"):
     """Returns the BPSConfig that fits a U-Net.
 
-    port_weights: "head-heavy", halving from level to level, 16, 8, 4, 2 for four levels, with 16 in
-    the middle and 1 on the expansive path (authors' code); "flat", 1 everywhere (theirs for
-    layout); or numbers: one a level, the middle's, the expansive path's. Errors:
-    weights.WeightsError where their count is another.
+    port_weights: "head-heavy" halves from level to level, 16, 8, 4, 2 for four levels, with 16 in
+    the middle and 1 on the expansive path (authors' code); "flat" is 1 everywhere (theirs for
+    layout); or numbers: one per level, the middle's, the expansive path's. The weights do not
+    limit what can be learned, for a port can grow; with Adam a weight of w acts like a learning
+    rate w times as large. Errors: weights.UserError if their count does not fit.
     """
     levels = len(unet_config.channels)
     if port_weights == "head-heavy":
@@ -264,28 +257,124 @@ def config_for(unet_config, cond_channels, factor, port_weights="head-heavy", pa
     elif port_weights == "flat":
         port_weights = (1.0,) * (levels + 2)
     if len(port_weights) != levels + 2:
-        raise weights.WeightsError(f"{len(port_weights)} port weights; this base takes "
-                                   f"{levels + 2}: one for each of {levels} levels of the "
-                                   f"contracting path, the middle's, the expansive path's")
+        raise weights.UserError(f"{len(port_weights)} port weights; this base takes {levels + 2}: "
+                                f"one for each of {levels} levels of the contracting path, the "
+                                f"middle's, the expansive path's")
     *input_weights, middle_weight, output_weight = port_weights
-    return BPSConfig(cond_channels, factor, unet_config.channels, unet_config.blocks_per_level,
-                     unet_config.norm_groups, tuple(input_weights), middle_weight, output_weight,
-                     tuple(path for path in PATHS if path in paths), foot)
+    return BPSConfig(
+        cond_channels=cond_channels, factor=factor, channels=unet_config.channels,
+        blocks_per_level=unet_config.blocks_per_level, norm_groups=unet_config.norm_groups,
+        input_weights=tuple(input_weights), middle_weight=middle_weight,
+        output_weight=output_weight, foot=foot)
 
+
+# ---- from the prior to the posterior denoiser ----------------------------------------------
 
 def posterior(eps_prior, eps_posteriors, strengths):
     """Returns eps* + sum_i s_i (eps_bar_i* - eps*), the combined posterior denoiser.
 
-    eps_prior, each of eps_posteriors: (B, 4, H, W). strengths: one float each; 0 is the prior, 1
-    the posterior, and others temper p(c_add | z)^s. Conditions that are independent given z_t add
-    up. Derived from Bayes' rule as in the module's docstring. Errors: ValueError where the
-    counts differ.
+    eps_prior, each of eps_posteriors: (B, 4, H, W), all eps or all v: the weights sum to 1, and v
+    is affine in eps. strengths: one float s_i each; 0 is the prior, 1 the posterior. At each t
+    this is -sigma_t grad log [p_t(z_t) prod_i p_t(c_i | z_t)^s_i]. A sampler reaches
+    p(z_0) prod_i p(c_i | z_0)^s_i exactly only if each s_i is 0 or 1 and the conditions are
+    independent given z_t at every t, for a power or product of means is not the mean of the power
+    or product (arXiv 2302.11552). Errors: ValueError if the counts differ.
     """
     if len(eps_posteriors) != len(strengths):
         raise ValueError(f"{len(eps_posteriors)} posteriors but {len(strengths)} strengths")
     return eps_prior + sum(strength * (eps_posterior - eps_prior)
                            for eps_posterior, strength in zip(eps_posteriors, strengths))
 
+
+class Steering:
+    """One condition: the maps that BPS makes of it, how strongly and for how long they steer.
+
+    The maps depend on the condition and the timestep only, so those of the last timestep are kept:
+    all pictures that are drawn side by side share them.
+    """
+
+    def __init__(self, bps, unet, cond, scale=1.0, strength=1.0, window=(0.0, 1.0)):
+        """cond: (B or 1, C, f H, f W) in [0, 1]. scale multiplies the maps. strength is s in
+        p_t(c | z_t)^s. window: the part of the sampler's steps that is steered, from 0 to 1.
+        """
+        self.bps, self.unet, self.cond = bps, unet, cond
+        self.scale, self.strength, self.window = scale, strength, window
+        self.last_t, self.last_residuals = None, None
+
+    def __call__(self, t):
+        """Returns the residuals at timestep t (a number), of the condition's batch."""
+        if t != self.last_t:
+            device = next(self.unet.parameters()).device
+            t_emb = self.unet.time_embedding(torch.tensor([t], device=device))
+            self.last_residuals = [r if r is None else self.scale * r
+                                   for r in self.bps(self.cond.to(t_emb), t_emb)]
+            self.last_t = t
+        return self.last_residuals
+
+    def is_active(self, share):
+        """Returns whether it steers a step before which a share of the steps is done, 0 to 1."""
+        start, end = self.window
+        return self.scale != 0 and self.strength != 0 and start <= share < end
+
+
+def make_denoiser(unet, context, context_empty, guidance_scale, conditions=(), timesteps=()):
+    """Returns denoise(z_t, t) -> eps (or v): the prior, or the posterior of all the conditions.
+
+        P(x) = eps*(x) + sum_i s_i (eps_bar_i*(x) - eps*(x))
+        denoise = P(empty) + guidance_scale (P(text) - P(empty))
+
+    Conditions steer both passes of guidance, so guidance does not raise their exponent: s_i stays
+    s_i, if c_i and the text are independent given z_t. context: (B, L, D). context_empty:
+    (1, L, D) of the empty or negative prompt, unused (may be None) if guidance_scale is 1.
+    conditions: Steerings; a single one of strength 1 costs no further pass of the U-Net, every
+    other costs one. timesteps: all that the sampler will go through, in order, which windows are a
+    share of; a denoiser that was given them serves one run of a sampler. z_t and eps are float32,
+    whatever the U-Net computes in. Errors: ValueError for a window without timesteps, and for a
+    timestep that is not the next.
+    """
+    if not timesteps and any(steering.window != (0.0, 1.0) for steering in conditions):
+        raise ValueError("a window is a share of the steps; give timesteps")
+    with_guidance = guidance_scale != 1
+    if with_guidance:
+        context = torch.cat([context_empty.expand_as(context), context])
+    upcoming = iter(enumerate(timesteps))
+
+    def share_done(t):
+        """Returns the share of the steps that are done before this one."""
+        if not timesteps:
+            return 0.0
+        step, expected = next(upcoming, (None, None))
+        if t != expected:
+            raise ValueError(f"timestep {t}, but the next of this run is {expected}; make a "
+                             f"denoiser for each run of a sampler")
+        return step / len(timesteps)
+
+    def denoise(z_t, t):
+        """Returns the guided prediction (B, 4, H, W)."""
+        share = share_done(t)
+        z = torch.cat([z_t, z_t]) if with_guidance else z_t
+        z = z.to(context.dtype, memory_format=torch.channels_last)
+        ts = torch.full((len(z),), t, device=z.device)
+        active = [steering for steering in conditions if steering.is_active(share)]
+        posteriors = [unet(z, ts, context, fit_batch(steering(t), len(z))).float()
+                      for steering in active]
+        if len(active) == 1 and active[0].strength == 1:
+            eps = posteriors[0]                            # eps* cancels
+        else:
+            eps = posterior(unet(z, ts, context).float(), posteriors,
+                            [steering.strength for steering in active])
+        return guide(*eps.chunk(2), guidance_scale) if with_guidance else eps
+
+    return denoise
+
+
+def fit_batch(residuals, batch):
+    """Returns the maps repeated to a batch, which both passes of guidance fill; 1 broadcasts."""
+    return [r if r is None or len(r) in (1, batch) else torch.cat([r] * (batch // len(r)))
+            for r in residuals]
+
+
+# ---- files ---------------------------------------------------------------------------------
 
 def save_bps(bps, file, metadata):
     """Writes the network in fp16 as safetensors, its config and `metadata` (a dict) beside it."""
@@ -297,24 +386,147 @@ def save_bps(bps, file, metadata):
 def load_bps(file, dtype=torch.float32, device="cpu"):
     """Returns the BPS of a file that save_bps wrote, ready to steer; `.metadata` is what was given.
 
-    Errors: weights.WeightsError names the file and what is wrong with it.
+    Errors: weights.UserError names the file and what is wrong with it.
     """
     state = weights.read_header(file)
     try:
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
-        config = {key: tuple(value) if isinstance(value, list) else value
-                  for key, value in json.loads(metadata["config"]).items()}
+        config = migrate_config(json.loads(metadata["config"]))
         with torch.device("meta"):
-            bps = BPS(BPSConfig(**config))
+            bps = build_bps(BPSConfig(**config))
         bps.metadata = json.loads(metadata["training"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, SafetensorError):
-        raise weights.WeightsError(f"{file}: not a BPS file; train.py writes "
-                                   f"bps.safetensors") from None
+        raise weights.UserError(f"{file}: not a BPS file; train.py writes bps.safetensors") from None
+    state = {name.replace("light_foot.levels.", "output_blocks."): stored
+             for name, stored in state.items()}             # the light foot's name of before
     return weights.load_strict(bps, weights.Checkpoint({}, state, str, file), dtype, device)
 
 
+def migrate_config(config):
+    """Returns a file's config with tuples for lists, and weights of 0 for unsteered `paths`, which
+    files of before have.
+    """
+    config = {key: tuple(value) if isinstance(value, list) else value
+              for key, value in config.items()}
+    paths = config.pop("paths", ("contracting", "transition", "expansive"))
+    if "contracting" not in paths:
+        config["input_weights"] = (0.0,) * len(config["input_weights"])
+    if "transition" not in paths:
+        config["middle_weight"] = 0.0
+    if "expansive" not in paths:
+        config["output_weight"] = 0.0
+    return config
+
+
+# ---- a lighter expansive path --------------------------------------------------------------
+
+class LightBPS(BPS):
+    """BPS at a third of the parameters: 1x1 ports, one middle block, a narrow expansive path.
+
+    The expansive path is narrow, because its maps have the smallest weight. It is made of 1x1
+    convolutions, because the U-Net convolves each map right after it is added. The ports of a
+    level read from one shared layer, because the blocks of a level differ in nothing that BPS sees.
+    """
+    port_size = 1
+    middle_blocks = 1
+
+    def build_expansive_path(self, skip_channels):
+        """Returns an entry [shared layer, its ports] per level, innermost first."""
+        entries, channels_in = nn.ModuleList(), skip_channels[-1]
+        for channels in reversed(self.config.channels):
+            narrow = channels // NARROW
+            shared = nn.Sequential(nn.Conv2d(channels_in + channels, narrow, 1), nn.SiLU())
+            ports = nn.ModuleList(zero_conv(narrow, channels, size=1)
+                                  for _ in range(self.config.blocks_per_level + 1))
+            entries.append(nn.ModuleList([shared, ports]))
+            channels_in = narrow
+        return entries
+
+    def expansive_path(self, h, skips):
+        """Returns the residuals of the output blocks, from the map that each level ends with."""
+        residuals, level_length = [], self.config.blocks_per_level + 1
+        for (shared, ports), skip in zip(self.output_blocks,
+                                         reversed(skips[level_length - 1::level_length])):
+            h = F.interpolate(h, skip.shape[-2:], mode="nearest")
+            h = shared(torch.cat([h, skip], dim=1))
+            residuals += [self.config.output_weight * port(h) for port in ports]
+        return residuals
+
+
+def build_bps(config):
+    """Returns an untrained BPS or LightBPS, as the config's foot says."""
+    return LightBPS(config) if config.foot == "light" else BPS(config)
+
+
+# ---- the table of ports --------------------------------------------------------------------
+
+def port_table(bps, side):
+    """Returns rows (block, path, latent side, channels, weight, parameters) of all U-Net blocks.
+
+    side: of the latent at the outermost level. parameters: those of the block and its port, which
+    add up to the network's. Where there is no port, side, channels and weight are "-".
+    """
+    config, level_length = bps.config, bps.config.blocks_per_level + 1
+    device = next(bps.parameters()).device
+    cond = torch.zeros(1, config.cond_channels, side * config.factor, side * config.factor,
+                       device=device)
+    residuals = bps(cond, torch.zeros(1, config.channels[0] * 4, device=device))
+    inputs = len(bps.input_blocks)
+    output_weights = [config.output_weight] * (len(residuals) - inputs - 1)
+    rows = []
+    for i, (residual, weight) in enumerate(zip(residuals, bps.port_weights + output_weights)):
+        number = i - inputs - 1                             # of the output block
+        if i < inputs:
+            block, path = f"input {i}", "contracting"
+            prefixes = (f"input_blocks.{i}.", f"zero_blocks.{i}.")
+        elif i == inputs:
+            block, path = "middle", "transition"
+            prefixes = ("middle_block.", f"zero_blocks.{i}.")
+        else:
+            block, path = f"output {number}", "expansive"
+            prefixes = (f"output_blocks.{number}.",)
+            if config.foot == "light":
+                level, port = divmod(number, level_length)  # the first port brings its level along
+                prefixes = (f"output_blocks.{level}.1.{port}.",)
+                prefixes += (f"output_blocks.{level}.0.",) if port == 0 else ()
+        count = sum(parameter.numel() for name, parameter in bps.named_parameters()
+                    if name.startswith(prefixes))
+        shape = ("-", "-", "-") if residual is None else (
+            residual.shape[-1], residual.shape[1], weight)
+        rows.append((block, path, *shape, count))
+    return rows
+
+
+def main():
+    """Prints the table of ports for a base."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--ports", action="store_true", help="print the table")
+    add("--cond-channels", type=int, default=1, help="1 for sketch, 3 for segmentation or layout, "
+        "4 for artistic (default: %(default)s)")
+    add("--base", type=Path, help="the Stable Diffusion to steer (default: SD 1.5's sizes)")
+    add_port_options(parser)
+    args = parser.parse_args()
+    if not args.ports:
+        parser.error("nothing to do; --ports prints the table of ports")
+    if args.cond_channels < 1:
+        parser.error(f"--cond-channels {args.cond_channels}: at least 1")
+    unet_config, factor = UNetConfig(), BPSConfig.factor
+    if args.base:
+        unet_config = UNetConfig(**checkpoints.read_unet(args.base).config)
+        factor = checkpoints.vae_factor(args.base)
+    with torch.device("meta"):
+        bps = build_bps(config_for(unet_config, args.cond_channels, factor,
+                                   args.weights or "head-heavy", args.foot))
+    rows = port_table(bps, unet_config.sample_size or 64)
+    print("| block | path | latent | channels | weight | parameters |\n|---|---|---|---|---|---|")
+    for block, path, side, channels, weight, count in rows:
+        latent = side if side == "-" else f"{side} x {side}"
+        weight = weight if weight == "-" else f"{weight:g}"
+        print(f"| {block} | {path} | {latent} | {channels} | {weight} | {count:,} |")
+    print(f"| all | | | | | {sum(row[-1] for row in rows):,} |")
+
+
 if __name__ == "__main__":
-    from cli import run
-    from ports import main
     run(main)

@@ -1,15 +1,13 @@
-"""CLIP for Stable Diffusion: the tokenizer, the text encoder, and a small image tower for scores.
+"""CLIP for Stable Diffusion: the tokenizer and the text encoder.
 
-The text encoder turns a prompt into `context`, the 77 text states that the U-Net attends to. The
-image tower is the embedded base's own; nothing that draws needs it.
+The text encoder turns a prompt into `context`, the 77 text states that the U-Net attends to.
 
-Shapes: B batch, L tokens (77), D width, C channels, H W rows and columns.
+Shapes: B batch, L tokens (77), D width.
 
     from clip import load_clip
     tokenizer, text_model = load_clip("tiny/model")
     context = text_model(tokenizer(["a red apple"]))
 """
-import json
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +15,10 @@ from pathlib import Path
 import tokenizers
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import nn
 
-import layouts
+from inputs import checkpoints
 import weights
 
 CONTEXT_LENGTH = 77         # begin + 75 tokens + end
@@ -97,12 +94,12 @@ class Tokenizer:
 def load_tokenizer(folder):
     """Returns the Tokenizer of vocab.json and merges.txt in a folder.
 
-    Errors: weights.WeightsError names the missing or faulty file.
+    Errors: weights.UserError names the missing or faulty file.
     """
     folder = Path(folder)
     for name in ("vocab.json", "merges.txt"):
         if not (folder / name).is_file():
-            raise weights.WeightsError(f"{folder / name}: no such file; a tokenizer is vocab.json "
+            raise weights.UserError(f"{folder / name}: no such file; a tokenizer is vocab.json "
                                        f"and merges.txt")
     try:
         vocab = weights.read_json(folder / "vocab.json")
@@ -115,10 +112,10 @@ def load_tokenizer(folder):
                 found = weights.read_json(folder / name).get("pad_token")
                 pad_token = (found["content"] if isinstance(found, dict) else found) or pad_token
         return Tokenizer(vocab, merges, pad_token)
-    except weights.WeightsError:
+    except weights.UserError:
         raise
     except Exception as error:      # all that `tokenizers` raises for merges that do not fit
-        raise weights.WeightsError(f"{folder}: not a CLIP tokenizer ({error})") from None
+        raise weights.UserError(f"{folder}: not a CLIP tokenizer ({error})") from None
 
 
 # ---- text encoder --------------------------------------------------------------------------
@@ -199,18 +196,18 @@ def load_clip(path, tokenizer_path=None, dtype=torch.float32, device="cpu"):
     """Returns (tokenizer, frozen text encoder) of an SD folder or single .safetensors file.
 
     tokenizer_path: a folder with vocab.json and merges.txt, or an SD folder that has one; a single
-    file has none of its own. Errors: weights.WeightsError names the file and what is missing or
+    file has none of its own. Errors: weights.UserError names the file and what is missing or
     does not fit.
     """
-    checkpoint = layouts.read_text(path)
+    checkpoint = checkpoints.read_text(path)
     if tokenizer_path is None and not Path(path).is_dir():
-        raise weights.WeightsError(f"{path}: a single file holds no tokenizer; give --tokenizer, "
+        raise weights.UserError(f"{path}: a single file holds no tokenizer; give --tokenizer, "
                                    f"a folder with vocab.json and merges.txt")
     tokenizer_path = Path(tokenizer_path or path)
     if (tokenizer_path / "tokenizer").is_dir():
         tokenizer_path = tokenizer_path / "tokenizer"
     if checkpoint.config.get("activation", "quick_gelu") not in ACTIVATIONS:
-        raise weights.WeightsError(f"{checkpoint.file}: activation "
+        raise weights.UserError(f"{checkpoint.file}: activation "
                                    f"{checkpoint.config['activation']!r}; allowed are "
                                    f"{', '.join(ACTIVATIONS)}")
     with torch.device("meta"):
@@ -218,78 +215,10 @@ def load_clip(path, tokenizer_path=None, dtype=torch.float32, device="cpu"):
     weights.load_strict(text_model, checkpoint, dtype, device)
     tokenizer = load_tokenizer(tokenizer_path)
     if tokenizer.largest >= text_model.config.vocab_size:
-        raise weights.WeightsError(f"{tokenizer_path}: ids up to {tokenizer.largest}, but "
+        raise weights.UserError(f"{tokenizer_path}: ids up to {tokenizer.largest}, but "
                                    f"{checkpoint.file} knows {text_model.config.vocab_size} "
                                    f"tokens; give the tokenizer of this model")
     if tokenizer.largest + 1 < text_model.config.vocab_size:
         warnings.warn(f"{tokenizer_path}: {tokenizer.largest + 1} tokens, but {checkpoint.file} "
                       f"knows {text_model.config.vocab_size}; is it this model's?", stacklevel=2)
     return tokenizer, text_model
-
-
-# ---- scores --------------------------------------------------------------------------------
-
-class ImageTower(nn.Module):
-    """Image to a vector: strided convolutions, a residual block at each size, then the mean."""
-
-    def __init__(self, widths, dim):
-        super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 3, stride=2, padding=1)
-        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
-                                  for a, b in zip(widths, widths[1:]))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths)
-        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths)
-        self.projection = nn.Linear(widths[-1], dim, bias=False)
-
-    def forward(self, x):
-        """Returns (B, dim), not normalised, for images x (B, 3, H, W) in [-1, 1]."""
-        h = self.stem(x)
-        for i, (norm, block) in enumerate(zip(self.norms, self.blocks)):
-            h = h + block(F.silu(norm(h)))
-            if i < len(self.down):
-                h = F.silu(self.down[i](h))
-        return self.projection(h.mean(dim=(2, 3)))
-
-
-class CLIPScore(nn.Module):
-    """Cosine similarities between texts and images: text encoder, image tower, projections."""
-
-    def __init__(self, text_model, image_widths, dim):
-        super().__init__()
-        self.text_model = text_model
-        self.image_tower = ImageTower(image_widths, dim)
-        self.text_projection = nn.Linear(text_model.config.width, dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(2.66))       # exp: 1 / 0.07, as CLIP's start
-
-    def embed_text(self, ids, end):
-        """Returns unit vectors (B, dim) of ids (B, 77): the state at the first `end` token."""
-        context = self.text_model(ids)
-        last = (ids == end).int().argmax(dim=1)                               # (B,)
-        return F.normalize(self.text_projection(context[torch.arange(len(ids)), last]), dim=-1)
-
-    def embed_image(self, x):
-        """Returns unit vectors (B, dim) of images x (B, 3, H, W) in [-1, 1]."""
-        return F.normalize(self.image_tower(x), dim=-1)
-
-
-def save_score(score, file):
-    """Writes what a CLIPScore has beyond its text encoder, in fp16, with its sizes as metadata."""
-    tensors = {key: tensor.half() for key, tensor in score.state_dict().items()
-               if not key.startswith("text_model.")}
-    widths = [norm.num_channels for norm in score.image_tower.norms]
-    dim = score.text_projection.out_features
-    weights.save(tensors, file, dict(image_widths=json.dumps(widths), dim=str(dim)))
-
-
-def load_score(path, device="cpu"):
-    """Returns (tokenizer, frozen CLIPScore) of the embedded base's folder."""
-    tokenizer, text_model = load_clip(path)
-    file = Path(path) / "clip_score.safetensors"
-    state = weights.read_header(file)
-    with safe_open(file, "pt") as f:
-        metadata = f.metadata()
-    score = CLIPScore(text_model, json.loads(metadata["image_widths"]), int(metadata["dim"]))
-    state |= {f"text_model.{name}": stored
-              for name, stored in layouts.read_text(path).state.items()}
-    return tokenizer, weights.load_strict(score, weights.Checkpoint({}, state, str, file),
-                                          device=device)

@@ -13,9 +13,9 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from conditions import (
+from inputs.conditions import (
     TASKS,
-    DataError,
+    UserError,
     class_colours,
     crop,
     images_at_a_time,
@@ -23,7 +23,7 @@ from conditions import (
     to_cond,
     to_x,
 )
-from own_data import Source, find_pairs, groups, other_shape, same_shape
+from inputs.pairs import Source, find_pairs, groups, other_shape, same_shape
 from tiny.tasks import embedded_pairs
 
 EMPTY_SHARE = 0.1               # of the training prompts, so that guidance has its other half
@@ -58,7 +58,7 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
     """Returns the pairs of a split: of the embedded data, or of a user's folder or .zip.
 
     extract: the images' own lines are the conditions. default_prompt: where a picture has no
-    caption. Errors: DataError names the file at fault, or says that there are too few.
+    caption. Errors: UserError names the file at fault, or says that there are too few.
     """
     if folder is None:
         return [Pair(*pair) for pair in embedded_pairs(task, split)]
@@ -66,11 +66,11 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
     found, problems = find_pairs(source, extract)
     if problems:
         more = f" (and {len(problems) - 1} more: see --check-data)" if problems[1:] else ""
-        raise DataError(problems[0] + more)
+        raise UserError(problems[0] + more)
     names = groups(found)
     sides = split_names(names)
     if len(sides) < MIN_PAIRS:
-        raise DataError(f"{folder}: {len(sides)} pairs; at least {MIN_PAIRS} are needed to "
+        raise UserError(f"{folder}: {len(sides)} pairs; at least {MIN_PAIRS} are needed to "
                         f"train, to validate and to test")
     return [Pair(source.where(pair.cond),
                  lambda name=pair.cond: (source.image(name) if extract
@@ -92,11 +92,11 @@ def mostly_light_on_dark(pairs, task, extract=False):
 def open_pair(pair, task, size, light_on_dark=False, extract=False, flip=False):
     """Returns (cond uint8 (C, size, size), x (3, size, size), label map's colours) of a pair.
 
-    Condition and image are cropped, and flipped, alike. Errors: DataError where shapes differ.
+    Condition and image are cropped, and flipped, alike. Errors: UserError where shapes differ.
     """
     cond, image, colours = pair.open_cond(), pair.open_image(), set()
     if not same_shape(cond, image):
-        raise DataError(other_shape(pair.name, cond, image))
+        raise UserError(other_shape(pair.name, cond, image))
     if TASKS[task].has_labels:
         colours = set(class_colours(cond))
     cond, image = crop(cond, size, size), crop(image, size, size)

@@ -15,13 +15,10 @@ Shapes: B batch, 4 latent channels, H W rows and columns of the latent.
         pass                                # z_t is one step cleaner each time; the last is z_0
 """
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from layouts import read_unet
-from weights import WeightsError, read_config
 
 SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -83,34 +80,6 @@ class NoiseSchedule:
         return a * z_t - s * prediction
 
 
-def load_schedule(path, prediction_type=None):
-    """Returns the NoiseSchedule of an SD folder; a single file has Stable Diffusion's.
-
-    prediction_type: overrules the folder's. Errors: WeightsError where scheduler_config.json asks
-    for what is not implemented, or nothing tells what an SD 2 model predicts.
-    """
-    file = Path(path) / "scheduler" / "scheduler_config.json"
-    config = read_config(file) if file.is_file() else {}
-    if not config and prediction_type is None and read_unet(path).config["context_dim"] == 1024:
-        raise WeightsError(f"{path}: does not say what its SD 2 model predicts; give "
-                           f"--prediction-type epsilon (512 px models) or v_prediction (768 px)")
-    schedule = dict(prediction_type=prediction_type or config.get("prediction_type", "epsilon"),
-                    spacing=config.get("timestep_spacing"))
-    for key, value, allowed in (
-            ("beta_schedule", config.get("beta_schedule", "scaled_linear"), ("scaled_linear",)),
-            ("trained_betas", config.get("trained_betas"), (None,)),
-            ("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False), (False,)),
-            ("prediction_type", schedule["prediction_type"], PREDICTION_TYPES),
-            ("timestep_spacing", schedule["spacing"], (*SPACINGS, None))):
-        if value not in allowed:
-            raise WeightsError(f"{file}: {key} = {value!r} is not implemented; allowed is "
-                               f"{' or '.join(repr(entry) for entry in allowed)}")
-    return NoiseSchedule(config.get("beta_start", 0.00085), config.get("beta_end", 0.012),
-                         config.get("num_train_timesteps", 1000), **schedule,
-                         steps_offset=config.get("steps_offset", 1),
-                         set_alpha_to_one=config.get("set_alpha_to_one", False))
-
-
 def spaced_timesteps(steps, schedule, sampler="ddim"):
     """Returns `steps` timesteps (steps,), highest first: for DDIM and 50 steps 981, 961 .. 1.
 
@@ -150,6 +119,12 @@ def noise_levels(steps, schedule, sampler="ddim"):
         timesteps = timesteps.round() if second_order else timesteps
     end = every[0] if sampler == "ddim" and not schedule.set_alpha_to_one else 0.0
     return timesteps, np.append(sigmas, end)
+
+
+def draw_noise(seeds, shape):
+    """Returns standard normal noise (B, *shape), each row a function of its own seed alone."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                        for seed in seeds])
 
 
 def guide(eps_empty, eps_text, guidance_scale):

@@ -26,38 +26,54 @@ from tqdm import tqdm
 
 import diffusion
 from bps import load_bps
-from cli import check_pixels, run
+from inputs.options import check_pixels, run
 from clip import load_clip
-from conditions import (
+from inputs.conditions import (
     TASKS,
-    DataError,
+    UserError,
     crop,
     open_image,
     read_condition,
     to_image,
     to_x,
 )
-from layouts import find_unet, read_text, read_vae
-from own_data import Source
-from sample_options import DEFAULT_DRAWING, DTYPES, command_words, files_of, parse_args
+from inputs.checkpoints import find_unet, read_text, read_vae
+from inputs.pairs import Source
+from inputs.sample_options import DEFAULT_DRAWING, DTYPES, command_words, files_of, parse_args
 from steer import Steering, draw_noise, make_denoiser, room_for_maps
 from unet import load_unet
 from vae import load_vae
-from weights import WeightsError, fingerprint
+from weights import UserError, fingerprint
+
+
+class StableDiffusion(NamedTuple):
+    """A loaded base: the frozen networks, and the files' noise schedule."""
+    unet: UNet
+    vae: AutoencoderKL
+    tokenizer: Tokenizer
+    text_model: CLIPTextModel
+    schedule: diffusion.NoiseSchedule
+
+    def encode(self, prompts, clip_skip=1):
+        """Returns text states (B, L, D) of a list of prompts."""
+        device = next(self.text_model.parameters()).device
+        return torch.cat([self.text_model(self.tokenizer(prompts[i:i + PROMPTS_AT_A_TIME]).to(device),
+                                          clip_skip)
+                          for i in range(0, len(prompts), PROMPTS_AT_A_TIME)])
 
 
 def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_path=None,
               prediction_type=None):
-    """Returns (unet, vae, tokenizer, text_model, schedule) of an SD folder or single file.
+    """Returns the StableDiffusion of an SD folder or single file.
 
     What a single file lacks comes from tokenizer_path, vae_path and prediction_type. The
-    autoencoder is float32 whatever the dtype. Errors: WeightsError names the file and what is
+    autoencoder is float32 whatever the dtype. Errors: UserError names the file and what is
     missing or does not fit.
     """
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
-        raise WeightsError(f"{path}: no model_index.json in it; a base is a Stable Diffusion "
-                           f"folder with one, or a .safetensors file")
-    schedule = diffusion.load_schedule(path, prediction_type)
+        raise UserError(f"{path}: no model_index.json in it; a base is a Stable Diffusion "
+                        f"folder with one, or a .safetensors file")
+    schedule = checkpoints.load_schedule(path, prediction_type)
     tokenizer, text_model = load_clip(path, tokenizer_path, dtype, device)
     vae = load_vae(vae_path or path, device=device)
     unet = load_unet(path, dtype, device)
@@ -65,16 +81,33 @@ def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_
             ("text states of width", text_model.config.width, unet.config.context_dim),
             ("latents of channels", vae.config.latent_channels, unet.config.latent_channels)):
         if own != other:
-            raise WeightsError(f"{path}: {what} {own}, but its U-Net takes {other}; the parts are "
-                               f"of different models")
+            raise UserError(f"{path}: {what} {own}, but its U-Net takes {other}; the parts are "
+                            f"of different models")
     unet, vae = (module.to(memory_format=torch.channels_last) for module in (unet, vae))
-    return unet, vae, tokenizer, text_model, schedule
+    return StableDiffusion(unet, vae, tokenizer, text_model, schedule)
+
+
+def draw(base, context, context_empty, seeds, size, steps, guidance_scale, conditions=()):
+    """Returns pictures x (B, 3, size, size), one per text state and seed, drawn as one batch.
+
+    context: (B, L, D). context_empty: (1, L, D). seeds: B integers. conditions: Steerings of B
+    conditions each.
+    """
+    timesteps, _ = diffusion.levels(steps, base.schedule)
+    denoise = make_denoiser(base.unet, context, context_empty, guidance_scale, conditions,
+                            timesteps)
+    side = size // base.vae.factor
+    noise = diffusion.draw_noise(seeds, (base.unet.config.latent_channels, side, side))
+    for z in tqdm(diffusion.sample(denoise, noise.to(context.device), base.schedule, steps),
+                  total=steps, leave=False, desc="draw with BPS" if conditions else "draw"):
+        pass
+    return torch.cat([base.vae.decode(part) for part in z.split(images_at_a_time(size))])
 
 
 # ---- what is drawn, and what with ----------------------------------------------------------
 
 def check_fit(bps, bps_file, unet, vae, prediction_type, base):
-    """Raises WeightsError where the BPS was trained for a base of other sizes or another kind.
+    """Raises UserError where the BPS was trained for a base of other sizes or another kind.
 
     SD 1 and SD 2 differ only in the width of their text states. A fine-tune of the same sizes fits.
     """
@@ -86,21 +119,21 @@ def check_fit(bps, bps_file, unet, vae, prediction_type, base):
             ("prediction type", bps.metadata.get("prediction_type", prediction_type),
              prediction_type)):
         if trained != own:
-            raise WeightsError(f"{bps_file}: for a base of {name} {trained}, but {base} has {own}; "
+            raise UserError(f"{bps_file}: for a base of {name} {trained}, but {base} has {own}; "
                                f"give the --base it was trained on")
     task = bps.metadata.get("task")
     if task not in TASKS or "size" not in bps.metadata:
-        raise WeightsError(f"{bps_file}: does not say what it was trained for; give a file that "
+        raise UserError(f"{bps_file}: does not say what it was trained for; give a file that "
                            f"train.py wrote")
     if bps.config.cond_channels != TASKS[task].channels:
-        raise WeightsError(f"{bps_file}: takes conditions of {bps.config.cond_channels} channels, "
+        raise UserError(f"{bps_file}: takes conditions of {bps.config.cond_channels} channels, "
                            f"but those of its task, {task}, have {TASKS[task].channels}")
 
 
 def picture_size(wanted, bps, unet, vae, schedule):
     """Returns (width, height) in pixels: as wanted, else what BPS or the base was trained with.
 
-    Errors: WeightsError where a side is not a multiple of the autoencoder's factor.
+    Errors: UserError where a side is not a multiple of the autoencoder's factor.
     """
     # a single file does not say it: SD 2.x predicts v at 768 px, all others are for 512 px
     at_768 = unet.config.context_dim == 1024 and schedule.prediction_type == "v_prediction"
@@ -108,7 +141,7 @@ def picture_size(wanted, bps, unet, vae, schedule):
     width, height = wanted or (bps.metadata["size"] if bps else side,) * 2
     check_pixels(width, height)
     if width % vae.factor or height % vae.factor:
-        raise WeightsError(f"--size {width}x{height}: this base takes multiples of {vae.factor}")
+        raise UserError(f"--size {width}x{height}: this base takes multiples of {vae.factor}")
     return width, height
 
 
@@ -117,7 +150,7 @@ def default_condition(condition, bps):
     if condition.cond:
         return condition
     if bps.metadata["task"] != "sketch":
-        raise DataError(f"{condition.bps}: trained for {bps.metadata['task']}; give --cond, what "
+        raise UserError(f"{condition.bps}: trained for {bps.metadata['task']}; give --cond, what "
                         f"it is to follow")
     return condition._replace(cond=DEFAULT_DRAWING)
 
@@ -132,7 +165,7 @@ class Job(NamedTuple):
 def list_jobs(conditions, prompt):
     """Returns the Jobs: one, or where conditions are folders one for each name in them.
 
-    Errors: DataError where folders don't have the same names.
+    Errors: UserError where folders don't have the same names.
     """
     folders = {condition.cond: Source(condition.cond) for condition in conditions
                if condition.cond.is_dir()}
@@ -142,11 +175,11 @@ def list_jobs(conditions, prompt):
     for folder, source in folders.items():
         files[folder], problems = source.images()
         if problems or not files[folder]:
-            raise DataError(problems[0] if problems else f"--cond {folder}: no image in it")
+            raise UserError(problems[0] if problems else f"--cond {folder}: no image in it")
     (first, source), jobs = next(iter(folders.items())), []
     for folder, names in files.items():
         for stem in sorted(names.keys() ^ files[first].keys()):
-            raise DataError(f"--cond {folder} and {first}: only one of them has {stem}; folders "
+            raise UserError(f"--cond {folder} and {first}: only one of them has {stem}; folders "
                             f"of conditions are joined by name")
     for stem, name in files[first].items():
         own = [condition._replace(cond=condition.cond / files[condition.cond][stem])
@@ -160,7 +193,7 @@ def list_jobs(conditions, prompt):
 def fingerprints(args, conditions, fingerprint_of):
     """Returns {role: fingerprint} of the files that a picture depends on.
 
-    fingerprint_of: weights.fingerprint, or a version that remembers. Errors: DataError where a
+    fingerprint_of: weights.fingerprint, or a version that remembers. Errors: UserError where a
     --from picture was drawn with another one.
     """
     paths = files_of(argparse.Namespace(**vars(args) | dict(conditions=conditions)))
@@ -170,7 +203,7 @@ def fingerprints(args, conditions, fingerprint_of):
              for role, path in paths.items()}
     for role, then in args.drawn_with.items():
         if found[role] != then:
-            raise DataError(f"{paths[role]}: not the file that {args.picture} was drawn with: its "
+            raise UserError(f"{paths[role]}: not the file that {args.picture} was drawn with: its "
                             f"fingerprint is {found[role]}, not {then}; give the right one by "
                             f"--{'base' if role == 'text' else role.split()[0]}")
     return found
@@ -221,7 +254,7 @@ def main():
                                  schedule)
     layers = text_model.config.layers
     if not 1 <= args.clip_skip <= layers:
-        raise WeightsError(f"--clip-skip {args.clip_skip}: allowed are 1 to {layers}")
+        raise UserError(f"--clip-skip {args.clip_skip}: allowed are 1 to {layers}")
     jobs = list_jobs(conditions, args.prompt)
     uses = Counter(condition for job in jobs for condition in job.conditions)
     read = {c: read_condition(c.cond, networks[c.bps].metadata["task"], width, height,
@@ -263,7 +296,7 @@ def main():
 def draw(job, steerings, args, base, z_init, width, height):
     """Returns pictures x, a list of --n (3, height, width), of a job.
 
-    z_init: the latent of --init, or None. Errors: WeightsError where --dtype is too narrow.
+    z_init: the latent of --init, or None. Errors: UserError where --dtype is too narrow.
     """
     unet, vae, tokenizer, text_model, schedule = base
     timesteps, signal_and_noise = diffusion.levels(args.steps, schedule, args.sampler)
@@ -287,7 +320,7 @@ def draw(job, steerings, args, base, z_init, width, height):
     if not all(z.isfinite().all() for z in latents):
         remedy = ("a --guidance, --strength or --scale nearer to 1" if args.dtype == "fp32" else
                   "--dtype bf16 or fp32")
-        raise WeightsError(f"--dtype {args.dtype}: too narrow for {args.base}, its numbers ran "
+        raise UserError(f"--dtype {args.dtype}: too narrow for {args.base}, its numbers ran "
                            f"over; give {remedy}")
     return [vae.decode(z)[0] for z in latents]
 

@@ -1,7 +1,7 @@
 """From a large to a small probability space in the plane, against the exact posterior denoiser.
 
     python toy2d.py                     prior, steered, rivals: two figures and a table
-    python toy2d.py --study modes       or robustness, algebra, rates: see studies/toy_studies.py
+    python toy2d.py --study modes       or robustness, algebra, rates: see measure/toy.py
 
 The large space is a pinwheel, a Gaussian mixture of K components; a condition c_add names an arm
 and says, with some error, how far out on it the point lies. For a mixture everything that a
@@ -22,8 +22,8 @@ from torch import nn
 from tqdm import tqdm
 
 import diffusion
-from cli import Parser, run, seed_number
-from studies.plots import Figure
+from inputs.options import Parser, run, seed_number
+from measure.plots import Figure
 from unet import timestep_embedding
 
 ARMS, BEADS = 5, 12                     # arms of the pinwheel, components on each

@@ -19,16 +19,16 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-import layouts
+from inputs import checkpoints
 import weights
 from bps import BPS, config_for, save_bps
-from cli import BASE, Parser, check_pixels, run, seed_number
+from inputs.options import BASE, Parser, check_pixels, run, seed_number
 from clip import load_clip
-from conditions import TASKS, DataError, cond_to_x, to_image
+from inputs.conditions import TASKS, UserError, cond_to_x, to_image
 from data import EMPTY_SHARE, Bank, load_pairs, mostly_light_on_dark, open_pair, split_names
-from measure import SHEET_ROWS, contact_sheet, paired_errors, peak_memory, report
-from obedience import meter_for
-from own_data import Source, check, find_pairs, groups
+from measure.report import SHEET_ROWS, contact_sheet, paired_errors, peak_memory, report
+from measure.obedience import meter_for
+from inputs.pairs import Source, check, find_pairs, groups
 from ports import add_options
 from sample import load_base
 from tiny.tasks import CLASSES
@@ -79,7 +79,7 @@ def choose_out(wanted, facts):
     """Returns the run's folder: `wanted` if new or an unfinished run of the same facts.
 
     Otherwise the first free one of wanted-2, wanted-3 ..: a finished run is never overwritten.
-    facts: the arguments, and the base's fingerprint. Errors: WeightsError for a damaged args.json.
+    facts: the arguments, and the base's fingerprint. Errors: UserError for a damaged args.json.
     """
     wanted = wanted if wanted.name else wanted.resolve()        # "." has no name to count up
     for number in range(1, 10_000):
@@ -89,7 +89,7 @@ def choose_out(wanted, facts):
         finished = (out / "bps.safetensors").exists() and not (out / CHECKPOINT).exists()
         if not finished and weights.read_json(out / "args.json") == facts:
             return out
-    raise DataError(f"{wanted}: 10,000 runs beside it; give another --out")
+    raise UserError(f"{wanted}: 10,000 runs beside it; give another --out")
 
 
 def named_classes(args, bank):
@@ -164,35 +164,6 @@ def parse_args():
     return args
 
 
-def check_data(args):
-    """Prints what is in --data and writes a sheet of it; all that is wrong ends in exit code 2."""
-    source = Source(args.data)
-    found, problems = find_pairs(source, bool(args.extract))
-    tokenizer, _ = load_clip(args.base, args.tokenizer)
-    names = groups(found)
-    sides = split_names(names)
-    problems += check(source, args.task, found, [sides[name] for name in names], tokenizer,
-                      bool(args.extract), args.default_prompt)
-    if not problems:
-        pairs = load_pairs(args.task, "train", args.data, bool(args.extract), args.default_prompt)
-        light, shown = mostly_light_on_dark(pairs, args.task, args.extract), pairs[:SHEET_ROWS]
-        columns = []
-        for flip in (False, True):
-            opened = [open_pair(pair, args.task, args.size, light, args.extract, flip)
-                      for pair in shown]
-            columns.append(cond_to_x(torch.stack([cond for cond, *_ in opened]) / 255))
-            columns.append(torch.stack([x for _, x, _ in opened]))
-        if args.task == "sketch":
-            print(f"lines: {'light on dark' if light else 'dark on light'}")
-        args.out.mkdir(parents=True, exist_ok=True)
-        contact_sheet(columns, ["condition", "picture", "flipped", "flipped"],
-                      [pair.prompts[0] for pair in shown], args.out / "check.png")
-        return
-    for problem in problems:
-        print(f"problem: {problem}")
-    raise DataError(f"{args.data}: problems, each named above: {len(problems)}")
-
-
 def load_splits(args):
     """Returns {train, val or test: its pairs}."""
     return {split: load_pairs(args.task, split, args.data, bool(args.extract), args.default_prompt)
@@ -203,7 +174,7 @@ def run_facts(args, splits):
     """Returns what makes a run this one: arguments, base, its pairs' names and captions."""
     pairs = [(split, pair.name, pair.prompts) for split, own in splits.items() for pair in own]
     return {key: str(value) for key, value in vars(args).items() if key != "out"} | dict(
-        base_sha256=weights.fingerprint(*layouts.find_unet(args.base)),
+        base_sha256=weights.fingerprint(*checkpoints.find_unet(args.base)),
         pairs_sha256=hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16])
 
 
@@ -228,7 +199,7 @@ def main():
         args.base, args.tokenizer, args.device, vae_path=args.vae,
         prediction_type=args.prediction_type)
     if args.size % (unit := vae.factor * 2 ** (len(unet.config.channels) - 1)):
-        raise DataError(f"--size {args.size}: this base takes multiples of {unit}")
+        raise UserError(f"--size {args.size}: this base takes multiples of {unit}")
     check_pixels(args.size, args.size)
     bps_config = config_for(unet.config, TASKS[task].channels, vae.factor, args.weights, args.paths,
                             args.foot)

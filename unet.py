@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import layouts
+from inputs import checkpoints
 import weights
 
 MAX_PERIOD = 10_000     # longest period of the timestep sinusoids (Attention Is All You Need, 3.5)
@@ -302,10 +302,10 @@ def load_unet(path, dtype=torch.float32, device="cpu"):
     """Returns the frozen U-Net of an SD checkpoint: a folder or a single .safetensors file.
 
     On the CPU, weights that have the dtype already stay mapped from the file until they are used.
-    Errors: weights.WeightsError names the file and every key that is missing, unexpected or of
+    Errors: weights.UserError names the file and every key that is missing, unexpected or of
     another shape.
     """
-    checkpoint = layouts.read_unet(path)
+    checkpoint = checkpoints.read_unet(path)
     with torch.device("meta"):
         unet = UNet(UNetConfig(**checkpoint.config))
     return weights.load_strict(unet, checkpoint, dtype, device)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import layouts
+from inputs import checkpoints
 import weights
 
 LOGVAR_RANGE = (-30.0, 20.0)    # the original's clamp; keeps exp() finite
@@ -224,10 +224,10 @@ def load_vae(path, dtype=torch.float32, device="cpu"):
     """Returns the frozen autoencoder of an SD checkpoint: a folder or a single .safetensors file.
 
     An autoencoder's own folder or file will do too. fp16 is too narrow for some of them: draw with
-    float32. Errors: weights.WeightsError names the file and every key that is missing, unexpected
+    float32. Errors: weights.UserError names the file and every key that is missing, unexpected
     or of another shape.
     """
-    checkpoint = layouts.read_vae(path)
+    checkpoint = checkpoints.read_vae(path)
     with torch.device("meta"):
         vae = AutoencoderKL(VAEConfig(**checkpoint.config))
     return weights.load_strict(vae, checkpoint, dtype, device)

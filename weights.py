@@ -1,10 +1,10 @@
 """Reads and writes weights: .safetensors files, strictly, a tensor at a time, never a pickle.
 
 Only headers are read at first: names and shapes decide whether a file fits, and then each tensor
-is mapped from the file into its module. What the names are is layouts.py's business. Nothing is
+is mapped from the file into its module. What the names are is checkpoints.py's business. Nothing is
 fetched from a network.
 
-    checkpoint = layouts.read_unet("tiny/model")    # config, tensors, how keys are spelled there
+    checkpoint = checkpoints.read_unet("tiny/model")    # config, tensors, how keys are spelled there
     load_strict(UNet(UNetConfig(**checkpoint.config)), checkpoint)
 """
 import hashlib
@@ -24,7 +24,7 @@ CONVERTED_AT_A_TIME = 16        # tensors, before their file is opened anew
 NAMES_SHOWN = 8                 # of tensors that do not fit
 
 
-class WeightsError(ValueError):
+class UserError(ValueError):
     """A checkpoint that cannot be used; the message is one line for the user."""
 
 
@@ -49,26 +49,26 @@ class Checkpoint(NamedTuple):
 def read_header(file):
     """Returns {name: Stored} of a .safetensors file; no tensor is read.
 
-    Errors: WeightsError for pickles, Git-LFS pointers, truncated files and anything else.
+    Errors: UserError for pickles, Git-LFS pointers, truncated files and anything else.
     """
     file = Path(file)
     if file.is_dir():
-        raise WeightsError(f"{file}: a folder; a .safetensors file is wanted here")
+        raise UserError(f"{file}: a folder; a .safetensors file is wanted here")
     if file.suffix.lower() in PICKLES:
-        raise WeightsError(
+        raise UserError(
             f"{file}: a {file.suffix} file is a pickle and can run code; convert one that you "
             f"trust: python -c \"import torch, safetensors.torch as s; d = torch.load('{file}', "
             f"weights_only=True); s.save_file(d.get('state_dict', d), 'model.safetensors')\"")
     if not file.is_file():
-        raise WeightsError(f"{file}: no such file; nothing is downloaded")
+        raise UserError(f"{file}: no such file; nothing is downloaded")
     size = file.stat().st_size
     with open(file, "rb") as f:
         head = f.read(8)
         if head == b"version ":
-            raise WeightsError(f"{file}: a Git-LFS pointer, not the weights; run `git lfs pull`")
+            raise UserError(f"{file}: a Git-LFS pointer, not the weights; run `git lfs pull`")
         length = int.from_bytes(head, "little")
         if f.read(1) == b"{" and 8 + length > size:
-            raise WeightsError(f"{file}: {size} bytes, but its header alone has {8 + length}; copy "
+            raise UserError(f"{file}: {size} bytes, but its header alone has {8 + length}; copy "
                                f"or download it again")
         f.seek(8)
         try:
@@ -79,9 +79,9 @@ def read_header(file):
             stored = {name: Stored(file, name, tuple(entry["shape"]))
                       for name, entry in header.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise WeightsError(f"{file}: not a safetensors file") from None
+            raise UserError(f"{file}: not a safetensors file") from None
     if size != promised:
-        raise WeightsError(f"{file}: {size} bytes, but its header promises {promised}; "
+        raise UserError(f"{file}: {size} bytes, but its header promises {promised}; "
                            f"copy or download it again")
     return stored
 
@@ -91,7 +91,7 @@ def read_tensors(stored, dtype, device):
 
     What is read of a file stays in memory as long as the file is open; so it is opened anew once
     some tensors were converted. Convolutions are mapped apart from the rest: made channels_last
-    later, they leave nothing behind. Errors: WeightsError for a damaged file.
+    later, they leave nothing behind. Errors: UserError for a damaged file.
     """
     files, converted = {}, 0
     for entry in stored:
@@ -101,7 +101,7 @@ def read_tensors(stored, dtype, device):
                 files[entry.file, is_convolution] = safe_open(entry.file, "pt")
             found = files[entry.file, is_convolution].get_tensor(entry.name)
         except SafetensorError as error:
-            raise WeightsError(f"{entry.file}: not a safetensors file ({error})") from None
+            raise UserError(f"{entry.file}: not a safetensors file ({error})") from None
         tensor = (found if entry.rows is None else found[entry.rows]).to(device, dtype)
         converted += tensor.data_ptr() != found.data_ptr()
         if converted == CONVERTED_AT_A_TIME:
@@ -112,16 +112,16 @@ def read_tensors(stored, dtype, device):
 def read_json(file):
     """Returns the dict that a JSON file holds.
 
-    Errors: WeightsError where there is no such file or it holds something else.
+    Errors: UserError where there is no such file or it holds something else.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise WeightsError(f"{file}: no such file") from None
+        raise UserError(f"{file}: no such file") from None
     except ValueError as error:
-        raise WeightsError(f"{file}: not JSON ({error})") from None
+        raise UserError(f"{file}: not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise WeightsError(f"{file}: not a JSON object")
+        raise UserError(f"{file}: not a JSON object")
     return content
 
 
@@ -133,11 +133,11 @@ def read_config(file):
 def find_weights(folder, stem):
     """Returns the weights files of a part's folder: exact name, else shards, fp16, or the only one.
 
-    A name that is not the exact one is warned of. Errors: WeightsError where there is none, only
+    A name that is not the exact one is warned of. Errors: UserError where there is none, only
     pickles, or a choice that cannot be made.
     """
     if not folder.is_dir():
-        raise WeightsError(f"{folder}: no such folder; a Stable Diffusion folder has unet/, vae/, "
+        raise UserError(f"{folder}: no such folder; a Stable Diffusion folder has unet/, vae/, "
                            f"text_encoder/ and tokenizer/")
     if (folder / f"{stem}.safetensors").is_file():
         return [folder / f"{stem}.safetensors"]
@@ -157,18 +157,18 @@ def find_weights(folder, stem):
         return [file]
     if found:
         names = ", ".join(file.name for file in found)
-        raise WeightsError(f"{folder}: which one? {names}; rename one to {stem}.safetensors")
+        raise UserError(f"{folder}: which one? {names}; rename one to {stem}.safetensors")
     pickles = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in PICKLES]
     if pickles:
         read_header(pickles[0])         # says why not
-    raise WeightsError(f"{folder}: no {stem}.safetensors in it")
+    raise UserError(f"{folder}: no {stem}.safetensors in it")
 
 
 def read_folder(folder, stem, fixed):
     """Returns (config.json as a dict, {name: Stored}, first file) of one part of an SD folder.
 
     fixed: {key: the only value of it that is implemented}; absent keys are right. Errors:
-    WeightsError.
+    UserError.
     """
     files = find_weights(folder, stem)
     config, state = read_config(folder / "config.json"), {}
@@ -176,7 +176,7 @@ def read_folder(folder, stem, fixed):
         value = config.get(key, allowed)
         values = value if isinstance(value, list) else [value]
         if any((entry or None) != (allowed or None) for entry in values):      # false is none is 0
-            raise WeightsError(f"{folder / 'config.json'}: {key} = {value!r} is not implemented; "
+            raise UserError(f"{folder / 'config.json'}: {key} = {value!r} is not implemented; "
                                f"allowed is {allowed!r}")
     for file in files:
         state |= read_header(file)
@@ -190,7 +190,7 @@ def save(tensors, file, metadata):
     try:
         save_file(tensors, temporary, metadata)
     except SafetensorError as error:
-        raise WeightsError(f"{file}: cannot be written ({error}); is the disk full?") from None
+        raise UserError(f"{file}: cannot be written ({error}); is the disk full?") from None
     os.replace(temporary, file)
 
 
@@ -218,7 +218,7 @@ def save_training(file, modules, trained, optimizer, facts):
 def load_training(file, modules, trained, optimizer):
     """Restores in place what save_training wrote with the same modules; returns its facts.
 
-    Errors: WeightsError where the file is damaged.
+    Errors: UserError where the file is damaged.
     """
     try:
         with safe_open(file, "pt") as f, torch.no_grad():
@@ -232,7 +232,7 @@ def load_training(file, modules, trained, optimizer):
                     exp_avg=torch.empty_like(parameter).copy_(f.get_tensor(f"m.{key}")),
                     exp_avg_sq=torch.empty_like(parameter).copy_(f.get_tensor(f"v.{key}")))
     except SafetensorError as error:
-        raise WeightsError(f"{file}: damaged ({error}); delete it to start this run "
+        raise UserError(f"{file}: damaged ({error}); delete it to start this run "
                            f"anew") from None
     return facts
 
@@ -259,7 +259,7 @@ def load_strict(module, checkpoint, dtype=torch.float32, device="cpu"):
     The module may be on the meta device, which saves drawing weights only to replace them. One
     tensor is read at a time; what already has the dtype stays mapped from its file, without a
     copy. A linear layer may be stored as a 1x1 convolution and the other way round. Errors:
-    WeightsError names every missing, unexpected and mis-shaped key.
+    UserError names every missing, unexpected and mis-shaped key.
     """
     wanted = {checkpoint.spelling(key): (key, own.shape)
               for key, own in module.state_dict().items()}
@@ -269,7 +269,7 @@ def load_strict(module, checkpoint, dtype=torch.float32, device="cpu"):
                for name, (_, shape) in wanted.items() if name in checkpoint.state
                and _squeezed(checkpoint.state[name].shape) != _squeezed(shape)]
     if faults:
-        raise WeightsError(f"{checkpoint.file}: {len(faults)} keys do not fit a "
+        raise UserError(f"{checkpoint.file}: {len(faults)} keys do not fit a "
                            f"{type(module).__name__} of this size: {shortened(faults)}")
     tensors = read_tensors([checkpoint.state[name] for name in wanted], dtype, device)
     state = {key: tensor.reshape(shape)

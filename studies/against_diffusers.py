@@ -3,13 +3,13 @@
 Needs an environment of its own, never that of requirements.txt:
 
     pip install "torch<=2.13.0" diffusers transformers accelerate tqdm tokenizers pillow
-    python -m studies.against_diffusers
+    python -m pytest -m peers -s
 """
 import torch
 from diffusers import StableDiffusionPipeline
 
 import diffusion
-from cli import BASE
+from inputs.options import BASE
 from sample import load_base
 from steer import draw_noise, make_denoiser
 

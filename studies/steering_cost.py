@@ -16,7 +16,7 @@ import torch
 
 import diffusion
 from bps import BPS, FEET, config_for
-from cli import BASE, Parser, run
+from inputs.options import BASE, Parser, run
 from steer import Steering, draw_noise, make_denoiser
 from unet import UNet, UNetConfig, load_unet
 

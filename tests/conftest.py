@@ -6,7 +6,7 @@ import references
 import torch
 
 from bps import BPS, config_for, save_bps
-from cli import BASE
+from inputs.options import BASE
 from unet import load_unet
 
 

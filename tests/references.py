@@ -230,13 +230,13 @@ def name_tables():
 def own_modules(model, meta=False):
     """Returns our U-Net, autoencoder and text encoder of a MODELS entry."""
     import clip
-    import layouts
+    from inputs import checkpoints
     import unet
     import vae
     text = model["text"]
     with torch.device("meta" if meta else "cpu"):
-        return (unet.UNet(unet.UNetConfig(**layouts.unet_config_from_json(model["unet"], ""))),
-                vae.AutoencoderKL(vae.VAEConfig(**layouts.vae_config_from_json(model["vae"]))),
+        return (unet.UNet(unet.UNetConfig(**checkpoints.unet_config_from_json(model["unet"], ""))),
+                vae.AutoencoderKL(vae.VAEConfig(**checkpoints.vae_config_from_json(model["vae"]))),
                 clip.CLIPTextModel(clip.CLIPTextConfig(
                     text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"],
                     text["vocab_size"], text["hidden_act"])))

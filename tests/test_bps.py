@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 
-import cli
+from inputs import options
 import ports
 from bps import FEET, PATHS, BPS, BPSConfig, config_for, load_bps, posterior, save_bps
 from ports import port_table
 from unet import UNet, UNetConfig, load_unet
-from weights import WeightsError
+from weights import UserError
 
 SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,
                    context_dim=24)
@@ -127,7 +127,7 @@ def test_a_light_foot_is_the_base_at_the_start_and_has_at_most_40_percent_of_the
     residuals = light(cond, unet.time_embedding(inputs["t"]))
     assert torch.equal(unet(**inputs, residuals=residuals), unet(**inputs))
     with torch.device("meta"):
-        for unet_config, factor in ((UNetConfig(), 8), (load_unet(cli.BASE).config, 4)):
+        for unet_config, factor in ((UNetConfig(), 8), (load_unet(options.BASE).config, 4)):
             faithful, light = (parameters(BPS(config_for(unet_config, 1, factor, foot=foot)))
                                for foot in FEET)
             assert light <= 0.4 * faithful
@@ -149,7 +149,7 @@ def test_weights_may_be_numbers_but_as_many_as_the_base_takes():
     config = config_for(SMALL, 1, FACTOR, port_weights=(3.0, 2.0, 5.0, 0.5))
     assert (config.input_weights, config.middle_weight, config.output_weight) == (
         (3.0, 2.0), 5.0, 0.5)
-    with pytest.raises(WeightsError, match="3 port weights; this base takes 4: .* 2 levels"):
+    with pytest.raises(UserError, match="3 port weights; this base takes 4: .* 2 levels"):
         config_for(SMALL, 1, FACTOR, port_weights=(1.0, 2.0, 3.0))
 
 
@@ -172,7 +172,7 @@ def test_the_table_of_ports_accounts_for_every_parameter(paths, foot):
 
 
 def test_the_ports_of_a_base_are_printed(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bps.py", "--ports", "--base", str(cli.BASE)])
+    monkeypatch.setattr(sys, "argv", ["bps.py", "--ports", "--base", str(options.BASE)])
     ports.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[3] == "| input 1 | contracting | 16 x 16 | 64 | 16 | 143,936 |"
@@ -216,5 +216,5 @@ def test_a_saved_bps_comes_back_with_its_config_and_facts(parts, tmp_path):
 def test_a_file_that_is_no_bps_is_refused(tmp_path):
     from safetensors.torch import save_file
     save_file(dict(a=torch.zeros(2)), tmp_path / "other.safetensors")
-    with pytest.raises(WeightsError, match="not a BPS file"):
+    with pytest.raises(UserError, match="not a BPS file"):
         load_bps(tmp_path / "other.safetensors")

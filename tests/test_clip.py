@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from clip import BEGIN, END, CLIPTextConfig, CLIPTextModel, Tokenizer, load_tokenizer
-from weights import WeightsError
+from weights import UserError
 
 VOCAB = {token: i for i, token in enumerate(
     ["r", "e", "d", "a", "p", "l", "d</w>", "e</w>", "a</w>", "s</w>", "'", "s", "re", "red</w>",
@@ -43,7 +43,7 @@ def test_padding_follows_the_tokenizers_own_files(tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(pad_token="a")))
     assert load_tokenizer(tmp_path).pad == VOCAB["!"]       # SD 2 says it in special_tokens_map
     (tmp_path / "merges.txt").unlink()
-    with pytest.raises(WeightsError, match="merges.txt: no such file"):
+    with pytest.raises(UserError, match="merges.txt: no such file"):
         load_tokenizer(tmp_path)
 
 

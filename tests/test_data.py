@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from cli import BASE
-from conditions import DataError, extract_lines, line_f1, read_drawing, to_image, to_x
+from inputs.options import BASE
+from inputs.conditions import UserError, extract_lines, line_f1, read_drawing, to_image, to_x
 from data import Bank, Pair, load_pairs, split_names
 from sample import load_base
 from tiny import world
@@ -59,7 +59,7 @@ def test_what_is_no_drawing_is_refused(tmp_path):
     (tmp_path / "text.png").write_text("not an image")
     for name, message in (("blank.png", "no line in it"), ("yellow.png", "no line in it"),
                           ("text.png", "cannot be read"), ("absent.png", "absent.png")):
-        with pytest.raises(DataError, match=message):
+        with pytest.raises(UserError, match=message):
             read_drawing(tmp_path / name, 64, 64)
 
 
@@ -145,7 +145,7 @@ def test_a_set_of_light_drawings_gives_the_conditions_of_dark_ones(base):
 def test_a_condition_of_another_size_than_its_picture_is_refused(base):
     _, vae, tokenizer, text_model, _ = base
     pairs = drawn_pairs(lambda image: image.resize((70, 60)))
-    with pytest.raises(DataError, match="0: 70 x 60 px, but its picture has 64 x 64"):
+    with pytest.raises(UserError, match="0: 70 x 60 px, but its picture has 64 x 64"):
         Bank(pairs, "sketch", 64, vae, tokenizer, text_model)
 
 

@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-import obedience
-from conditions import TASKS, coarse_colours, extract_lines, soft_lines, to_cond, to_image, to_x
+from measure import obedience
+from inputs.conditions import TASKS, coarse_colours, extract_lines, soft_lines, to_cond, to_image, to_x
 from data import load_pairs, open_pair
 from tiny import world
 from tiny.classifier import Classifier

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cli import BASE
+from inputs.options import BASE
 from sample import load_base
 from tiny import pretrain, world
 

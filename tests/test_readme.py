@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_layouts import save_file, single_file, write_folder
 
-import cli
+from inputs import options
 import ports
 import sample
 import toy2d
@@ -23,7 +23,7 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", BOTH, re.DOTALL)
             for line in block.splitlines() if line.strip() and not line.startswith("#")]
 MODULES = {"train.py": train, "sample.py": sample, "toy2d.py": toy2d,
            "tiny.pretrain": pretrain,
-           "tiny.evaluate": evaluate, "tiny.make_data": make_data, "studies.bench": bench,
+           "measure.base": evaluate, "tiny.make_data": make_data, "measure.cost": bench,
            "studies.steering_cost": steering_cost, "bps.py": ports}
 
 
@@ -59,7 +59,7 @@ def test_a_command_of_the_readme_has_arguments_that_its_script_takes(command, mo
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "sample.py" in c])
 def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, random_states):
     _, arguments = split(command)
-    tiny, small, single = cli.BASE.parent, tmp_path / "sd", tmp_path / "model.safetensors"
+    tiny, small, single = options.BASE.parent, tmp_path / "sd", tmp_path / "model.safetensors"
     if "SD_FOLDER" in arguments:
         write_folder(small, "small1", random_states("small1"))
     if "MODEL.safetensors" in arguments:
@@ -78,7 +78,7 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
                  "b.png": drawing, "drawing.png": drawing, "768x512": "96x64",
                  "DRAWINGS": tmp_path / "drawings",
                  "pictures/0000.png": tmp_path / "first/0000.png",
-                 "SD_FOLDER": cli.BASE if "--bps" in arguments else small,
+                 "SD_FOLDER": options.BASE if "--bps" in arguments else small,
                  "MODEL.safetensors": single}
     arguments = [str(stand_ins.get(word, word)) for word in arguments]
     monkeypatch.chdir(ROOT)

@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 
 import clip
 import diffusion
-import layouts
+from inputs import checkpoints
 import weights
-from cli import BASE
+from inputs.options import BASE
 
 RECORDED = load_file(references.TENSORS)
 FACTS = references.read_facts()
@@ -40,8 +40,8 @@ def test_the_networks_give_the_recorded_outputs(name, random_states):
 
 
 @pytest.mark.parametrize("part, count, folder_name", [
-    ("unet", 686, lambda key: layouts.unet_folder_name(key, 2)),
-    ("vae", 248, lambda key: layouts.vae_folder_name(key, 4)),
+    ("unet", 686, lambda key: checkpoints.unet_folder_name(key, 2)),
+    ("vae", 248, lambda key: checkpoints.vae_folder_name(key, 4)),
     ("text", 196, str)])
 def test_every_name_of_sd15_is_renamed_as_diffusers_does_and_no_two_alike(part, count, folder_name):
     table = FACTS["names"][part]
@@ -57,10 +57,10 @@ def test_every_name_of_sd2s_text_encoder_is_found_in_openclips_spelling():
     state = {name.removeprefix("cond_stage_model.model."): weights.Stored(
         None, name, (3 * 1024, 1024) if "in_proj" in name else (1024,))
         for name, _ in table.values()}
-    split = layouts.split_in_proj(state, 1024)
+    split = checkpoints.split_in_proj(state, 1024)
     assert len(table) == 372                        # 23 blocks of 16 tensors, and four
     for key, (name, row) in table.items():
-        stored = split.pop(layouts.openclip_name(key))
+        stored = split.pop(checkpoints.openclip_name(key))
         assert stored.name == name
         assert stored.rows is None or (stored.rows.start, stored.rows.stop) == (row, row + 1024)
     assert not split

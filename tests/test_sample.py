@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-import cli
+from inputs import options
 import diffusion
 import sample
 import steer
 from bps import BPS, BPSConfig, config_for, save_bps
-from conditions import DataError, crop, open_image, to_x
-from weights import WeightsError
+from inputs.conditions import UserError, crop, open_image, to_x
+from weights import UserError
 
 
 @pytest.fixture
@@ -51,17 +51,17 @@ def test_a_png_remembers_how_it_was_drawn(draw, bps_file):
     assert text["prompt"] == "a grüne pear" and text["guidance"] == "2.5"
     assert text["seed"] == "0" and text["steps"] == "2" and text["sampler"] == "ddim"
     files = json.loads(text["files"])
-    for key, source in (("base", cli.BASE / "unet" / "diffusion_pytorch_model.safetensors"),
-                        ("vae", cli.BASE / "vae" / "diffusion_pytorch_model.safetensors"),
-                        ("text", cli.BASE / "text_encoder" / "model.safetensors"),
-                        ("bps 1", bps_file), ("cond 1", cli.BASE.parent / "drawing.png")):
+    for key, source in (("base", options.BASE / "unet" / "diffusion_pytorch_model.safetensors"),
+                        ("vae", options.BASE / "vae" / "diffusion_pytorch_model.safetensors"),
+                        ("text", options.BASE / "text_encoder" / "model.safetensors"),
+                        ("bps 1", bps_file), ("cond 1", options.BASE.parent / "drawing.png")):
         assert files.pop(key) == hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     assert not files
 
 
 def test_nothing_that_is_there_is_overwritten(draw, tmp_path):
     drawing = tmp_path / "condition.png"
-    shutil.copy(cli.BASE.parent / "drawing.png", drawing)
+    shutil.copy(options.BASE.parent / "drawing.png", drawing)
     before = drawing.read_bytes()
     for _ in range(2):
         draw("--n", 1, "--cond", drawing, "--out", tmp_path)
@@ -72,15 +72,15 @@ def test_nothing_that_is_there_is_overwritten(draw, tmp_path):
 
 def test_a_long_prompt_is_one_line_of_warning(draw, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [])
-    cli.run(lambda: draw("--n", 1, "--prompt", "a grüne pear " * 40))
+    options.run(lambda: draw("--n", 1, "--prompt", "a grüne pear " * 40))
     warned = [line for line in capsys.readouterr().err.splitlines() if "pear" in line]
     assert len(warned) == 1 and warned[0].startswith("warning: prompt longer than 75 tokens")
     assert "grüne" in warned[0]
 
 
 @pytest.mark.parametrize("error, code, line", [
-    (WeightsError("bad.safetensors: truncated"), 2, "error: bad.safetensors: truncated"),
-    (DataError("pairs: empty"), 2, "error: pairs: empty"),
+    (UserError("bad.safetensors: truncated"), 2, "error: bad.safetensors: truncated"),
+    (UserError("pairs: empty"), 2, "error: pairs: empty"),
     (FileExistsError(17, "File exists", "README.md"), 2, "error: [Errno 17] File exists"),
     (KeyboardInterrupt(), 130, "interrupted"),
 ])
@@ -89,7 +89,7 @@ def test_a_script_ends_in_one_line_and_an_exit_code(error, code, line, capsys):
         raise error
 
     with pytest.raises(SystemExit) as stop:
-        cli.run(main)
+        options.run(main)
     assert stop.value.code == code
     assert capsys.readouterr().err.strip().startswith(line)
 
@@ -107,7 +107,7 @@ def test_a_bps_of_other_weights_draws_with_a_note(draw, capsys):
 def test_a_bps_of_another_base_is_refused(config, context_dim, message, draw, tmp_path):
     file = tmp_path / "other.safetensors"
     save_bps(BPS(config), file, dict(size=64, context_dim=context_dim))
-    with pytest.raises(WeightsError, match=f"other.safetensors.*{message}"):
+    with pytest.raises(UserError, match=f"other.safetensors.*{message}"):
         draw("--bps", file)
 
 
@@ -115,14 +115,14 @@ def test_a_bps_trained_to_steer_another_prediction_is_refused(draw, tmp_path, bp
     bps = sample.load_bps(bps_file)
     file = tmp_path / "v.safetensors"
     save_bps(bps, file, bps.metadata | dict(prediction_type="v_prediction"))
-    with pytest.raises(WeightsError, match="prediction type v_prediction, but .* has epsilon"):
+    with pytest.raises(UserError, match="prediction type v_prediction, but .* has epsilon"):
         draw("--bps", file)
 
 
 def test_a_damaged_bps_file_is_refused(draw, tmp_path, bps_file):
     file = tmp_path / "bad.safetensors"
     file.write_bytes(bps_file.read_bytes().replace(b'"F16"', b'"F99"'))
-    with pytest.raises(WeightsError, match="bad.safetensors: not a BPS file"):
+    with pytest.raises(UserError, match="bad.safetensors: not a BPS file"):
         draw("--bps", file)
 
 
@@ -157,7 +157,7 @@ def other(tmp_path, bps_file):
 
 
 def test_conditions_add_up_in_any_order_each_with_its_own_options(draw, bps_file, other):
-    first = ["--cond", cli.BASE.parent / "drawing.png", "--strength", 0.5]
+    first = ["--cond", options.BASE.parent / "drawing.png", "--strength", 0.5]
     alone = pixels(draw("--n", 1, *first) / "0000.png")
     one = draw("--n", 1, *first, *other, "--scale", 0.5)
     assert sorted(file.name for file in one.iterdir()) == [
@@ -170,9 +170,9 @@ def test_conditions_add_up_in_any_order_each_with_its_own_options(draw, bps_file
 def test_a_picture_is_drawn_again_from_itself_alone(draw, other, tmp_path, monkeypatch,
                                                     bps_file):
     out = draw("--n", 2, "--seed", 3, "--prompt", "-a 'grüne' pear", "--negative-prompt", "a cup",
-               "--cond", cli.BASE.parent / "drawing.png", "--strength", 0.5, "--window", 0, 0.5,
+               "--cond", options.BASE.parent / "drawing.png", "--strength", 0.5, "--window", 0, 0.5,
                *other, "--scale", 2, "--sampler", "euler",
-               "--init", cli.BASE.parent / "drawing.png", "--denoise", 0.4, "--steps", 5,
+               "--init", options.BASE.parent / "drawing.png", "--denoise", 0.4, "--steps", 5,
                "--size", "48x80")
     monkeypatch.setattr(sys, "argv", ["sample.py", "--from", str(out / "0004.png"), "--out",
                                       str(tmp_path / "again")])
@@ -207,15 +207,15 @@ def test_a_picture_is_drawn_again_from_itself_alone(draw, other, tmp_path, monke
                                       "--out", str(tmp_path / "changed")])
     # a file that has changed since is named
     ImageOps.invert(Image.open(other[3])).save(other[3])
-    with pytest.raises(DataError, match="box.png: not the file that .*0004.png was drawn with"):
+    with pytest.raises(UserError, match="box.png: not the file that .*0004.png was drawn with"):
         sample.main()
 
 
 def test_a_folder_of_conditions_is_drawn_each_with_its_own_prompt(draw, tmp_path, bps_file):
     folder = tmp_path / "drawings"
     folder.mkdir()
-    shutil.copy(cli.BASE.parent / "drawing.png", folder / "apple.png")
-    shutil.copy(cli.BASE.parent / "drawing.png", folder / "pear.png")
+    shutil.copy(options.BASE.parent / "drawing.png", folder / "apple.png")
+    shutil.copy(options.BASE.parent / "drawing.png", folder / "pear.png")
     (folder / "pear.txt").write_text("a pear\n")
     (folder / "._pear.png").write_bytes(b"left by a Mac")
     out = draw("--n", 2, "--cond", folder, "--prompt", "a red apple")
@@ -226,12 +226,12 @@ def test_a_folder_of_conditions_is_drawn_each_with_its_own_prompt(draw, tmp_path
     single = pixels(draw("--n", 1, "--cond", folder / "apple.png") / "0000.png")
     assert np.array_equal(pixels(out / "apple-0000.png"), single)
     (folder / "pear.txt").write_bytes("Birne, grün".encode("latin-1"))
-    with pytest.raises(DataError, match="pear.txt: not UTF-8"):
+    with pytest.raises(UserError, match="pear.txt: not UTF-8"):
         draw("--cond", folder)
     other_folder = tmp_path / "others"
     shutil.copytree(folder, other_folder)
     (other_folder / "pear.png").rename(other_folder / "plum.png")
-    with pytest.raises(DataError, match="only one of them has pear"):
+    with pytest.raises(UserError, match="only one of them has pear"):
         draw("--cond", folder, "--bps", bps_file, "--cond", other_folder)
 
 
@@ -240,7 +240,7 @@ def test_one_condition_beside_a_folder_of_others_is_computed_once(draw, other, t
     folder, calls, forward = tmp_path / "drawings", [], BPS.forward
     folder.mkdir()
     for name in ("a.png", "b.png"):
-        shutil.copy(cli.BASE.parent / "drawing.png", folder / name)
+        shutil.copy(options.BASE.parent / "drawing.png", folder / name)
 
     def counted(self, cond, t_emb):
         calls.append(len(cond))
@@ -252,7 +252,7 @@ def test_one_condition_beside_a_folder_of_others_is_computed_once(draw, other, t
 
 
 def test_a_label_map_with_a_class_that_was_not_trained_on_is_refused(draw, tmp_path):
-    config = config_for(sample.load_unet(cli.BASE).config, 3, 4, port_weights="flat")
+    config = config_for(sample.load_unet(options.BASE).config, 3, 4, port_weights="flat")
     save_bps(BPS(config), tmp_path / "boxes.safetensors", dict(
         task="layout", size=64, context_dim=128, classes={"#000000": "ground", "#ff0000": ""}))
     image = Image.new("RGB", (100, 60))
@@ -263,12 +263,12 @@ def test_a_label_map_with_a_class_that_was_not_trained_on_is_refused(draw, tmp_p
     assert colours == {(0, 0, 0), (255, 0, 0)}                  # scaled, and none in between
     image.putpixel((5, 5), (0, 0, 255))
     image.save(tmp_path / "a.png")
-    with pytest.raises(DataError, match="a.png: .*#0000ff, is unknown; .* #000000 ground, #ff0000"):
+    with pytest.raises(UserError, match="a.png: .*#0000ff, is unknown; .* #000000 ground, #ff0000"):
         draw("--bps", tmp_path / "boxes.safetensors", "--cond", tmp_path / "a.png")
     image.save(tmp_path / "a.jpg")
-    with pytest.raises(DataError, match="a.jpg: a JPEG file blurs"):
+    with pytest.raises(UserError, match="a.jpg: a JPEG file blurs"):
         draw("--bps", tmp_path / "boxes.safetensors", "--cond", tmp_path / "a.jpg")
-    with pytest.raises(DataError, match="boxes.safetensors: trained for layout; give --cond"):
+    with pytest.raises(UserError, match="boxes.safetensors: trained for layout; give --cond"):
         draw("--bps", tmp_path / "boxes.safetensors")
 
 
@@ -281,11 +281,11 @@ def test_a_start_is_the_pictures_latent_with_the_noise_of_its_step(draw, tmp_pat
 
     monkeypatch.setattr(diffusion, "sample", noted)
     for share in (0.3, 1):
-        draw("--n", 1, "--steps", 10, "--init", cli.BASE.parent / "drawing.png", "--denoise", share)
+        draw("--n", 1, "--steps", 10, "--init", options.BASE.parent / "drawing.png", "--denoise", share)
     (z_t, start), (all_noise, first) = seen
     noise = steer.draw_noise([0], (4, 16, 16))
-    x = to_x(crop(open_image(cli.BASE.parent / "drawing.png"), 64, 64))[None]
-    z_init = sample.load_vae(cli.BASE).encode(x).mean
+    x = to_x(crop(open_image(options.BASE.parent / "drawing.png"), 64, 64))[None]
+    z_init = sample.load_vae(options.BASE).encode(x).mean
     assert start == 7 and first == 0 and torch.equal(all_noise, noise)
     expected = diffusion.NoiseSchedule().add_noise(z_init, noise, torch.tensor([201]))
     torch.testing.assert_close(z_t, expected, atol=1e-4, rtol=1e-4)
@@ -306,7 +306,7 @@ def test_little_denoising_keeps_the_picture_and_all_of_it_forgets_it(draw, tmp_p
 def test_what_comes_with_the_project_is_found_again_where_the_project_has_moved(draw):
     text = Image.open(draw("--bps", sample.DEFAULT_DRAWING.parent / "bps_sketch.safetensors",
                            "--n", 1) / "0000.png").text
-    assert str(cli.HERE) not in text["command"]
+    assert str(options.HERE) not in text["command"]
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -326,8 +326,8 @@ def test_what_comes_with_the_project_is_found_again_where_the_project_has_moved(
 ])
 def test_a_wrong_option_is_named_with_what_is_allowed(arguments, message, draw, monkeypatch,
                                                       capsys):
-    monkeypatch.chdir(cli.HERE)
-    with pytest.raises((DataError, SystemExit)) as error:
+    monkeypatch.chdir(options.HERE)
+    with pytest.raises((UserError, SystemExit)) as error:
         draw(*arguments)
     printed = capsys.readouterr().err
     if error.type is SystemExit:
@@ -338,10 +338,10 @@ def test_a_wrong_option_is_named_with_what_is_allowed(arguments, message, draw, 
 def test_a_bps_of_the_wrong_channels_or_without_its_task_is_refused(draw, tmp_path, bps_file):
     bps = sample.load_bps(bps_file)
     save_bps(bps, tmp_path / "a.safetensors", bps.metadata | dict(task="layout"))
-    with pytest.raises(WeightsError, match="takes conditions of 1 channels, but .* layout, have 3"):
+    with pytest.raises(UserError, match="takes conditions of 1 channels, but .* layout, have 3"):
         draw("--bps", tmp_path / "a.safetensors")
     save_bps(bps, tmp_path / "b.safetensors", bps.metadata | dict(task="nonsense"))
-    with pytest.raises(WeightsError, match="does not say what it was trained for"):
+    with pytest.raises(UserError, match="does not say what it was trained for"):
         draw("--bps", tmp_path / "b.safetensors")
 
 
@@ -354,7 +354,7 @@ def test_a_narrower_dtype_draws_nearly_the_same_picture(dtype, draw):
 
 
 def test_the_autoencoder_stays_float32():
-    unet, vae, _, text_model, _ = sample.load_base(cli.BASE, dtype=torch.float16)
+    unet, vae, _, text_model, _ = sample.load_base(options.BASE, dtype=torch.float16)
     assert {p.dtype for p in vae.parameters()} == {torch.float32}
     for module in (unet, text_model):
         assert {p.dtype for p in module.parameters()} == {torch.float16}
@@ -362,9 +362,9 @@ def test_the_autoencoder_stays_float32():
 
 def test_numbers_that_ran_over_are_an_error_not_a_black_picture(draw, monkeypatch):
     monkeypatch.setattr(sample.diffusion, "guide", lambda *_: torch.tensor(float("nan")))
-    with pytest.raises(WeightsError, match="--dtype fp16: too narrow.*give --dtype bf16"):
+    with pytest.raises(UserError, match="--dtype fp16: too narrow.*give --dtype bf16"):
         draw("--dtype", "fp16")
-    with pytest.raises(WeightsError, match="--dtype fp32: .* --strength or --scale nearer to 1"):
+    with pytest.raises(UserError, match="--dtype fp32: .* --strength or --scale nearer to 1"):
         draw("--n", 1)
 
 

@@ -6,7 +6,7 @@ import torch
 
 import toy2d
 from bps import posterior
-from studies import plots, toy_studies
+from measure import plots, toy
 from toy2d import KINDS, World, energy_distance, signal_and_noise, sliced_wasserstein
 
 B, T = 7, (5, 300, 700)
@@ -133,7 +133,7 @@ def test_a_bps_sees_only_its_own_part_of_a_condition():
 
 def test_composition_is_exact_where_the_conditions_speak_of_independent_coordinates(world):
     apart = []
-    for each in (in_float64(toy_studies.grid()), world):
+    for each in (in_float64(toy.grid()), world):
         generator = torch.Generator().manual_seed(0)
         z_0, cond = each.draw_labelled(B, generator)
         a, s = signal_and_noise(500, z_0)
@@ -147,7 +147,7 @@ def test_composition_is_exact_where_the_conditions_speak_of_independent_coordina
 def test_a_tempered_law_is_the_large_space_at_0_and_the_small_one_at_1():
     world = toy2d.pinwheel()
     exam = toy2d.Exam(world, 0)
-    laws = toy_studies.Laws(exam)
+    laws = toy.Laws(exam)
     large, _ = world.draw(2000, torch.Generator().manual_seed(5))
     assert energy_distance(laws.draw(dict(both=0.0)), large).abs().max() < 0.03
     assert energy_distance(laws.draw(dict(both=1.0)), exam.true).abs().mean() < 0.003
@@ -162,14 +162,14 @@ def test_a_tempered_law_is_the_large_space_at_0_and_the_small_one_at_1():
 def test_strength_0_draws_the_prior_and_strength_1_the_posterior(monkeypatch):
     monkeypatch.setattr(toy2d, "STEPS", 5)
     exam = toy2d.Exam(toy2d.pinwheel(), 0)
-    prior, posteriors = denoisers = toy_studies.exact_denoisers(exam)
+    prior, posteriors = denoisers = toy.exact_denoisers(exam)
     for s, denoise in ((0.0, prior), (1.0, posteriors["arm"])):
         expected = exam.draw(lambda z_t, t, _: denoise(z_t, t))
-        torch.testing.assert_close(toy_studies.draw_law(exam, denoisers, dict(arm=s)), expected,
+        torch.testing.assert_close(toy.draw_law(exam, denoisers, dict(arm=s)), expected,
                                    atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("weights", toy_studies.MODES.values())
+@pytest.mark.parametrize("weights", toy.MODES.values())
 def test_a_steered_network_is_the_prior_until_it_is_trained(weights):
     torch.manual_seed(0)
     unet, bps = toy2d.ToyUNet(), toy2d.ToyBPS(weights=weights)
@@ -205,7 +205,7 @@ def test_the_mode_named_time_blind_is_the_only_one_that_is(run_toy, monkeypatch)
     table = (run_toy("--study", "modes") / "modes.md").read_text()
     assert [weights for weights, blind in seen if blind] == [toy2d.HEAD_HEAVY]
     assert {weights for weights, blind in seen if not blind} == {
-        weights for name, weights in toy_studies.MODES.items() if name != "time-blind"}
+        weights for name, weights in toy.MODES.items() if name != "time-blind"}
     assert "+0.000 +- 0.000" in table.split("| CP+TP+EP |")[1].split("\n")[0]
 
 
@@ -339,8 +339,8 @@ def test_repeated_is_one_for_the_training_points_and_a_twentieth_for_true_ones()
 def run_toy(tmp_path, monkeypatch):
     """A function of arguments that runs toy2d.py in a very short form, and returns its folder."""
     for module, name, value in ((toy2d, "SAMPLES", 20), (toy2d, "STEPS", 5),
-                                (toy2d, "CONDITIONS", 5), (toy_studies, "SIZES", (12, 25)),
-                                (toy_studies, "EPOCHS", (50, 500))):
+                                (toy2d, "CONDITIONS", 5), (toy, "SIZES", (12, 25)),
+                                (toy, "EPOCHS", (50, 500))):
         monkeypatch.setattr(module, name, value)
 
     def run_it(*arguments):

@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-import cli
+from inputs import options
 import diffusion
 import measure
 import sample
 import train
 import weights
 from bps import BPS, config_for, load_bps
-from conditions import DataError
+from inputs.conditions import UserError
 from data import Bank, load_pairs
 
 SHORT = ["--steps", "4", "--batch", "2", "--save-every", "2", "--device", "cpu"]
@@ -120,7 +120,7 @@ def test_the_loss_is_against_what_the_model_predicts(tmp_path, monkeypatch):
 
 
 def test_training_changes_bps_and_nothing_of_the_base():
-    base = sample.load_base(cli.BASE)
+    base = sample.load_base(options.BASE)
     unet, vae, tokenizer, text_model, schedule = base
     before = [{key: t.clone() for key, t in part.state_dict().items()}
               for part in (unet, vae, text_model)]
@@ -185,7 +185,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path, monkeypatch):
     file = out / "checkpoint.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     monkeypatch.setattr(train, "report", report)
-    with pytest.raises(weights.WeightsError, match="checkpoint.safetensors: damaged .* delete it"):
+    with pytest.raises(weights.UserError, match="checkpoint.safetensors: damaged .* delete it"):
         run(train, monkeypatch, *SHORT, "--out", out)
 
 
@@ -237,20 +237,20 @@ def test_a_users_folder_of_pairs_can_be_trained_on(tmp_path, monkeypatch):
 
 
 def test_validation_tells_a_steered_model_from_the_base():
-    unet, vae, tokenizer, text_model, schedule = sample.load_base(cli.BASE)
+    unet, vae, tokenizer, text_model, schedule = sample.load_base(options.BASE)
     bank = Bank(load_pairs("sketch", "val")[:4], "sketch", 64, vae, tokenizer, text_model)
     bps = BPS(config_for(unet.config, 1, vae.factor))
-    numbers = measure.validate(unet, schedule, bank, bps)
+    numbers = report.validate(unet, schedule, bank, bps)
     assert numbers["gain"][0] == 0 and numbers["gap"][0] == 0       # zero ports: the base itself
     for port in bps.zero_blocks[1:2]:
         torch.nn.init.normal_(port.weight, std=0.1)
-    numbers = measure.validate(unet, schedule, bank, bps)
+    numbers = report.validate(unet, schedule, bank, bps)
     assert numbers["gain"][0] < 0 and numbers["gap"][0] != 0        # noise in the ports: worse
 
 
 def test_the_sheet_shows_its_columns_in_order(tmp_path):
     columns = [torch.full((3, 3, 16, 16), value) for value in (-1.0, -0.5, 0.0, 0.5)]
-    measure.contact_sheet(columns, "abcd", ["x", "y", "z"], tmp_path / "s.png")
+    report.contact_sheet(columns, "abcd", ["x", "y", "z"], tmp_path / "s.png")
     sheet = Image.open(tmp_path / "s.png").convert("L")
     assert [sheet.getpixel((k * 130 + 64, 80)) for k in range(4)] == [0, 64, 128, 191]
 
@@ -270,8 +270,8 @@ def test_bad_input_is_named_and_nothing_is_written(module, arguments, message, t
                                                    monkeypatch, bps_file):
     if module is sample and "--bps" not in arguments:
         arguments = ["--bps", bps_file, *arguments]
-    monkeypatch.chdir(cli.HERE)
-    with pytest.raises((DataError, weights.WeightsError), match=message):
+    monkeypatch.chdir(options.HERE)
+    with pytest.raises((UserError, weights.UserError), match=message):
         run(module, monkeypatch, *arguments, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -288,6 +288,6 @@ def test_bad_input_is_named_and_nothing_is_written(module, arguments, message, t
 ])
 def test_a_user_error_is_one_line_with_exit_code_2(arguments, message, tmp_path):
     done = subprocess.run([sys.executable, *arguments, "--out", tmp_path / "x"],
-                          cwd=cli.HERE, capture_output=True, text=True)
+                          cwd=options.HERE, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import layouts
+from inputs import checkpoints
 import weights
 from clip import CLIPTextConfig, CLIPTextModel
 from tiny.pretrain import save_part
@@ -30,9 +30,9 @@ def folder(tmp_path):
     """An SD folder with a random U-Net and autoencoder, and the U-Net itself (rounded to fp16)."""
     torch.manual_seed(0)
     unet = UNet(UNET).half().float().eval()
-    save_part(unet, tmp_path / "unet", lambda key: layouts.unet_folder_name(key, 2), UNET_JSON)
+    save_part(unet, tmp_path / "unet", lambda key: checkpoints.unet_folder_name(key, 2), UNET_JSON)
     vae = AutoencoderKL(VAE).half().float().eval()
-    save_part(vae, tmp_path / "vae", lambda key: layouts.vae_folder_name(key, 3), VAE_JSON)
+    save_part(vae, tmp_path / "vae", lambda key: checkpoints.vae_folder_name(key, 3), VAE_JSON)
     return tmp_path, unet, vae
 
 
@@ -54,7 +54,7 @@ def test_every_missing_unexpected_and_misshaped_key_is_named(folder):
     state["surprise.weight"] = torch.zeros(1)
     state["conv_out.bias"] = torch.zeros(7)
     save_file(state, path / "unet" / WEIGHTS)
-    with pytest.raises(weights.WeightsError) as error:
+    with pytest.raises(weights.UserError) as error:
         load_unet(path)
     for part in ("4 keys", "missing conv_in.bias", "missing time_embedding.linear_2.weight",
                  "unexpected surprise.weight", "conv_out.bias is (7,), not (4,)", WEIGHTS):
@@ -72,18 +72,18 @@ def test_a_single_file_of_sd15_sizes_loads_by_its_prefixes(tmp_path):
     shapes["model_ema.decay"] = shapes["betas"] = [1]
     file = tmp_path / "sd15.safetensors"
     write_zeros(file, shapes)
-    checkpoint = layouts.read_unet(file)
+    checkpoint = checkpoints.read_unet(file)
     with torch.device("meta"):
         unet = UNet(UNetConfig(**checkpoint.config))
     weights.load_strict(unet, checkpoint, torch.float16)    # its own dtype: nothing is copied
     assert len(checkpoint.state) == 686 and unet.config == UNetConfig()
     assert load_vae(file, torch.float16).config == VAEConfig()
-    assert len(layouts.read_text(file).state) == 196
+    assert len(checkpoints.read_text(file).state) == 196
 
 
 def test_absent_keys_of_a_config_are_sd15s():
-    assert UNetConfig(**layouts.unet_config_from_json({}, "config.json")) == UNetConfig()
-    assert VAEConfig(**layouts.vae_config_from_json({})) == VAEConfig()
+    assert UNetConfig(**checkpoints.unet_config_from_json({}, "config.json")) == UNetConfig()
+    assert VAEConfig(**checkpoints.vae_config_from_json({})) == VAEConfig()
 
 
 def write_zeros(file, shapes):
@@ -116,10 +116,10 @@ def write_zeros(file, shapes):
 def test_a_faulty_file_is_refused_with_the_reason(folder, spoil, message):
     path, *_ = folder
     spoil(path / "unet" / WEIGHTS)
-    with pytest.raises(weights.WeightsError, match=message):
+    with pytest.raises(weights.UserError, match=message):
         load_unet(path)
 
 
 def test_a_missing_path_is_named(tmp_path):
-    with pytest.raises(weights.WeightsError, match="nowhere"):
+    with pytest.raises(weights.UserError, match="nowhere"):
         load_unet(tmp_path / "nowhere")

@@ -1,15 +1,93 @@
-"""The small CLIP as a classifier: which category a picture shows, without any training for it.
+"""The embedded base's CLIP as a whole: the image tower beside its text encoder, and what it sees.
+
+Nothing that draws needs the image tower. With it the CLIP names the category of a picture, without
+any training for that, and finds a picture's own caption among others.
 
     category = Classifier()(x)              # indices of world.CATEGORIES
+
+Shapes: B batch, L tokens (77), D width, C channels, H W rows and columns.
 """
+import json
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from torch import nn
 
-from cli import BASE
-from clip import load_score
+import weights
+from clip import load_clip
+from inputs import checkpoints
+from inputs.options import BASE
 from tiny import world
 
 BATCH = 48
+
+
+class ImageTower(nn.Module):
+    """Image to a vector: strided convolutions, a residual block at each size, then the mean."""
+
+    def __init__(self, widths, dim):
+        super().__init__()
+        self.stem = nn.Conv2d(3, widths[0], 3, stride=2, padding=1)
+        self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
+                                  for a, b in zip(widths, widths[1:]))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths)
+        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths)
+        self.projection = nn.Linear(widths[-1], dim, bias=False)
+
+    def forward(self, x):
+        """Returns (B, dim), not normalised, for images x (B, 3, H, W) in [-1, 1]."""
+        h = self.stem(x)
+        for i, (norm, block) in enumerate(zip(self.norms, self.blocks)):
+            h = h + block(F.silu(norm(h)))
+            if i < len(self.down):
+                h = F.silu(self.down[i](h))
+        return self.projection(h.mean(dim=(2, 3)))
+
+
+class CLIPScore(nn.Module):
+    """Cosine similarities between texts and images: text encoder, image tower, projections."""
+
+    def __init__(self, text_model, image_widths, dim):
+        super().__init__()
+        self.text_model = text_model
+        self.image_tower = ImageTower(image_widths, dim)
+        self.text_projection = nn.Linear(text_model.config.width, dim, bias=False)
+        self.logit_scale = nn.Parameter(torch.tensor(2.66))       # exp: 1 / 0.07, as CLIP's start
+
+    def embed_text(self, ids, end):
+        """Returns unit vectors (B, dim) of ids (B, 77): the state at the first `end` token."""
+        context = self.text_model(ids)
+        last = (ids == end).int().argmax(dim=1)                               # (B,)
+        return F.normalize(self.text_projection(context[torch.arange(len(ids)), last]), dim=-1)
+
+    def embed_image(self, x):
+        """Returns unit vectors (B, dim) of images x (B, 3, H, W) in [-1, 1]."""
+        return F.normalize(self.image_tower(x), dim=-1)
+
+
+def save_score(score, file):
+    """Writes what a CLIPScore has beyond its text encoder, in fp16, with its sizes as metadata."""
+    tensors = {key: tensor.half() for key, tensor in score.state_dict().items()
+               if not key.startswith("text_model.")}
+    widths = [norm.num_channels for norm in score.image_tower.norms]
+    dim = score.text_projection.out_features
+    weights.save(tensors, file, dict(image_widths=json.dumps(widths), dim=str(dim)))
+
+
+def load_score(path, device="cpu"):
+    """Returns (tokenizer, frozen CLIPScore) of the embedded base's folder."""
+    tokenizer, text_model = load_clip(path)
+    file = Path(path) / "clip_score.safetensors"
+    state = weights.read_header(file)
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata()
+    score = CLIPScore(text_model, json.loads(metadata["image_widths"]), int(metadata["dim"]))
+    state |= {f"text_model.{name}": stored
+              for name, stored in checkpoints.read_text(path).state.items()}
+    return tokenizer, weights.load_strict(score, weights.Checkpoint({}, state, str, file),
+                                          device=device)
 
 
 class Classifier:

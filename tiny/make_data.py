@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from cli import Parser
+from inputs.options import Parser
 
 SIZE = 64
 # style word in captions -> npm package, pinned

@@ -21,23 +21,22 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from tqdm import tqdm
 
-import layouts
+from inputs import checkpoints
 import weights
-from cli import Parser, run
+from inputs.options import Parser, run
 from clip import (
     BEGIN,
     CONTEXT_LENGTH,
     END,
-    CLIPScore,
     CLIPTextConfig,
     CLIPTextModel,
     load_clip,
     load_tokenizer,
-    save_score,
     split_words,
 )
 from diffusion import NoiseSchedule
 from tiny import world
+from tiny.classifier import CLIPScore, save_score
 from unet import ResBlock, SpatialTransformer, UNet, UNetConfig, load_unet
 from vae import AutoencoderKL, VAEConfig, load_vae
 
@@ -113,7 +112,7 @@ class VAEStage:
                             for pictures in self.pool[:2048].split(64)])
         config = model.config
         levels = len(config.channels)
-        save_part(model, self.args.out / "vae", lambda key: layouts.vae_folder_name(key, levels),
+        save_part(model, self.args.out / "vae", lambda key: checkpoints.vae_folder_name(key, levels),
                   dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3,
                        latent_channels=config.latent_channels, sample_size=world.SIZE,
                        block_out_channels=config.channels, act_fn="silu",
@@ -334,7 +333,7 @@ class UNetStage:
         config = model.config
         kinds = [("CrossAttn" if attention else "") for attention in config.attention]
         save_part(model, self.args.out / "unet",
-                  lambda key: layouts.unet_folder_name(key, config.blocks_per_level), dict(
+                  lambda key: checkpoints.unet_folder_name(key, config.blocks_per_level), dict(
                       _class_name="UNet2DConditionModel", sample_size=world.SIZE // 4,
                       in_channels=4, out_channels=4, block_out_channels=config.channels,
                       layers_per_block=config.blocks_per_level,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 import toy2d
 from bps import posterior
-from studies.plots import Figure
+from measure.plots import Figure
 
 # port weights: three on CP, one on TP, three on EP, one at the output. A port's weight acts as a
 # learning rate too, so flat and foot-heavy (the mirror) have head-heavy's sum of squares.

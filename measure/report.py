@@ -7,7 +7,7 @@ import sys
 import torch
 from PIL import Image, ImageDraw
 
-from conditions import cond_to_x, images_at_a_time, to_image, to_x
+from inputs.conditions import cond_to_x, images_at_a_time, to_image, to_x
 from steer import Steering, draw
 
 VALIDATION_T = tuple(range(62, 1000, 125))      # the fixed timesteps: 62, 187 .. 937

@@ -10,9 +10,9 @@ import torch
 from PIL import Image, ImageDraw
 
 import train
-from conditions import DataError, open_label_map, read_condition
+from inputs.conditions import UserError, open_label_map, read_condition
 from data import load_pairs, open_pair
-from own_data import OwnPair, Source, find_pairs, groups
+from inputs.pairs import OwnPair, Source, find_pairs, groups
 
 
 def ring(width, height, color="black"):
@@ -128,7 +128,7 @@ def test_a_path_that_leaves_the_folder_is_refused_by_file_and_line(folder, name)
     assert "prompt.json, line 2: " in line and "leaves the folder" in line
     packed(folder, folder.parent / "pairs.zip")
     assert "leaves the folder" in problem(folder.parent / "pairs.zip")
-    with pytest.raises(DataError, match="leaves the folder"):
+    with pytest.raises(UserError, match="leaves the folder"):
         load_pairs("sketch", "train", folder)
 
 
@@ -156,14 +156,14 @@ def test_pairs_that_share_an_image_or_a_condition_are_on_one_side(folder):
     rows = [dict(source=f"conditions/{i:02d}.png", target=f"images/{i % 6:02d}.png", prompt="")
             for i in range(12)]
     listing(folder, rows)
-    with pytest.raises(DataError, match="6 pairs; at least 10"):
+    with pytest.raises(UserError, match="6 pairs; at least 10"):
         load_pairs("sketch", "train", folder)
 
 
 def test_halves_of_pairs_doubled_names_and_too_few_are_refused(folder, tmp_path):
     (folder / "images" / "01.png").unlink()
     assert "01 is not in both" in problem(folder)
-    with pytest.raises(DataError, match="01 is not in both"):
+    with pytest.raises(UserError, match="01 is not in both"):
         load_pairs("sketch", "train", folder)
     (folder / "conditions" / "01.png").unlink()
     ring(32, 32).save(folder / "images" / "02.jpg")
@@ -172,11 +172,11 @@ def test_halves_of_pairs_doubled_names_and_too_few_are_refused(folder, tmp_path)
     for i in (2, 3):
         for kind in ("images", "conditions"):
             (folder / kind / f"0{i}.png").unlink()
-    with pytest.raises(DataError, match="9 pairs; at least 10"):
+    with pytest.raises(UserError, match="9 pairs; at least 10"):
         load_pairs("sketch", "train", folder)
     (tmp_path / "empty").mkdir()
     assert "no pairs; allowed are" in problem(tmp_path / "empty")
-    with pytest.raises(DataError, match="nowhere: no such folder"):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
         Source(tmp_path / "nowhere")
 
 
@@ -194,7 +194,7 @@ def test_a_listing_may_begin_with_a_byte_order_mark_but_must_be_utf8(folder):
     (folder / "prompt.json").write_text(row, encoding="utf-8-sig")
     assert found(folder)[0].prompts == ("grün",)
     (folder / "prompt.json").write_bytes(b'{"source": "\xff"}')
-    with pytest.raises(DataError, match="prompt.json: not UTF-8"):
+    with pytest.raises(UserError, match="prompt.json: not UTF-8"):
         find_pairs(Source(folder))
 
 
@@ -217,22 +217,22 @@ def test_a_huge_an_unreadable_and_a_damaged_file_are_refused_by_name(folder, mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)         # more than that warns, twice raises
     for pixels in (900, 500):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
-        with pytest.raises(DataError, match=f"{stem}: more than .* pixels"):
+        with pytest.raises(UserError, match=f"{stem}: more than .* pixels"):
             pair.open_image()
     monkeypatch.undo()
     (folder / "images" / stem).write_bytes((folder / "images" / stem).read_bytes()[:60])
-    with pytest.raises(DataError, match=f"{stem}: cannot be read as an image"):
+    with pytest.raises(UserError, match=f"{stem}: cannot be read as an image"):
         pair.open_image()
     (tmp_path / "bad.zip").write_bytes(b"PK nonsense")
-    with pytest.raises(DataError, match="bad.zip: not a .zip"):
+    with pytest.raises(UserError, match="bad.zip: not a .zip"):
         Source(tmp_path / "bad.zip")
     file = packed(folder, tmp_path / "damaged.zip")         # stored, so an image's bytes are there
     image = (folder / "images" / "00.png").read_bytes()
     file.write_bytes(file.read_bytes().replace(image, image[:-20] + bytes(20)))
-    with pytest.raises(DataError, match="damaged.zip/images/00.png: cannot be unpacked"):
+    with pytest.raises(UserError, match="damaged.zip/images/00.png: cannot be unpacked"):
         Source(file).image("images/00.png")
-    monkeypatch.setattr("own_data.MOST_BYTES", 10)
-    with pytest.raises(DataError, match="more than 10 bytes unpacked"):
+    monkeypatch.setattr("inputs.pairs.MOST_BYTES", 10)
+    with pytest.raises(UserError, match="more than 10 bytes unpacked"):
         Source(packed(folder, tmp_path / "pairs.zip")).image("images/00.png")
 
 
@@ -265,7 +265,7 @@ def test_two_used_classes_of_one_colour_are_refused(tmp_path):
     image = label_map()
     image.putpalette([10, 20, 30] * 8)
     image.save(tmp_path / "a.png")
-    with pytest.raises(DataError, match="a.png: two of its classes have one colour"):
+    with pytest.raises(UserError, match="a.png: two of its classes have one colour"):
         open_label_map(tmp_path / "a.png")
 
 
@@ -293,17 +293,17 @@ def test_class_numbers_in_grey_get_a_palette_of_distinct_colours(tmp_path):
 
 def test_a_label_map_in_jpeg_or_in_shades_is_refused(tmp_path):
     label_map().convert("RGB").save(tmp_path / "a.jpg")
-    with pytest.raises(DataError, match="a.jpg: a JPEG file blurs where classes meet"):
+    with pytest.raises(UserError, match="a.jpg: a JPEG file blurs where classes meet"):
         open_label_map(tmp_path / "a.jpg")
     ring(64, 64).save(tmp_path / "rgb.png")
-    with pytest.raises(DataError, match="rgb.png: mode RGB, .* palette PNG"):
+    with pytest.raises(UserError, match="rgb.png: mode RGB, .* palette PNG"):
         open_label_map(tmp_path / "rgb.png")
     boxes = label_map().convert("RGB")
     boxes.save(tmp_path / "boxes.png")
     assert open_label_map(tmp_path / "boxes.png", any_colours=True).mode == "P"
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    with pytest.raises(DataError, match="noise.png: 1,[0-9]+ colours; a label map has one a class"):
+    with pytest.raises(UserError, match="noise.png: 1,[0-9]+ colours; a label map has one a class"):
         open_label_map(tmp_path / "noise.png", any_colours=True)
 
 
@@ -358,7 +358,7 @@ def test_a_check_names_every_problem_and_ends_in_an_error(check, folder, capsys)
     (folder / "images" / "02.png").write_bytes(b"nonsense")
     (folder / "images" / "04.txt").write_bytes("grün".encode("latin-1"))
     ring(32, 50).save(folder / "images" / "03.png")
-    with pytest.raises(DataError, match="problems, each named above: 4"):
+    with pytest.raises(UserError, match="problems, each named above: 4"):
         check()
     lines = capsys.readouterr().out
     for words in ("01 is not in both", "02.png: cannot be read as an image", "04.txt: not UTF-8",
@@ -374,7 +374,7 @@ def test_a_check_of_label_maps_tells_classes_and_palettes_that_differ(check, fol
     other = label_map(32)
     other.putpalette([10, 20, 30] * 7 + [0, 0, 255])
     other.save(folder / "conditions" / "00.png")
-    with pytest.raises(DataError, match="problems, each named above: 1"):
+    with pytest.raises(UserError, match="problems, each named above: 1"):
         check("--task", "segmentation")
     printed = capsys.readouterr().out
     assert "class 7 is #0000ff in conditions/00.png, #c86432 in conditions/01.png" in printed

@@ -9,7 +9,7 @@ Shapes: n pictures, C channels, H W rows and columns.
 import torch
 import torch.nn.functional as F
 
-from conditions import coarse_colours, cond_to_x, extract_lines, line_f1, soft_lines
+from inputs.conditions import coarse_colours, cond_to_x, extract_lines, line_f1, soft_lines
 from tiny import world
 from tiny.classifier import Classifier
 from tiny.tasks import CLASSES

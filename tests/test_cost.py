@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_layouts import save_file, single_file, write_folder
 
-import cli
+from inputs import options
 from studies import bench, steering_cost
 
 
@@ -45,7 +45,7 @@ def test_the_rounding_of_narrower_dtypes_is_in_its_table(base, monkeypatch, caps
 
 def test_a_child_process_that_fails_says_why():
     with pytest.raises(RuntimeError, match="no such file"):
-        bench.in_a_process("measure_load", "ours", cli.BASE / "nowhere", "fp32")
+        bench.in_a_process("measure_load", "ours", options.BASE / "nowhere", "fp32")
 
 
 def test_without_diffusers_only_our_own_figures_are_printed(base, monkeypatch, capsys):

@@ -9,9 +9,10 @@ file's. A folder's config.json says the sizes; of a single file, the tensors' sh
 import re
 from pathlib import Path
 
+from diffusion import PREDICTION_TYPES, SPACINGS, NoiseSchedule
 from weights import (
     Checkpoint,
-    WeightsError,
+    UserError,
     find_weights,
     read_config,
     read_folder,
@@ -60,27 +61,27 @@ SINGLE_FILE_IGNORED = re.compile(
 def read_single_file(path, part):
     """Returns {name without the part's prefix: Stored} of a single file.
 
-    part: one of SINGLE_FILE_PARTS. Errors: WeightsError where the part is not there, the file
+    part: one of SINGLE_FILE_PARTS. Errors: UserError where the part is not there, the file
     holds another model, or anything that is neither a part nor known to be of no use.
     """
     state = read_header(path)
     if any(name.startswith("conditioner.embedders.") for name in state):
-        raise WeightsError(f"{path}: an SD XL model, or another with its names; {TAKES}")
+        raise UserError(f"{path}: an SD XL model, or another with its names; {TAKES}")
     if CONV_IN in state:
         check_in_channels(state[CONV_IN].shape[1], path)
     if not any(name.startswith(tuple(SINGLE_FILE_PARTS)) for name in state):
-        raise WeightsError(f"{path}: no tensor of it begins with "
+        raise UserError(f"{path}: no tensor of it begins with "
                            f"{' or '.join(SINGLE_FILE_PARTS)}; it is not a Stable Diffusion file, "
                            f"but perhaps a LoRA or a part of one")
     strange = [name for name in state if not name.startswith(tuple(SINGLE_FILE_PARTS))
                and not SINGLE_FILE_IGNORED.match(name)]
     if strange:
-        raise WeightsError(f"{path}: {len(strange)} unexpected tensors: {shortened(strange)}")
+        raise UserError(f"{path}: {len(strange)} unexpected tensors: {shortened(strange)}")
     state = {name.removeprefix(part): stored for name, stored in state.items()
              if name.startswith(part) and not SINGLE_FILE_IGNORED.match(name)}
     if not state:
         supply = "give one with --vae" if part == "first_stage_model." else "give a whole model"
-        raise WeightsError(f"{path}: holds no {SINGLE_FILE_PARTS[part]}; {supply}")
+        raise UserError(f"{path}: holds no {SINGLE_FILE_PARTS[part]}; {supply}")
     return state
 
 
@@ -133,18 +134,18 @@ def unet_config_from_json(config, file):
     attention = tuple(kind == "CrossAttnDownBlock2D" for kind in down)
     mirrored = ["CrossAttnUpBlock2D" if with_text else "UpBlock2D" for with_text in attention][::-1]
     if set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"} or list(up) != mirrored:
-        raise WeightsError(f"{file}: block types {down + up}; allowed are (CrossAttn)DownBlock2D "
+        raise UserError(f"{file}: block types {down + up}; allowed are (CrossAttn)DownBlock2D "
                            f"and, mirrored, (CrossAttn)UpBlock2D")
     # SD's configs say attention_head_dim where they mean the number of heads.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
     for key in ("layers_per_block", "cross_attention_dim", "norm_num_groups", "sample_size"):
         if not isinstance(config.get(key, 1), int):
-            raise WeightsError(f"{file}: {key} = {config[key]!r}; allowed is one number")
+            raise UserError(f"{file}: {key} = {config[key]!r}; allowed is one number")
     groups = config.get("norm_num_groups", 32)
     if not len(heads) == len(channels) == len(attention) or \
             any(c % groups or c % head for c, head in zip(channels, heads)):
-        raise WeightsError(f"{file}: block_out_channels {list(channels)}, {len(attention)} blocks, "
+        raise UserError(f"{file}: block_out_channels {list(channels)}, {len(attention)} blocks, "
                            f"heads {list(heads)} and {groups} norm groups do not go together")
     return dict(channels=channels, attention=attention, heads=heads,
                 blocks_per_level=config.get("layers_per_block", 2),
@@ -169,11 +170,11 @@ def unet_config_from_shapes(state, path):
         context_dim = next(stored.shape[1] for name, stored in state.items()
                            if name.endswith("attn2.to_k.weight"))
     except (KeyError, StopIteration):
-        raise WeightsError(f"{path}: its U-Net's names are not those of SD 1.x or 2.x; "
+        raise UserError(f"{path}: its U-Net's names are not those of SD 1.x or 2.x; "
                            f"{TAKES}") from None
     check_context_dim(context_dim, path)
     if context_dim not in (768, 1024):
-        raise WeightsError(f"{path}: text states of width {context_dim}, an unknown model; {TAKES}")
+        raise UserError(f"{path}: text states of width {context_dim}, an unknown model; {TAKES}")
     return dict(channels=channels, context_dim=context_dim, blocks_per_level=stride - 1,
                 attention=tuple(f"input_blocks.{n}.1.norm.weight" in state for n in levels),
                 heads=tuple(8 if context_dim == 768 else c // 64 for c in channels),
@@ -212,16 +213,16 @@ def read_unet(path):
 
 
 def check_context_dim(context_dim, path):
-    """Raises WeightsError where the width of the text states is that of SD XL."""
+    """Raises UserError where the width of the text states is that of SD XL."""
     if context_dim in SDXL_WIDTHS:
-        raise WeightsError(f"{path}: text states of width {context_dim}, "
+        raise UserError(f"{path}: text states of width {context_dim}, "
                            f"{SDXL_WIDTHS[context_dim]}; {TAKES}")
 
 
 def check_in_channels(channels, path):
-    """Raises WeightsError where a U-Net's number of input channels is that of another task."""
+    """Raises UserError where a U-Net's number of input channels is that of another task."""
     if channels in IN_CHANNELS_OF:
-        raise WeightsError(f"{path}: {channels} input channels, {IN_CHANNELS_OF[channels]} model; "
+        raise UserError(f"{path}: {channels} input channels, {IN_CHANNELS_OF[channels]} model; "
                            f"{TAKES}")
 
 
@@ -292,6 +293,11 @@ def read_vae(path):
     return Checkpoint(arguments, state, vae_attention_name, file)
 
 
+def vae_factor(path):
+    """Returns f, how many pixels of a side an autoencoder's latent pixel covers."""
+    return 2 ** (len(read_vae(path).config.get("channels", range(4))) - 1)
+
+
 # ---- text encoder --------------------------------------------------------------------------
 
 TEXT_IGNORED = re.compile(r"(^|\.)(position_ids|logit_scale|text_projection|attn_mask)\b|"
@@ -336,7 +342,7 @@ def read_text(path):
     # whatever stands before the embedding's name is the prefix: text_model., transformer. or more
     embedding = next((name for name in state if name.endswith("token_embedding.weight")), None)
     if embedding is None:
-        raise WeightsError(f"{file}: holds no CLIP text encoder; give a folder or file with one")
+        raise UserError(f"{file}: holds no CLIP text encoder; give a folder or file with one")
     prefix = embedding.removesuffix("token_embedding.weight").removesuffix("embeddings.")
     vocab_size, width = state[embedding].shape
     state = {name.removeprefix(prefix): stored for name, stored in state.items()}
@@ -356,3 +362,33 @@ def read_text(path):
              if not name.startswith(f"transformer.resblocks.{layers}.")}
     return Checkpoint(arguments | dict(layers=layers, activation="gelu"), state, openclip_name,
                       file)
+
+
+# ---- noise schedule ------------------------------------------------------------------------
+
+def load_schedule(path, prediction_type=None):
+    """Returns the NoiseSchedule of an SD folder; a single file has Stable Diffusion's.
+
+    prediction_type: overrules the folder's. Errors: UserError where scheduler_config.json asks
+    for what is not implemented, or nothing tells what an SD 2 model predicts.
+    """
+    file = Path(path) / "scheduler" / "scheduler_config.json"
+    config = read_config(file) if file.is_file() else {}
+    if not config and prediction_type is None and read_unet(path).config["context_dim"] == 1024:
+        raise UserError(f"{path}: does not say what its SD 2 model predicts; give "
+                           f"--prediction-type epsilon (512 px models) or v_prediction (768 px)")
+    schedule = dict(prediction_type=prediction_type or config.get("prediction_type", "epsilon"),
+                    spacing=config.get("timestep_spacing"))
+    for key, value, allowed in (
+            ("beta_schedule", config.get("beta_schedule", "scaled_linear"), ("scaled_linear",)),
+            ("trained_betas", config.get("trained_betas"), (None,)),
+            ("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False), (False,)),
+            ("prediction_type", schedule["prediction_type"], PREDICTION_TYPES),
+            ("timestep_spacing", schedule["spacing"], (*SPACINGS, None))):
+        if value not in allowed:
+            raise UserError(f"{file}: {key} = {value!r} is not implemented; allowed is "
+                               f"{' or '.join(repr(entry) for entry in allowed)}")
+    return NoiseSchedule(config.get("beta_start", 0.00085), config.get("beta_end", 0.012),
+                         config.get("num_train_timesteps", 1000), **schedule,
+                         steps_offset=config.get("steps_offset", 1),
+                         set_alpha_to_one=config.get("set_alpha_to_one", False))

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file as save_float32
 
-import cli
+from inputs import options
 import diffusion
-import layouts
+from inputs import checkpoints
 import sample
 import weights
 from clip import load_clip
@@ -39,8 +39,8 @@ def save_file(state, file):
 def folder_states(states):
     """Returns {part: {folder name: tensor}}; the autoencoder's attention has today's names."""
     unet, vae, text = states
-    return {"unet": {layouts.unet_folder_name(key, 2): tensor for key, tensor in unet.items()},
-            "vae": {layouts.vae_folder_name(key, 4): tensor for key, tensor in vae.items()},
+    return {"unet": {checkpoints.unet_folder_name(key, 2): tensor for key, tensor in unet.items()},
+            "vae": {checkpoints.vae_folder_name(key, 4): tensor for key, tensor in vae.items()},
             "text_encoder": {f"text_model.{key}": tensor for key, tensor in text.items()}}
 
 
@@ -54,7 +54,7 @@ def write_folder(path, name, states):
         (path / part / file).write_text(json.dumps(config))
     for part, stem in PARTS.items():
         save_file(parts[part], path / part / f"{stem}.safetensors")
-    (path / "tokenizer").symlink_to(cli.BASE / "tokenizer")
+    (path / "tokenizer").symlink_to(options.BASE / "tokenizer")
     (path / "model_index.json").write_text("{}")
     return path
 
@@ -88,7 +88,7 @@ def test_a_folder_and_a_single_file_give_the_same_tensors(name, random_states, t
     states = random_states(name)
     folder, file = write_folder(tmp_path / "folder", name, states), tmp_path / "all.safetensors"
     save_file(single_file(states), file)
-    for path, tokenizer in ((folder, None), (file, cli.BASE)):
+    for path, tokenizer in ((folder, None), (file, options.BASE)):
         unet, vae, (_, text) = load_unet(path), load_vae(path), load_clip(path, tokenizer)
         for module, state in zip((unet, vae, text), states):
             assert_same(module, state)
@@ -113,7 +113,7 @@ def test_fp16_variants_are_taken_where_there_is_nothing_else(random_states, tmp_
         assert_same(load_unet(path), states[0])
     file = path / "unet" / "diffusion_pytorch_model.fp16.safetensors"
     file.rename(file.with_name("anything.safetensors"))
-    with pytest.raises(weights.WeightsError, match="which one"):
+    with pytest.raises(weights.UserError, match="which one"):
         load_unet(path)
     (path / "unet" / "diffusion_pytorch_model.non_ema.safetensors").unlink()
     with pytest.warns(UserWarning, match="took anything.safetensors"):
@@ -138,7 +138,7 @@ def test_shards_are_read_by_their_index(index, random_states, tmp_path):
     for module, state in zip((load_unet(path), load_vae(path), load_clip(path)[1]), states):
         assert_same(module, state)
     (path / "unet" / "b.safetensors").unlink()
-    with pytest.raises(weights.WeightsError, match="b.safetensors: no such file"):
+    with pytest.raises(weights.UserError, match="b.safetensors: no such file"):
         load_unet(path)
 
 
@@ -159,7 +159,7 @@ def test_sd2s_text_encoder_is_the_first_23_blocks_of_openclip(blocks, tmp_path):
     state = {f"cond_stage_model.model.{name}": torch.zeros(192 if "in_proj" in name else 64, 64)
              for name in names}
     save_file(state, tmp_path / "sd2.safetensors")
-    checkpoint = layouts.read_text(tmp_path / "sd2.safetensors")
+    checkpoint = checkpoints.read_text(tmp_path / "sd2.safetensors")
     assert checkpoint.config["layers"] == 23
     assert "transformer.resblocks.22.ln_1.weight" in checkpoint.state
     assert "transformer.resblocks.23.ln_1.weight" not in checkpoint.state
@@ -211,17 +211,17 @@ OFFICIAL_VAE = dict(references.MODELS["sd15"]["vae"], _class_name="AutoencoderKL
     *[tuple(CONFIGS[name].values()) for name in ("sd15", "sd21")]])
 def test_configs_with_every_key_are_taken(unet, vae, text, random_states, tmp_path):
     path = write_folder(tmp_path / "sd", "small1", random_states("small1"))
-    for part, config, fixed in (("unet", unet, layouts.UNET_FIXED), ("vae", vae, layouts.VAE_FIXED),
-                                ("text_encoder", text, layouts.TEXT_FIXED)):
+    for part, config, fixed in (("unet", unet, checkpoints.UNET_FIXED), ("vae", vae, checkpoints.VAE_FIXED),
+                                ("text_encoder", text, checkpoints.TEXT_FIXED)):
         (path / part / "config.json").write_text(json.dumps(config))
-        stem = layouts.TEXT_STEM if part == "text_encoder" else layouts.UNET_STEM
+        stem = checkpoints.TEXT_STEM if part == "text_encoder" else checkpoints.UNET_STEM
         taken, *_ = weights.read_folder(path / part, stem, fixed)
         assert taken == {key: value for key, value in config.items() if value is not None}
         unet = taken if part == "unet" else unet
-    found = layouts.unet_config_from_json(unet, "")
+    found = checkpoints.unet_config_from_json(unet, "")
     assert found["channels"] == (320, 640, 1280, 1280)
     assert found["context_dim"] == text["hidden_size"]
-    assert layouts.vae_config_from_json(vae)["scaling_factor"] == 0.18215
+    assert checkpoints.vae_config_from_json(vae)["scaling_factor"] == 0.18215
 
 
 SPELLINGS = {"old": ("norm", "q", "k", "v", "proj_out"),
@@ -252,7 +252,7 @@ def test_the_autoencoders_attention_loads_in_every_spelling(spelling, rank, rand
     folder = tmp_path / "vae"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(references.MODELS["small1"]["vae"]))
-    save_file({layouts.vae_folder_name(key, 4): tensor
+    save_file({checkpoints.vae_folder_name(key, 4): tensor
                for key, tensor in renamed.items()},
               folder / "diffusion_pytorch_model.safetensors")
     assert_same(load_vae(folder), vae)                              # an autoencoder's own folder
@@ -283,7 +283,7 @@ def test_the_text_encoder_loads_under_every_prefix(prefix, random_states, tmp_pa
              "text_projection.weight": torch.zeros(2, 2),
              "vision_model.post_layernorm.weight": torch.zeros(2)}
     if prefix.startswith("cond_stage_model."):
-        path, tokenizer = tmp_path / "single.safetensors", cli.BASE
+        path, tokenizer = tmp_path / "single.safetensors", options.BASE
         extra = {name if name.startswith("cond") else f"cond_stage_model.{name}": tensor
                  for name, tensor in extra.items()}
         save_file(single_file(states, prefix) | extra, path)
@@ -315,7 +315,7 @@ def test_an_sd2_single_files_openclip_tower_loads_without_its_last_block(random_
                           [block[f"self_attn.{part}_proj.{kind}"] for part in "qkv"])}
     file = tmp_path / "sd2.safetensors"
     save_file({f"cond_stage_model.model.{key}": tensor for key, tensor in tower.items()}, file)
-    text_model = load_clip(file, cli.BASE)[1]
+    text_model = load_clip(file, options.BASE)[1]
     assert_same(text_model, own)
     assert text_model.config.layers == 2 and text_model.config.activation == "gelu"
 
@@ -346,7 +346,7 @@ def test_a_single_file_of_another_model_is_refused_by_name(change, message, rand
     file = tmp_path / "all.safetensors"
     save_file(single_file(only(random_states("small1"), 0)) |
               {key: torch.zeros(shape) for key, shape in change.items()}, file)
-    with pytest.raises(weights.WeightsError, match=message):
+    with pytest.raises(weights.UserError, match=message):
         load_unet(file)
 
 
@@ -370,7 +370,7 @@ def test_a_folder_of_another_model_is_refused_by_name(change, message, random_st
     path = write_folder(tmp_path / "sd", "small1", only(random_states("small1"), 0))
     config = references.MODELS["small1"]["unet"] | change
     (path / "unet" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(weights.WeightsError, match=message):
+    with pytest.raises(weights.UserError, match=message):
         load_unet(path)
 
 
@@ -396,7 +396,7 @@ def test_other_autoencoders_and_text_encoders_are_refused(part, change, message,
     path = write_folder(tmp_path / "sd", "small1", random_states("small1"))
     file = path / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(weights.WeightsError, match=message):
+    with pytest.raises(weights.UserError, match=message):
         load_vae(path) if part == "vae" else load_clip(path)
 
 
@@ -404,21 +404,21 @@ def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states
     states, file = random_states(name), tmp_path / "all.safetensors"
     save_file(single_file(states), file)
     if name == "small2":
-        with pytest.raises(weights.WeightsError, match="--prediction-type epsilon"):
-            sample.load_base(file, cli.BASE)
+        with pytest.raises(weights.UserError, match="--prediction-type epsilon"):
+            sample.load_base(file, options.BASE)
     schedule = diffusion.load_schedule(file, "v_prediction")
     assert schedule.prediction_type == "v_prediction"
-    with pytest.raises(weights.WeightsError, match="holds no tokenizer; give --tokenizer"):
+    with pytest.raises(weights.UserError, match="holds no tokenizer; give --tokenizer"):
         sample.load_base(file, prediction_type="epsilon")
     state = {key: tensor for key, tensor in single_file(states).items()
              if not key.startswith("first_stage_model.")}
     save_file(state, file)
-    with pytest.raises(weights.WeightsError, match="holds no autoencoder; give one with --vae"):
-        sample.load_base(file, cli.BASE, prediction_type="epsilon")
+    with pytest.raises(weights.UserError, match="holds no autoencoder; give one with --vae"):
+        sample.load_base(file, options.BASE, prediction_type="epsilon")
     (tmp_path / "vae").mkdir()
     own = tmp_path / "vae.safetensors"
     save_file(states[1], own)
-    base = sample.load_base(file, cli.BASE, vae_path=own, prediction_type="epsilon")
+    base = sample.load_base(file, options.BASE, vae_path=own, prediction_type="epsilon")
     assert_same(base[1], states[1])
 
 
@@ -432,12 +432,12 @@ def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states
 def test_another_noise_schedule_is_refused(change, message, tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULE | change))
-    with pytest.raises(weights.WeightsError, match=message):
+    with pytest.raises(weights.UserError, match=message):
         diffusion.load_schedule(tmp_path)
 
 
 def test_a_name_of_a_hub_is_refused():
-    with pytest.raises(weights.WeightsError, match="someone/model: no such file.*downloaded"):
+    with pytest.raises(weights.UserError, match="someone/model: no such file.*downloaded"):
         sample.load_base("someone/model")
 
 
@@ -446,7 +446,7 @@ def test_parts_of_different_models_are_refused(random_states, tmp_path):
     path = write_folder(tmp_path / "sd", "small1", states)
     (path / "text_encoder" / "config.json").write_text(
         json.dumps(references.MODELS["small2"]["text"]))
-    with pytest.raises(weights.WeightsError, match="text states of width 1024.*takes 768"):
+    with pytest.raises(weights.UserError, match="text states of width 1024.*takes 768"):
         sample.load_base(path)
 
 
@@ -494,7 +494,7 @@ def test_a_base_alone_is_a_plain_sampler(random_states, tmp_path, draw, monkeypa
 def test_a_wrong_option_is_refused_with_what_is_allowed(arguments, message, random_states,
                                                         tmp_path, draw):
     folder = write_folder(tmp_path / "sd", "small1", random_states("small1"))
-    with pytest.raises(weights.WeightsError, match=message):
+    with pytest.raises(weights.UserError, match=message):
         draw("--base", folder, *arguments)
 
 
@@ -516,8 +516,8 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, draw, 
 
 
 def test_the_usual_size_is_what_the_base_was_trained_with(random_states, tmp_path):
-    unet, vae = load_unet(cli.BASE), load_vae(cli.BASE)
-    schedule = diffusion.load_schedule(cli.BASE)
+    unet, vae = load_unet(options.BASE), load_vae(options.BASE)
+    schedule = diffusion.load_schedule(options.BASE)
     assert sample.picture_size(None, None, unet, vae, schedule) == (64, 64)
     assert sample.picture_size((32, 48), None, unet, vae, schedule) == (32, 48)
     file = tmp_path / "all.safetensors"

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 
 import diffusion
-from conditions import DataError
-from weights import WeightsError
+from weights import UserError
 
 MOST_PIXELS = 4096**2
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 BASE = HERE / "tiny" / "model"
+PORT_WEIGHTS = ("head-heavy", "flat")
+FEET = ("faithful", "light")
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +57,33 @@ class Parser(argparse.ArgumentParser):
             "say it: v_prediction for SD 2.x at 768 px")
 
 
+def add_port_options(parser):
+    """Adds what a BPS consists of: --weights and --foot."""
+    add = parser.add_argument
+    add("--weights", type=port_weights, help=f"port weights: {' or '.join(PORT_WEIGHTS)}, or "
+        "numbers joined by commas: one per level, the middle's, the expansive path's; 0 is no port "
+        "(default: head-heavy, for layout flat)")
+    add("--foot", choices=FEET, default=FEET[0], help="light: an expansive path of narrow 1x1 "
+        "layers, 1x1 ports and one middle block, a third of the parameters (default: %(default)s)")
+
+
+def port_weights(text):
+    """Returns a name in PORT_WEIGHTS, or the numbers (a tuple) in a text.
+
+    Errors: ArgumentTypeError.
+    """
+    if text in PORT_WEIGHTS:
+        return text
+    try:
+        numbers = tuple(map(float, text.split(",")))
+    except ValueError:
+        numbers = ()
+    if not any(numbers) or not all(0 <= number < 1e4 for number in numbers):
+        raise argparse.ArgumentTypeError(f"{text}: allowed are {', '.join(PORT_WEIGHTS)}, or "
+                                         f"numbers from 0 to 10,000, not all 0, as in 16,8,4,16,1")
+    return numbers
+
+
 def usable_device(name):
     """Returns the name of a device that this machine has. Errors: ArgumentTypeError."""
     try:
@@ -66,9 +94,9 @@ def usable_device(name):
 
 
 def check_pixels(width, height):
-    """Raises DataError where a picture would be too large for any of these models."""
+    """Raises UserError where a picture would be too large for any of these models."""
     if width * height > MOST_PIXELS:
-        raise DataError(f"--size {width}x{height}: at most {MOST_PIXELS:,} pixels")
+        raise UserError(f"--size {width}x{height}: at most {MOST_PIXELS:,} pixels")
 
 
 def seed_number(text):
@@ -83,7 +111,7 @@ def run(main, interrupted="interrupted"):
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
-    except (WeightsError, DataError, OSError) as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.cuda.OutOfMemoryError:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 
 import diffusion
-from cli import BASE, HERE, Parser, seed_number
-from conditions import DataError, load_image
+from inputs.options import BASE, HERE, Parser, seed_number
+from inputs.conditions import UserError, load_image
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 DEFAULT_BPS = HERE / "tiny" / "bps_sketch.safetensors"      # of the embedded base
@@ -207,7 +207,7 @@ def recorded(picture):
     try:
         return shlex.split(text["command"])[2:], json.loads(text["files"]), text["device"]
     except (KeyError, ValueError):
-        raise DataError(f"{picture}: does not say how it was drawn; --from takes a PNG as "
+        raise UserError(f"{picture}: does not say how it was drawn; --from takes a PNG as "
                         f"sample.py wrote it; other programs drop such notes") from None
 
 

@@ -27,7 +27,7 @@ LOSSLESS = ("PNG", "BMP", "GIF")
 PIXELS_AT_A_TIME = 48 * 64**2   # through a network outside of training: 48 pictures of 64 px
 
 
-class DataError(ValueError):
+class UserError(ValueError):
     """Pairs or an image that cannot be used; the message is one line for the user."""
 
 
@@ -50,21 +50,21 @@ TASKS = {"sketch": Task(1, has_lines=True), "segmentation": Task(3, has_labels=T
 def load_image(file, name=None):
     """Returns a PIL image as it lies in a file: a path, or an open binary file called `name`.
 
-    Errors: DataError where it is not there, cannot be read, or is too large to be meant.
+    Errors: UserError where it is not there, cannot be read, or is too large to be meant.
     """
     name = name or file
     if isinstance(file, (str, Path)) and not Path(file).is_file():
-        raise DataError(f"{file}: no such file")
+        raise UserError(f"{file}: no such file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(file)
             image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise DataError(f"{name}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be meant "
+        raise UserError(f"{name}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be meant "
                         f"to fill the memory; scale it down") from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise DataError(f"{name}: cannot be read as an image ({error}); allowed are PNG, JPEG, "
+        raise UserError(f"{name}: cannot be read as an image ({error}); allowed are PNG, JPEG, "
                         f"WebP and BMP") from None
     return image
 
@@ -72,7 +72,7 @@ def load_image(file, name=None):
 def open_image(file, name=None):
     """Returns an image file's picture, upright, of mode RGB, with transparent parts white.
 
-    Errors: DataError, as load_image has them.
+    Errors: UserError, as load_image has them.
     """
     return to_rgb(ImageOps.exif_transpose(load_image(file, name)))
 
@@ -138,7 +138,7 @@ def read_drawing(file, width, height):
 
     It is fitted into that many pixels with paper around it; a light-on-dark one is inverted; paper
     that is not white becomes white; lines that have become faint by shrinking are brought back to
-    full ink. Errors: DataError where the file is no image or holds no drawing.
+    full ink. Errors: UserError where the file is no image or holds no drawing.
     """
     image = open_image(file)
     if is_light_on_dark(image):
@@ -150,7 +150,7 @@ def read_drawing(file, width, height):
                            color="white")
     cond = sketch_to_cond(drawing)
     if cond.max() < 0.1:
-        raise DataError(f"{file}: no line in it; a drawing is dark on light or light on dark")
+        raise UserError(f"{file}: no line in it; a drawing is dark on light or light on dark")
     cond = cond / cond.max()
     return cond, to_image((1 - 2 * cond).expand(3, -1, -1))
 
@@ -218,26 +218,26 @@ def open_label_map(file, name=None, any_colours=False):
     """Returns a label map as a palette image (mode P), whose colours are the classes.
 
     Grey ones of 8 bits hold class numbers; they get the palette of distinct_colours. any_colours:
-    an image without a palette may be one too. Errors: DataError where classes cannot be told.
+    an image without a palette may be one too. Errors: UserError where classes cannot be told.
     """
     image, name = load_image(file, name), name or file
     if image.format not in LOSSLESS:
-        raise DataError(f"{name}: a {image.format} file blurs where classes meet; save label maps "
+        raise UserError(f"{name}: a {image.format} file blurs where classes meet; save label maps "
                         f"as palette PNG")
     if image.mode == "L":
         image.putpalette(distinct_colours())
     if image.mode == "P":
         if len(class_colours(image)) < len(image.getcolors()):
-            raise DataError(f"{name}: two of its classes have one colour, and BPS sees colours "
+            raise UserError(f"{name}: two of its classes have one colour, and BPS sees colours "
                             f"only; give each class its own")
         return image
     if not any_colours:
-        raise DataError(f"{name}: mode {image.mode}, so its classes cannot be told from blends of "
+        raise UserError(f"{name}: mode {image.mode}, so its classes cannot be told from blends of "
                         f"them; save label maps as palette PNG (mode P) or as class numbers (L)")
     colours, index = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0,
                                return_inverse=True)
     if len(colours) > MAX_CLASSES:
-        raise DataError(f"{name}: {len(colours):,} colours; a label map has one a class, at most "
+        raise UserError(f"{name}: {len(colours):,} colours; a label map has one a class, at most "
                         f"{MAX_CLASSES}, without shades between")
     labels = Image.fromarray(index.reshape(image.height, image.width).astype(np.uint8))
     labels.putpalette(colours.astype(np.uint8).tobytes())
@@ -301,7 +301,7 @@ def read_condition(file, task, width, height, classes=None):
     """Returns (cond (C, height, width), picture of it) of any file that a user may draw with.
 
     A drawing is fitted in, everything else covers the picture and is cropped. classes: {colour:
-    name} that BPS was trained on. Errors: DataError names the file, and a class that is unknown.
+    name} that BPS was trained on. Errors: UserError names the file, and a class that is unknown.
     """
     if task == "sketch":
         return read_drawing(file, width, height)
@@ -310,7 +310,7 @@ def read_condition(file, task, width, height, classes=None):
         for colour, index in class_colours(image).items():
             if classes and colour not in classes:
                 known = ", ".join(" ".join(entry).strip() for entry in classes.items())
-                raise DataError(f"{file}: class {index}, {colour}, is unknown; this BPS was "
+                raise UserError(f"{file}: class {index}, {colour}, is unknown; this BPS was "
                                 f"trained on {known}")
         image = crop(image, width, height)
     else:

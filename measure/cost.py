@@ -1,6 +1,6 @@
 """Time, memory and rounding of Stable Diffusion's networks, side by side with diffusers.
 
-    python -m studies.bench --base runs/bench
+    python -m measure.cost --base runs/bench
 
 The base is made where it is missing: a folder and a single file of SD 1.5's sizes with random
 weights, 8.5 GB in all. Every measurement of memory is a process of its own, files are in the page
@@ -18,12 +18,12 @@ from pathlib import Path
 
 import torch
 
-import layouts
+from inputs import checkpoints
 import weights
-from cli import BASE, Parser, run
+from inputs.options import BASE, Parser, run
 from clip import BEGIN, END, CLIPTextConfig, CLIPTextModel, load_clip
 from sample import load_base
-from sample_options import DTYPES
+from inputs.sample_options import DTYPES
 from steer import draw
 from unet import UNet, UNetConfig, load_unet
 from vae import AutoencoderKL, VAEConfig, load_vae
@@ -57,15 +57,15 @@ def make_base(folder):
     folder = Path(folder)
     modules = dict(unet=UNet(UNetConfig()), vae=AutoencoderKL(VAEConfig()),
                    text_encoder=CLIPTextModel(CLIPTextConfig()))
-    names = dict(unet=lambda key: layouts.unet_folder_name(key, 2),
-                 vae=lambda key: layouts.vae_folder_name(key, 4), text_encoder=str)
+    names = dict(unet=lambda key: checkpoints.unet_folder_name(key, 2),
+                 vae=lambda key: checkpoints.vae_folder_name(key, 4), text_encoder=str)
     sd15 = folder / "sd15"
     for part, module in modules.items():
         (sd15 / part).mkdir(parents=True, exist_ok=True)
         # the folder layout holds the autoencoder's attention as linear layers
         tensors = {names[part](key): tensor.flatten(1) if "attn_1" in key and tensor.dim() == 4
                    else tensor for key, tensor in module.state_dict().items()}
-        stem = layouts.TEXT_STEM if part == "text_encoder" else layouts.UNET_STEM
+        stem = checkpoints.TEXT_STEM if part == "text_encoder" else checkpoints.UNET_STEM
         weights.save(tensors, sd15 / part / f"{stem}.safetensors", dict(format="pt"))
         weights.write_json(CONFIGS[part], sd15 / part / "config.json")
     single = {f"{PREFIXES[part]}{key}": tensor for part, module in modules.items()
@@ -130,7 +130,7 @@ def measure_load(program, path, dtype):
 def unet_calls(path, device, dtype, programs):
     """Returns {program: a function without arguments that predicts once, 512 px, batch 2}."""
     generator, dtype = torch.Generator().manual_seed(0), DTYPES[dtype]
-    width = layouts.read_unet(path).config["context_dim"]
+    width = checkpoints.read_unet(path).config["context_dim"]
     z_t, context = (torch.randn(shape, generator=generator).to(device, dtype)
                     for shape in ((2, 4, SIDE, SIDE), (2, 77, width)))
     t, last = torch.tensor([981, 981], device=device), torch.channels_last
@@ -178,7 +178,7 @@ def measure_rounding(path, device):
     torch.backends.cudnn.allow_tf32 = False             # which is not fp32
     generator = torch.Generator().manual_seed(0)
     z_t = torch.randn(2, 4, 24, 32, generator=generator).to(device)
-    vocab_size = layouts.read_text(path).config["vocab_size"]
+    vocab_size = checkpoints.read_text(path).config["vocab_size"]
     ids = torch.randint(vocab_size, (2, 77), generator=generator).to(device)
     t, found = torch.tensor([21, 981], device=device), {}
     for name, dtype in DTYPES.items():
@@ -200,7 +200,7 @@ def measure_rounding(path, device):
 
 def in_a_process(function, *arguments):
     """Returns what a function of this file returns in a process of its own."""
-    words = [sys.executable, "-m", "studies.bench", "--child", function, *map(str, arguments)]
+    words = [sys.executable, "-m", "measure.cost", "--child", function, *map(str, arguments)]
     done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     if done.returncode:
         raise RuntimeError(f"{' '.join(words)}\n{done.stderr[-3000:]}")

@@ -23,7 +23,7 @@ from typing import NamedTuple
 from PIL import ImageOps
 from tqdm import tqdm
 
-from conditions import TASKS, DataError, class_colours, load_image, open_image, open_label_map
+from inputs.conditions import TASKS, UserError, class_colours, load_image, open_image, open_label_map
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 LISTINGS = {"prompt.json": (("source",), "target", "prompt"),
@@ -38,7 +38,7 @@ class Source:
     """A folder, or a .zip of one: the names of its files, with / between, and their bytes."""
 
     def __init__(self, path):
-        """Errors: DataError where the path is neither."""
+        """Errors: UserError where the path is neither."""
         self.path, self.archive, self.top = Path(path), None, ""
         if self.path.is_dir():
             names = [file.relative_to(path).as_posix() for file in self.path.rglob("*")
@@ -47,11 +47,11 @@ class Source:
             try:
                 self.archive = zipfile.ZipFile(self.path)
             except (zipfile.BadZipFile, OSError) as error:
-                raise DataError(f"{path}: not a .zip ({error}); --data takes a folder of pairs, "
+                raise UserError(f"{path}: not a .zip ({error}); --data takes a folder of pairs, "
                                 f"or a .zip of one") from None
             names = [entry.filename for entry in self.archive.infolist() if not entry.is_dir()]
         else:
-            raise DataError(f"{path}: no such folder; --data takes a folder of pairs, or a .zip")
+            raise UserError(f"{path}: no such folder; --data takes a folder of pairs, or a .zip")
         names = [name for name in names if not any(
             part.startswith((".", "__MACOSX")) for part in PurePosixPath(name).parts)]
         tops = {PurePosixPath(name).parts[0] for name in names}
@@ -64,16 +64,16 @@ class Source:
         return f"{self.path}/{name}"
 
     def open(self, name):
-        """Returns a binary file. Errors: DataError where a .zip is damaged, locked or a bomb."""
+        """Returns a binary file. Errors: UserError where a .zip is damaged, locked or a bomb."""
         if not self.archive:
             return open(self.path / name, "rb")
         try:
             if self.archive.getinfo(self.top + name).file_size > MOST_BYTES:
-                raise DataError(f"{self.where(name)}: more than {MOST_BYTES:,} bytes unpacked, "
+                raise UserError(f"{self.where(name)}: more than {MOST_BYTES:,} bytes unpacked, "
                                 f"which may be meant to fill the memory")
             return io.BytesIO(self.archive.read(self.top + name))
         except (RuntimeError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
-            raise DataError(f"{self.where(name)}: cannot be unpacked ({error})") from None
+            raise UserError(f"{self.where(name)}: cannot be unpacked ({error})") from None
 
     def text(self, name):
         """Returns a text file's content; UTF-8, with or without a byte order mark."""
@@ -81,7 +81,7 @@ class Source:
             try:
                 return file.read().decode("utf-8-sig")
             except UnicodeDecodeError as error:
-                raise DataError(f"{self.where(name)}: not UTF-8 ({error}); save it as "
+                raise UserError(f"{self.where(name)}: not UTF-8 ({error}); save it as "
                                 f"UTF-8") from None
 
     def captions(self, image):
@@ -144,7 +144,7 @@ def find_pairs(source, extract=False):
             prompts = ()
             try:
                 prompts = source.captions(images[stem])
-            except DataError as error:
+            except UserError as error:
                 problems.append(str(error))
             pairs.append(OwnPair(conds[stem], images[stem], prompts))
     if not pairs and not problems:
@@ -213,84 +213,6 @@ def groups(pairs):
     for pair in pairs:
         leader[find(f"image {pair.image}")] = find(pair.cond)
     return [find(pair.cond) for pair in pairs]
-
-
-# ---- what is in it -------------------------------------------------------------------------
-
-class Survey:
-    """Collects what the files of some pairs are, and what is wrong with them."""
-
-    def __init__(self, source, task):
-        self.source, self.task, self.problems = source, task, []
-        self.sizes, self.modes, self.classes = Counter(), Counter(), Counter()
-        self.digests = {}                           # (kind, SHA-256): names
-        self.maps_of = {}                           # palette index: {colour: a map that has it}
-
-    def look(self, kind, name):
-        """Returns the image of a file, once it is counted; None where it cannot be used."""
-        try:
-            with self.source.open(name) as file:
-                image = ImageOps.exif_transpose(load_image(file, self.source.where(name)))
-            if kind == "condition" and TASKS[self.task].has_labels:
-                found = class_colours(self.source.condition(name, self.task))
-                self.classes.update(list(found))
-                for colour, index in found.items():
-                    self.maps_of.setdefault(index, {}).setdefault(colour, name)
-            with self.source.open(name) as file:
-                digest = hashlib.sha256(file.read()).digest()
-        except (DataError, OSError) as error:
-            self.problems.append(str(error))
-            return None
-        self.modes[f"{kind} {image.mode}"] += 1
-        self.sizes[f"{kind} {image.width} x {image.height}"] += 1
-        self.digests.setdefault((kind, digest), []).append(name)
-        return image
-
-    def show(self):
-        """Prints sizes, modes, classes and duplicates; palettes that differ are a problem."""
-        for what, found in (("sizes", self.sizes), ("modes", self.modes)):
-            print(f"{what}: " + ", ".join(f"{kind} ({n})" for kind, n in found.most_common(8))
-                  + (f" and {len(found) - 8} more" if len(found) > 8 else ""))
-        if TASKS[self.task].has_labels:
-            print("classes: " + ", ".join(f"{colour} in {n} maps"
-                                          for colour, n in sorted(self.classes.items())))
-        for index, maps in sorted(self.maps_of.items()):
-            if len(maps) > 1 and self.task == "segmentation":
-                found = ", ".join(f"{colour} in {name}" for colour, name in maps.items())
-                self.problems.append(f"{self.source.path}: palettes differ: class {index} is "
-                                     f"{found}; save all maps with one palette")
-        if self.task == "sketch" and "condition P" in self.modes:
-            print("note: palette images as line drawings; label maps want --task segmentation")
-        if len(self.classes) > MANY_CLASSES:
-            print(f"note: {len(self.classes)} classes look like shades of a picture")
-        for (kind, _), names in self.digests.items():
-            if len(set(names)) > 1:
-                print(f"duplicates: {kind} {' = '.join(sorted(set(names)))}")
-
-
-def check(source, task, pairs, sides, tokenizer, extract, default_prompt):
-    """Prints what a user's pairs are, and returns a line for each problem of their files.
-
-    sides: train, val or test for each pair.
-    """
-    survey = Survey(source, task)
-    for pair in tqdm(pairs, desc="check", leave=False):
-        image = survey.look("image", pair.image)
-        cond = image if extract else survey.look("condition", pair.cond)
-        if image and cond and not same_shape(cond, image):
-            survey.problems.append(other_shape(source.where(pair.cond), cond, image))
-    print(f"pairs: {len(pairs)}, of which " + ", ".join(
-        f"{sides.count(side)} {side}" for side in ("train", "val", "test")))
-    survey.show()
-    captions = [(pair.image, text) for pair in pairs for text in pair.prompts]
-    bare = sum(not pair.prompts for pair in pairs)
-    print(f"captions: {len(captions)}, and {bare} pictures without; their --default-prompt is "
-          f"{default_prompt!r}")
-    for name, text in [*captions, *[("--default-prompt", default_prompt)] * bool(bare)]:
-        dropped = tokenizer.fit(text)[1]
-        if dropped:
-            print(f"cut: {name}: its caption loses {dropped!r}")
-    return survey.problems
 
 
 def same_shape(a, b):

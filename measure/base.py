@@ -1,6 +1,6 @@
 """Measures the embedded base on names it has never seen, and draws a grid of what it can do.
 
-    python -m tiny.evaluate         # prints the table of tiny/README.md, writes tiny/drawn.png
+    python -m measure.base         # prints the table of tiny/README.md, writes tiny/drawn.png
 """
 from pathlib import Path
 
@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from cli import BASE, Parser, run
-from conditions import to_image, to_x
+from inputs.options import BASE, Parser, run
+from inputs.conditions import to_image, to_x
 from sample import load_base
 from steer import draw
 from tiny import world
