@@ -10,7 +10,6 @@ Shapes: B batch, L tokens (77), D width.
 """
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 
 import tokenizers
 import torch
@@ -19,7 +18,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import nn
 
 from inputs import checkpoints
-import weights
+from weights import UserError
 
 CONTEXT_LENGTH = 77         # begin + 75 tokens + end
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -94,28 +93,13 @@ class Tokenizer:
 def load_tokenizer(folder):
     """Returns the Tokenizer of vocab.json and merges.txt in a folder.
 
-    Errors: weights.UserError names the missing or faulty file.
+    Errors: UserError names the missing or faulty file.
     """
-    folder = Path(folder)
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise weights.UserError(f"{folder / name}: no such file; a tokenizer is vocab.json "
-                                       f"and merges.txt")
+    vocab, merges, pad_token = checkpoints.read_tokenizer(folder)
     try:
-        vocab = weights.read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        merges = [tuple(line.split()) for line in lines
-                  if line.strip() and not line.startswith("#version")]
-        pad_token = END
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):     # the latter wins
-            if (folder / name).is_file():
-                found = weights.read_json(folder / name).get("pad_token")
-                pad_token = (found["content"] if isinstance(found, dict) else found) or pad_token
-        return Tokenizer(vocab, merges, pad_token)
-    except weights.UserError:
-        raise
+        return Tokenizer(vocab, merges, pad_token or END)
     except Exception as error:      # all that `tokenizers` raises for merges that do not fit
-        raise weights.UserError(f"{folder}: not a CLIP tokenizer ({error})") from None
+        raise UserError(f"{folder}: not a CLIP tokenizer ({error})") from None
 
 
 # ---- text encoder --------------------------------------------------------------------------
@@ -130,7 +114,6 @@ class Attention(nn.Module):
                                                                 for _ in range(4))
 
     def forward(self, h):
-        """Returns (B, L, D) for h (B, L, D)."""
         q, k, v = (layer(h).unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (B, heads, L, d)
                    for layer in (self.q_proj, self.k_proj, self.v_proj))
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -146,7 +129,6 @@ class MLP(nn.Module):
         self.fc1, self.fc2 = nn.Linear(width, width * 4), nn.Linear(width * 4, width)
 
     def forward(self, h):
-        """Returns (B, L, D) for h (B, L, D)."""
         return self.fc2(self.activation(self.fc1(h)))
 
 
@@ -161,7 +143,6 @@ class EncoderLayer(nn.Module):
         self.layer_norm2 = nn.LayerNorm(config.width)
 
     def forward(self, h):
-        """Returns (B, L, D) for h (B, L, D)."""
         h = h + self.self_attn(self.layer_norm1(h))
         return h + self.mlp(self.layer_norm2(h))
 
@@ -196,29 +177,11 @@ def load_clip(path, tokenizer_path=None, dtype=torch.float32, device="cpu"):
     """Returns (tokenizer, frozen text encoder) of an SD folder or single .safetensors file.
 
     tokenizer_path: a folder with vocab.json and merges.txt, or an SD folder that has one; a single
-    file has none of its own. Errors: weights.UserError names the file and what is missing or
+    file has none of its own. Errors: UserError names the file and what is missing or
     does not fit.
     """
     checkpoint = checkpoints.read_text(path)
-    if tokenizer_path is None and not Path(path).is_dir():
-        raise weights.UserError(f"{path}: a single file holds no tokenizer; give --tokenizer, "
-                                   f"a folder with vocab.json and merges.txt")
-    tokenizer_path = Path(tokenizer_path or path)
-    if (tokenizer_path / "tokenizer").is_dir():
-        tokenizer_path = tokenizer_path / "tokenizer"
-    if checkpoint.config.get("activation", "quick_gelu") not in ACTIVATIONS:
-        raise weights.UserError(f"{checkpoint.file}: activation "
-                                   f"{checkpoint.config['activation']!r}; allowed are "
-                                   f"{', '.join(ACTIVATIONS)}")
-    with torch.device("meta"):
-        text_model = CLIPTextModel(CLIPTextConfig(**checkpoint.config))
-    weights.load_strict(text_model, checkpoint, dtype, device)
-    tokenizer = load_tokenizer(tokenizer_path)
-    if tokenizer.largest >= text_model.config.vocab_size:
-        raise weights.UserError(f"{tokenizer_path}: ids up to {tokenizer.largest}, but "
-                                   f"{checkpoint.file} knows {text_model.config.vocab_size} "
-                                   f"tokens; give the tokenizer of this model")
-    if tokenizer.largest + 1 < text_model.config.vocab_size:
-        warnings.warn(f"{tokenizer_path}: {tokenizer.largest + 1} tokens, but {checkpoint.file} "
-                      f"knows {text_model.config.vocab_size}; is it this model's?", stacklevel=2)
-    return tokenizer, text_model
+    folder = checkpoints.find_tokenizer(path, tokenizer_path)
+    tokenizer = load_tokenizer(folder)
+    checkpoints.check_text(checkpoint, folder, tokenizer.largest, ACTIVATIONS)
+    return tokenizer, checkpoint.build(CLIPTextModel, CLIPTextConfig, dtype, device)

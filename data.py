@@ -1,35 +1,28 @@
 """Pairs of condition and image: the embedded tasks, a user's own, and what training caches of them.
 
-Shapes: C channels, H W rows and columns of the image, f the autoencoder's factor.
+Shapes: C channels, H W rows and columns of the image, f the autoencoder's factor, L tokens, D
+width.
 
     pairs = load_pairs("sketch", "train")
-    bank = Bank(pairs, "sketch", size, vae, tokenizer, text_model)
-    cond, z, context = bank.batch(16, generator)
+    cache = LatentCache(pairs, "sketch", 64, base)
+    cond, z, context = cache.batch(16, generator)
 """
 import hashlib
+import os
 from typing import Callable, NamedTuple
 
 import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from inputs.conditions import (
-    TASKS,
-    UserError,
-    class_colours,
-    crop,
-    images_at_a_time,
-    is_light_on_dark,
-    to_cond,
-    to_x,
-)
-from inputs.pairs import Source, find_pairs, groups, other_shape, same_shape
+from inputs.conditions import TASKS, class_colours, crop, images_at_a_time, open_image, to_x
+from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
 from tiny.tasks import embedded_pairs
+from weights import UserError
 
-EMPTY_SHARE = 0.1               # of the training prompts, so that guidance has its other half
+EMPTY_SHARE = 0.1               # of the training prompts, so that guidance has its other pass
 TEST_SHARE, VAL_SHARE = 0.15, 0.05      # of a user's pairs
 MIN_PAIRS = 10
-PROMPTS_AT_A_TIME = 16
 
 
 class Pair(NamedTuple):
@@ -54,91 +47,83 @@ def split_names(names):
             for i, name in enumerate(order)}
 
 
-def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
-    """Returns the pairs of a split: of the embedded data, or of a user's folder or .zip.
+def split_pairs(folder, pairs):
+    """Returns train, val or test for each of a user's PairFiles.
 
-    extract: the images' own lines are the conditions. default_prompt: where a picture has no
-    caption. Errors: UserError names the file at fault, or says that there are too few.
+    Names are taken within the folder, so that it may be moved.
+    """
+    names = group_pairs([pair._replace(cond=os.path.relpath(pair.cond, folder).replace("\\", "/"),
+                                       image=os.path.relpath(pair.image, folder)) for pair in pairs])
+    sides = split_names(names)
+    return [sides[name] for name in names]
+
+
+def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
+    """Returns the pairs of a split: of the embedded data, or of a user's folder.
+
+    extract: the images' own lines are the conditions. default_prompt: the prompt of a picture that
+    has no caption. Errors: UserError names the file at fault, or says that there are too few.
     """
     if folder is None:
         return [Pair(*pair) for pair in embedded_pairs(task, split)]
-    source = Source(folder)
-    found, problems = find_pairs(source, extract)
+    files, problems = find_pairs(folder, extract)
     if problems:
-        more = f" (and {len(problems) - 1} more: see --check-data)" if problems[1:] else ""
-        raise UserError(problems[0] + more)
-    names = groups(found)
-    sides = split_names(names)
-    if len(sides) < MIN_PAIRS:
-        raise UserError(f"{folder}: {len(sides)} pairs; at least {MIN_PAIRS} are needed to "
+        others = f" (and {len(problems) - 1} more: see --check-data)" if problems[1:] else ""
+        raise UserError(problems[0] + others)
+    if len(files) < MIN_PAIRS:
+        raise UserError(f"{folder}: {len(files)} pairs; at least {MIN_PAIRS} are needed to "
                         f"train, to validate and to test")
-    return [Pair(source.where(pair.cond),
-                 lambda name=pair.cond: (source.image(name) if extract
-                                         else source.condition(name, task)),
-                 lambda name=pair.image: source.image(name), pair.prompts or (default_prompt,))
-            for pair, name in zip(found, names) if sides[name] == split]
+    open_cond = open_image if extract else TASKS[task].open
+    return [Pair(str(pair.cond), lambda file=pair.cond: open_cond(file),
+                 lambda file=pair.image: open_image(file), pair.prompts or (default_prompt,))
+            for pair, side in zip(files, split_pairs(folder, files)) if side == split]
 
 
 # ---- the cache -----------------------------------------------------------------------------
 
-def mostly_light_on_dark(pairs, task, extract=False):
-    """Returns whether most of the first drawings are light on dark; other conditions never are."""
-    if task != "sketch" or extract:
-        return False
-    light = [is_light_on_dark(pair.open_cond()) for pair in pairs[:32]]
-    return sum(light) * 2 > len(light)
-
-
-def open_pair(pair, task, size, light_on_dark=False, extract=False, flip=False):
+def open_pair(pair, task, size, extract=False, flip=False):
     """Returns (cond uint8 (C, size, size), x (3, size, size), label map's colours) of a pair.
 
-    Condition and image are cropped, and flipped, alike. Errors: UserError where shapes differ.
+    Condition and image are cropped, and flipped, alike. Errors: UserError if shapes differ.
     """
-    cond, image, colours = pair.open_cond(), pair.open_image(), set()
+    kind, cond, image = TASKS[task], pair.open_cond(), pair.open_image()
     if not same_shape(cond, image):
-        raise UserError(other_shape(pair.name, cond, image))
-    if TASKS[task].has_labels:
-        colours = set(class_colours(cond))
+        raise UserError(shape_fault(pair.name, cond, image))
+    colours = set(class_colours(cond)) if kind.has_labels else set()
     cond, image = crop(cond, size, size), crop(image, size, size)
-    if light_on_dark:
-        cond = ImageOps.invert(cond)
     if flip:
         cond, image = ImageOps.mirror(cond), ImageOps.mirror(image)
-    return (to_cond(cond, task, extract) * 255).round().byte(), to_x(image), colours
+    to_cond = kind.extract if extract else kind.to_cond
+    return (to_cond(cond) * 255).round().byte(), to_x(image), colours
 
 
-class Bank:
+class LatentCache:
     """Everything a training step needs of some pairs, computed once: latents and text states.
 
     With mirror, every pair is there a second time, flipped left to right. Latents and text states
-    are kept in fp16, conditions in 8 bits. Attributes: classes, the set of label maps' colours, as
-    in "#1f77b4"; light_on_dark, the drawings' polarity.
+    are kept in fp16, conditions in 8 bits. Attribute classes: the set of label maps' colours, as
+    in "#1f77b4".
     """
 
-    def __init__(self, pairs, task, size, vae, tokenizer, text_model, mirror=False,
-                 light_on_dark=None, extract=False):
-        """size: pixels of the square that pairs are scaled and cropped to.
+    def __init__(self, pairs, task, size, base, mirror=False, extract=False):
+        """size: pixels of the square that pairs are scaled and cropped to. base: StableDiffusion.
 
-        light_on_dark: the drawings' polarity, one for all; None asks the first of them. extract:
-        conditions are made from the images' own lines.
+        extract: conditions are made from the images' own lines.
         """
-        self.pairs, self.size = pairs, size
-        device = next(vae.parameters()).device
-        flips = (False, True) if mirror else (False,)
-        conds, means, stds, batch = [], [], [], images_at_a_time(size)
-        if light_on_dark is None:
-            light_on_dark = mostly_light_on_dark(pairs, task, extract)
-        self.light_on_dark, self.classes = light_on_dark, set()
-        for flip in flips:
-            for i in tqdm(range(0, len(pairs), batch), desc="latents", leave=False):
-                opened = [open_pair(pair, task, size, light_on_dark, extract, flip)
-                          for pair in pairs[i:i + batch]]
+        self.pairs, self.size, self.classes = pairs, size, set()
+        device = next(base.vae.parameters()).device
+        conds, means, stds = [], [], []
+        for flip in (False, True) if mirror else (False,):
+            parts = range(0, len(pairs), images_at_a_time(size))
+            for i in tqdm(parts, desc="latents", leave=False):
+                opened = [open_pair(pair, task, size, extract, flip)
+                          for pair in pairs[i:i + parts.step]]
                 for cond, _, classes in opened:
                     conds.append(cond)
                     self.classes |= classes
                 x = torch.stack([x for _, x, _ in opened]).to(device)
                 with torch.inference_mode():
-                    mean, std = vae.encode(x.contiguous(memory_format=torch.channels_last))
+                    mean, std = base.vae.encode(x.contiguous(memory_format=torch.channels_last))
                 means.append(mean.half().cpu())
                 stds.append(std.half().cpu())
         self.conds = torch.stack(conds)                            # (n, C, H, W) uint8
@@ -146,9 +131,7 @@ class Bank:
         prompts = sorted({prompt for pair in pairs for prompt in pair.prompts} | {""})
         self.prompt_ids = {prompt: i for i, prompt in enumerate(prompts)}
         with torch.inference_mode():
-            self.contexts = torch.cat([
-                text_model(tokenizer(prompts[i:i + PROMPTS_AT_A_TIME]).to(device)).half().cpu()
-                for i in range(0, len(prompts), PROMPTS_AT_A_TIME)])
+            self.contexts = base.encode(prompts).half().cpu()      # (prompts, L, D)
 
     def __len__(self):
         return len(self.conds)
@@ -179,6 +162,6 @@ class Bank:
         z = mean + std * torch.randn(mean.shape, generator=generator)
         prompts = []
         for i, (u, v) in zip(indices.tolist(), torch.rand(size, 2, generator=generator).tolist()):
-            own = self.pairs[i % len(self.pairs)].prompts
-            prompts.append("" if u < empty_share else own[int(v * len(own))])
+            captions = self.pairs[i % len(self.pairs)].prompts
+            prompts.append("" if u < empty_share else captions[int(v * len(captions))])
         return self.cond(indices), z, self.context(prompts)

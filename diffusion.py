@@ -1,24 +1,23 @@
-"""Noise schedule, classifier-free guidance and three samplers in one generator.
+"""Noise schedule, noise by seed, classifier-free guidance, and three samplers in one generator.
 
-With abar_t the share of signal at timestep t, a = sqrt(abar_t) and s = sqrt(1 - abar_t):
+With abar_t the share of a latent's variance that is signal at timestep t, alpha_t = sqrt(abar_t)
+and sigma_t = sqrt(1 - abar_t):
 
-    z_t = a z_0 + s noise,      v = a noise - s z_0,      sigma = s / a
+    z_t = alpha_t z_0 + sigma_t noise,      v = alpha_t noise - sigma_t z_0
 
-A model predicts the noise (SD 1.x, 2.x base) or v (SD 2.x at 768 px); either gives an estimate of
+A model predicts the noise (SD 1.x, 2.x base) or v (SD 2.x at 768 px). Either gives an estimate of
 z_0, and that is all a sampler needs. DDIM and Euler are the same step on other timesteps;
 DPM-Solver++ 2M replaces the estimate by an extrapolation from this step's and the one before.
 
 Shapes: B batch, 4 latent channels, H W rows and columns of the latent.
 
-    schedule = load_schedule("tiny/model")
-    for z_t in sample(denoise, noise, schedule, steps=50):
+    for z_t in sample(denoise, draw_noise([0], (4, 64, 64)), NoiseSchedule(), steps=50):
         pass                                # z_t is one step cleaner each time; the last is z_0
 """
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-
 
 SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
@@ -50,9 +49,10 @@ class NoiseSchedule:
         object.__setattr__(self, "alphas_cumprod", (1 - betas).cumprod(0))
 
     def signal_and_noise(self, t, like):
-        """Returns a and s, each (B, 1, 1, 1), at timesteps t (B,), with dtype and device of a z.
+        """Returns alpha_t and sigma_t, each (B, 1, 1, 1), at timesteps t (B,).
 
-        like: z (B, 4, H, W), or of any other rank, as in the plane; a and s get its rank.
+        like: z (B, 4, H, W), or of any other rank, as in the plane; they get its rank, dtype and
+        device.
         """
         abar = self.alphas_cumprod.to(like.device, like.dtype)[t]
         abar = abar.view(-1, *(1 for _ in like.shape[1:]))
@@ -60,8 +60,8 @@ class NoiseSchedule:
 
     def add_noise(self, z, noise, t):
         """Returns z_t (B, 4, H, W): the clean z with as much noise as timestep t (B,) has."""
-        a, s = self.signal_and_noise(t, z)
-        return a * z + s * noise
+        alpha, sigma = self.signal_and_noise(t, z)
+        return alpha * z + sigma * noise
 
     def target(self, z, noise, t):
         """Returns what the model should predict (B, 4, H, W) for add_noise(z, noise, t).
@@ -70,14 +70,31 @@ class NoiseSchedule:
         """
         if self.prediction_type == "epsilon":
             return noise
-        a, s = self.signal_and_noise(t, z)
-        return a * noise - s * z
+        alpha, sigma = self.signal_and_noise(t, z)
+        return alpha * noise - sigma * z
 
-    def clean(self, z_t, prediction, a, s):
-        """Returns the estimate of z_0 (B, 4, H, W) that a prediction means; a, s are numbers."""
+    def clean(self, z_t, prediction, alpha, sigma):
+        """Returns the estimate of z_0 (B, 4, H, W) that a prediction means.
+
+        alpha and sigma are numbers, those of z_t's timestep.
+        """
         if self.prediction_type == "epsilon":
-            return (z_t - s * prediction) / a
-        return a * z_t - s * prediction
+            return (z_t - sigma * prediction) / alpha
+        return alpha * z_t - sigma * prediction
+
+
+def draw_noise(seeds, shape):
+    """Returns standard normal noise (B, *shape), each row a function of its own seed alone."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+                        for seed in seeds])
+
+
+def guide(eps_empty, eps_text, guidance_scale):
+    """Returns the guided eps (or v): 1 is no guidance, a larger scale follows the prompt more.
+
+    Source: classifier-free guidance, arXiv 2207.12598.
+    """
+    return eps_empty + guidance_scale * (eps_text - eps_empty)
 
 
 def spaced_timesteps(steps, schedule, sampler="ddim"):
@@ -89,86 +106,69 @@ def spaced_timesteps(steps, schedule, sampler="ddim"):
     """
     if not 1 <= steps < schedule.timesteps:
         raise ValueError(f"{steps} steps: allowed are 1 to {schedule.timesteps - 1}")
-    last, more = schedule.timesteps - 1, sampler.startswith("dpm++")
+    last, laid = schedule.timesteps - 1, steps + sampler.startswith("dpm++")
     spacing = schedule.spacing or ("leading" if sampler == "ddim" else "linspace")
     if spacing == "trailing":
         return np.round(schedule.timesteps * (1 - np.arange(steps) / steps)) - 1
     if spacing == "linspace":
-        spaced = np.linspace(0, last, steps + more)[::-1][:steps]
+        spaced = np.linspace(0, last, laid)[::-1][:steps]
         return spaced if sampler.startswith("euler") else spaced.round()
-    stride = schedule.timesteps // (steps + more)
-    leading = np.arange(steps + more)[::-1][:steps] * stride + schedule.steps_offset
+    leading = np.arange(laid)[::-1][:steps] * (schedule.timesteps // laid) + schedule.steps_offset
     return leading.clip(max=last)
 
 
-def noise_levels(steps, schedule, sampler="ddim"):
-    """Returns (timesteps (steps,), sigma (steps + 1,)) of a sampler, from noise to clean.
+def noise_ratios(steps, schedule, sampler="ddim"):
+    """Returns (timesteps (steps,), sigma_t / alpha_t (steps + 1,)) of a sampler, the last clean.
 
-    Karras's levels are equally spaced in sigma^(1/7), and their timesteps fall between the whole
-    ones; a 2M solver rounds them. Source: arXiv 2206.00364, equation 5.
+    The ratio is what Karras et al. call sigma. Their levels are equally spaced in ratio^(1/7), and
+    the timesteps fall between the whole ones; a 2M solver rounds them. Source: arXiv 2206.00364,
+    equation 5.
     """
     abar = schedule.alphas_cumprod.numpy()
-    every, whole = np.sqrt((1 - abar) / abar), np.arange(schedule.timesteps)
+    all_ratios, all_timesteps = np.sqrt((1 - abar) / abar), np.arange(schedule.timesteps)
     timesteps = spaced_timesteps(steps, schedule, sampler)
-    sigmas = np.interp(timesteps, whole, every)
+    ratios = np.interp(timesteps, all_timesteps, all_ratios)
     if sampler.endswith("-karras"):
         second_order = sampler.startswith("dpm++")
-        high, low = (every[-1], every[0]) if second_order else (sigmas[0], sigmas[-1])
-        sigmas = np.linspace(high ** (1 / RHO), low ** (1 / RHO), steps) ** RHO
-        timesteps = np.interp(np.log(sigmas), np.log(every), whole)
+        ends = (all_ratios[-1], all_ratios[0]) if second_order else (ratios[0], ratios[-1])
+        ratios = np.linspace(*(end ** (1 / RHO) for end in ends), steps) ** RHO
+        timesteps = np.interp(np.log(ratios), np.log(all_ratios), all_timesteps)
         timesteps = timesteps.round() if second_order else timesteps
-    end = every[0] if sampler == "ddim" and not schedule.set_alpha_to_one else 0.0
-    return timesteps, np.append(sigmas, end)
+    end = all_ratios[0] if sampler == "ddim" and not schedule.set_alpha_to_one else 0.0
+    return timesteps, np.append(ratios, end)
 
 
-def draw_noise(seeds, shape):
-    """Returns standard normal noise (B, *shape), each row a function of its own seed alone."""
-    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-                        for seed in seeds])
+def sampler_steps(steps, schedule, sampler="ddim"):
+    """Returns (timesteps, [(alpha, sigma)]) of a sampler as numbers, the last pair being the end's.
 
-
-def guide(eps_empty, eps_text, guidance_scale):
-    """Returns the guided eps (or v): 1 is no guidance, more follows the prompt more strongly.
-
-    Source: classifier-free guidance, arXiv 2207.12598.
+    A timestep is an int if it is whole.
     """
-    return eps_empty + guidance_scale * (eps_text - eps_empty)
-
-
-def levels(steps, schedule, sampler="ddim"):
-    """Returns (timesteps, [(a, s)]) of a sampler as numbers, the last (a, s) being the end's.
-
-    A timestep is an int where it is whole.
-    """
-    timesteps, sigmas = noise_levels(steps, schedule, sampler)
+    timesteps, ratios = noise_ratios(steps, schedule, sampler)
     return ([int(t) if t == int(t) else t for t in timesteps.tolist()],
-            [(1 / (1 + sigma**2) ** 0.5, sigma / (1 + sigma**2) ** 0.5)
-             for sigma in sigmas.tolist()])
+            [(1 / (1 + ratio**2) ** 0.5, ratio / (1 + ratio**2) ** 0.5)
+             for ratio in ratios.tolist()])
 
 
 def sample(denoise, z_t, schedule, steps=50, sampler="ddim", start=0):
     """Yields z_t (B, 4, H, W) after each of the steps from `start` on, the last one being clean.
 
-    denoise(z_t, t) -> the model's prediction, with t a Python int where it is whole, else a float.
-    z_t: standard normal noise (B, 4, H, W), or where start > 0 a latent with the noise of that
+    denoise(z_t, t) -> the model's prediction; t is a Python int if it is whole, else a float.
+    z_t: standard normal noise (B, 4, H, W), or with start > 0 a latent with the noise of that
     step. sampler: one of SAMPLERS; all are deterministic. DDIM's last step goes to abar_0, not to
-    1, as Stable Diffusion's own does. Sources: DDIM, arXiv 2010.02502; DPM-Solver++ 2M, arXiv
-    2211.01095, algorithm 2; Euler, arXiv 2206.00364.
+    1, as Stable Diffusion's own does. Sources: DDIM, arXiv 2010.02502, equation 12; DPM-Solver++
+    2M, arXiv 2211.01095, algorithm 2; Euler, arXiv 2206.00364.
     """
-    timesteps, signal_and_noise = levels(steps, schedule, sampler)
+    timesteps, levels = sampler_steps(steps, schedule, sampler)
     if sampler.startswith("euler") and schedule.spacing != "leading" and start == 0:
-        z_t = z_t * signal_and_noise[0][1]  # k-diffusion starts with sigma noise, not with noise
+        z_t = z_t * levels[0][1]    # k-diffusion starts at sigma_t noise, without alpha_t z_0 = 0
     z_0_before, h_before = None, None
-    for t, (a, s), (a_next, s_next) in list(zip(timesteps, signal_and_noise,
-                                                signal_and_noise[1:]))[start:]:
-        z_0 = schedule.clean(z_t, denoise(z_t, t), a, s)
-        estimate = z_0
-        if sampler.startswith("dpm++") and s_next > 0:
-            h = np.log(a_next / s_next) - np.log(a / s)         # the step in log(a / s)
+    for i in range(start, steps):
+        (alpha, sigma), (alpha_next, sigma_next) = levels[i], levels[i + 1]
+        estimate = z_0 = schedule.clean(z_t, denoise(z_t, timesteps[i]), alpha, sigma)
+        if sampler.startswith("dpm++") and sigma_next > 0:
+            h = np.log(alpha_next / sigma_next) - np.log(alpha / sigma)
             if z_0_before is not None:
                 estimate = z_0 + h / (2 * h_before) * (z_0 - z_0_before)
             z_0_before, h_before = z_0, h
-        # a straight line through z_t and the estimate, as far as the noise shrinks; with the
-        # estimate z_0 it is a_next z_0 + s_next eps, DDIM's equation 12 without its random part
-        z_t = s_next / s * z_t + (a_next - a * s_next / s) * estimate
+        z_t = alpha_next * estimate + sigma_next * (z_t - alpha * estimate) / sigma
         yield z_t

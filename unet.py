@@ -1,10 +1,11 @@
-"""The Stable Diffusion U-Net (1.x and 2.x): the prior denoiser, with a port for BPS in every block.
+"""The Stable Diffusion U-Net (1.x and 2.x): the prior denoiser, and where BPS's maps enter it.
 
 The layout and the names are those of the original single-file checkpoints: `input_blocks` is the
 contracting path (CP), `middle_block` the transition path (TP), `output_blocks` the expansive path
 (EP). The forward pass is these three lists, one loop each.
 
-Shapes: B batch, C channels, H W rows and columns of the latent, N = H * W, L tokens, D width.
+Shapes: B batch, C channels, H W rows and columns of the latent, N = H * W, L tokens, D width,
+C_h = C / heads.
 
     from unet import load_unet
     eps = load_unet("tiny/model")(z_t, t, context)
@@ -17,7 +18,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from inputs import checkpoints
-import weights
 
 MAX_PERIOD = 10_000     # longest period of the timestep sinusoids (Attention Is All You Need, 3.5)
 
@@ -25,7 +25,7 @@ MAX_PERIOD = 10_000     # longest period of the timestep sinusoids (Attention Is
 @dataclass(frozen=True)
 class UNetConfig:
     """The sizes of a U-Net; the defaults are Stable Diffusion 1.5's."""
-    channels: tuple = (320, 640, 1280, 1280)           # one entry a level, outermost first
+    channels: tuple = (320, 640, 1280, 1280)           # one entry per level, outermost first
     attention: tuple = (True, True, True, False)       # which levels have spatial transformers
     heads: tuple = (8, 8, 8, 8)                        # attention heads of each level
     blocks_per_level: int = 2
@@ -65,13 +65,12 @@ class ResBlock(nn.Module):
                                 else nn.Conv2d(channels_in, channels, 1))
 
     def forward(self, h, t_emb):
-        """Returns (B, C, H, W) for h (B, C_in, H, W) and t_emb (B, D)."""
         out = self.in_layers(h) + self.emb_layers(t_emb)[:, :, None, None]
         return self.skip_connection(h) + self.out_layers(out)
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of the pixels to the context; to themselves where it is absent."""
+    """Multi-head attention of the pixels h (B, N, C) to the context (B, L, D)."""
 
     def __init__(self, dim, context_dim, heads):
         super().__init__()
@@ -82,23 +81,21 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(dim, dim), nn.Dropout(0.0))
 
     def forward(self, h, context):
-        """Returns (B, N, C) for h (B, N, C) and context (B, L, D)."""
         B, N, C = h.shape
-        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # (B, heads, N, C_h)
+        q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2)    # (B, heads, N or L, C_h)
                    for x in (self.to_q(h), self.to_k(context), self.to_v(context)))
         out = F.scaled_dot_product_attention(q, k, v)
         return self.to_out(out.transpose(1, 2).reshape(B, N, C))
 
 
 class GEGLU(nn.Module):
-    """A linear layer whose one half gates the other through a GELU (arXiv 2002.05202)."""
+    """A linear layer, one half of which gates the other through a GELU (arXiv 2002.05202)."""
 
     def __init__(self, dim_in, dim_out):
         super().__init__()
         self.proj = nn.Linear(dim_in, dim_out * 2)
 
     def forward(self, h):
-        """Returns (B, N, dim_out) for h (B, N, dim_in)."""
         value, gate = self.proj(h).chunk(2, dim=-1)
         return value * F.gelu(gate)
 
@@ -111,7 +108,6 @@ class FeedForward(nn.Module):
         self.net = nn.Sequential(GEGLU(dim, dim * 4), nn.Dropout(0.0), nn.Linear(dim * 4, dim))
 
     def forward(self, h):
-        """Returns (B, N, C) for h (B, N, C)."""
         return self.net(h)
 
 
@@ -126,7 +122,6 @@ class TransformerBlock(nn.Module):
         self.norm1, self.norm2, self.norm3 = nn.LayerNorm(dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
 
     def forward(self, h, context):
-        """Returns (B, N, C) for h (B, N, C) and context (B, L, D)."""
         normed = self.norm1(h)
         h = h + self.attn1(normed, normed)
         h = h + self.attn2(self.norm2(h), context)
@@ -145,7 +140,6 @@ class SpatialTransformer(nn.Module):
         self.proj_out = project(channels, channels)
 
     def forward(self, h, context):
-        """Returns (B, C, H, W) for h (B, C, H, W) and context (B, L, D)."""
         B, C, H, W = h.shape
         tokens = self.norm(h).flatten(2).transpose(1, 2)                       # (B, N, C)
         tokens = apply_projection(self.proj_in, tokens)
@@ -161,40 +155,40 @@ def apply_projection(layer, tokens):
 
 
 class Downsample(nn.Module):
-    """Halves height and width with a strided convolution that pads all four sides by one."""
+    """Halves height and width, rounding up, with a strided convolution that pads all sides."""
 
     def __init__(self, channels):
         super().__init__()
         self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1)
 
     def forward(self, h):
-        """Returns (B, C, ceil(H / 2), ceil(W / 2)) for h (B, C, H, W)."""
         return self.op(h)
 
 
 class Upsample(nn.Module):
-    """Repeats pixels up to a given size, then smooths with a convolution."""
+    """Repeats pixels up to a given size, the next skip's (odd or even), then smooths them."""
 
     def __init__(self, channels):
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, h, size):
-        """Returns (B, C, *size) for h (B, C, H, W); size is the next skip's, odd or even."""
         return self.conv(F.interpolate(h, size=size, mode="nearest"))
 
 
 class UNetBlock(nn.Sequential):
     """One entry of a path: some of convolution, ResBlock, SpatialTransformer, Down-/Upsample.
 
-    This is where a residual enters the frozen U-Net: the same map is added after every ResBlock
-    and after every SpatialTransformer of the block, and nowhere else (authors' code).
+    This is where a residual r enters the frozen U-Net: the same map is added after every ResBlock
+    and after every SpatialTransformer of the block, and nowhere else (authors' code). A block with
+    attention computes ST(Res(x) + r) + r, and since ST has a skip of its own, r counts twice
+    there, and three times in the middle.
     """
 
     def forward(self, h, t_emb, context, residual=None, size=None):
         """Returns the block's output for h (B, C, H, W).
 
-        residual: (B or 1, C_out, H, W) or None. size: (rows, columns) an Upsample grows to.
+        residual: (B or 1, C_out, H, W) or None. size: the (rows, columns) an Upsample grows to.
         """
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -220,11 +214,9 @@ class UNet(nn.Module):
         t_emb_dim = base * 4
 
         def res_block(channels_in, channels):
-            """Returns a ResBlock of these widths."""
             return ResBlock(channels_in, channels, t_emb_dim, config.norm_groups)
 
         def transformer(level):
-            """Returns a level's SpatialTransformer."""
             return SpatialTransformer(config.channels[level], config.context_dim,
                                       config.heads[level], config.norm_groups,
                                       config.linear_projection)
@@ -249,7 +241,7 @@ class UNet(nn.Module):
         self.middle_block = UNetBlock(res_block(channels, channels), transformer(levels - 1),
                                       res_block(channels, channels))
 
-        # Expansive path: one block for every skip, so one more a level than on the way down.
+        # Expansive path: one block for every skip, so one more per level than on the way down.
         self.output_blocks = nn.ModuleList()
         channels_in = channels
         for level in reversed(range(levels)):
@@ -277,6 +269,7 @@ class UNet(nn.Module):
         z_t: (B, 4, H, W) noisy scaled latents. t: (B,) int or float in 0..999. context: (B, L, D)
         text states. residuals: None, or a list with one entry per block in the order input,
         middle, output: a map of the block's output shape (batch B or 1), or None for no steering.
+        Errors: ValueError if there are more or fewer residuals than blocks.
         """
         blocks = len(self.input_blocks) + 1 + len(self.output_blocks)
         residuals = [None] * blocks if residuals is None else residuals
@@ -289,7 +282,7 @@ class UNet(nn.Module):
         h, skips = z_t, []
         for block in self.input_blocks:
             h = block(h, t_emb, context, next(residual))
-            skips.append(h)
+            skips.append(h)                             # so the skips carry the steering along
         h = self.middle_block(h, t_emb, context, next(residual))
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
@@ -302,10 +295,7 @@ def load_unet(path, dtype=torch.float32, device="cpu"):
     """Returns the frozen U-Net of an SD checkpoint: a folder or a single .safetensors file.
 
     On the CPU, weights that have the dtype already stay mapped from the file until they are used.
-    Errors: weights.UserError names the file and every key that is missing, unexpected or of
+    Errors: UserError names the file and every key that is missing, unexpected or of
     another shape.
     """
-    checkpoint = checkpoints.read_unet(path)
-    with torch.device("meta"):
-        unet = UNet(UNetConfig(**checkpoint.config))
-    return weights.load_strict(unet, checkpoint, dtype, device)
+    return checkpoints.read_unet(path).build(UNet, UNetConfig, dtype, device)

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import nn
 
 from inputs import checkpoints
-import weights
 
 LOGVAR_RANGE = (-30.0, 20.0)    # the original's clamp; keeps exp() finite
 
@@ -23,7 +22,7 @@ LOGVAR_RANGE = (-30.0, 20.0)    # the original's clamp; keeps exp() finite
 @dataclass(frozen=True)
 class VAEConfig:
     """The sizes of an autoencoder; the defaults are Stable Diffusion's."""
-    channels: tuple = (128, 256, 512, 512)     # one entry a level, outermost first
+    channels: tuple = (128, 256, 512, 512)     # one entry per level, outermost first
     blocks_per_level: int = 2                  # in the encoder; the decoder has one more
     latent_channels: int = 4
     norm_groups: int = 32
@@ -34,10 +33,6 @@ class Latent(NamedTuple):
     """The encoder's normal law over scaled latents: mean and std, each (B, 4, H/f, W/f)."""
     mean: torch.Tensor
     std: torch.Tensor
-
-    def sample(self, noise):
-        """Returns one latent (B, 4, H/f, W/f) for standard normal noise of that shape."""
-        return self.mean + self.std * noise
 
 
 def norm(channels, groups):
@@ -58,7 +53,6 @@ class ResBlock(nn.Module):
             self.nin_shortcut = nn.Conv2d(channels_in, channels, 1)
 
     def forward(self, h):
-        """Returns (B, C, H, W) for h (B, C_in, H, W)."""
         out = self.conv1(F.silu(self.norm1(h)))
         out = self.conv2(F.silu(self.norm2(out)))
         return out + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else h)
@@ -73,7 +67,6 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
 
     def forward(self, h):
-        """Returns (B, C, H, W) for h (B, C, H, W)."""
         B, C, H, W = h.shape
         normed = self.norm(h)
         q, k, v = (layer(normed).flatten(2).transpose(1, 2)                    # (B, N, C)
@@ -90,7 +83,6 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, h):
-        """Returns (B, C, H // 2, W // 2) for h (B, C, H, W)."""
         return self.conv(F.pad(h, (0, 1, 0, 1)))
 
 
@@ -102,7 +94,6 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
 
     def forward(self, h):
-        """Returns (B, C, 2 H, 2 W) for h (B, C, H, W)."""
         return self.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
 
 
@@ -116,7 +107,6 @@ class Middle(nn.Module):
         self.block_2 = ResBlock(channels, channels, groups)
 
     def forward(self, h):
-        """Returns (B, C, H, W) for h (B, C, H, W)."""
         return self.block_2(self.attn_1(self.block_1(h)))
 
 
@@ -129,7 +119,6 @@ class Level(nn.Module):
                                    for i in range(blocks))
 
     def forward(self, h):
-        """Returns (B, C, H', W') for h (B, C_in, H, W); H' = H / 2, H or 2 H."""
         for block in self.block:
             h = block(h)
         if hasattr(self, "downsample"):
@@ -140,7 +129,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, H, W) to the moments (B, 8, H/f, W/f) before quant_conv."""
+    """Image (B, 3, H, W) to mean and log-variance (B, 8, H/f, W/f), before quant_conv mixes them."""
 
     def __init__(self, config):
         super().__init__()
@@ -157,7 +146,6 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x):
-        """Returns mean and log-variance, not yet mixed: (B, 8, H/f, W/f) for x (B, 3, H, W)."""
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
@@ -183,7 +171,6 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
 
     def forward(self, z):
-        """Returns x (B, 3, H, W) for z (B, 4, H/f, W/f)."""
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
@@ -224,10 +211,7 @@ def load_vae(path, dtype=torch.float32, device="cpu"):
     """Returns the frozen autoencoder of an SD checkpoint: a folder or a single .safetensors file.
 
     An autoencoder's own folder or file will do too. fp16 is too narrow for some of them: draw with
-    float32. Errors: weights.UserError names the file and every key that is missing, unexpected
+    float32. Errors: UserError names the file and every key that is missing, unexpected
     or of another shape.
     """
-    checkpoint = checkpoints.read_vae(path)
-    with torch.device("meta"):
-        vae = AutoencoderKL(VAEConfig(**checkpoint.config))
-    return weights.load_strict(vae, checkpoint, dtype, device)
+    return checkpoints.read_vae(path).build(AutoencoderKL, VAEConfig, dtype, device)

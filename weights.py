@@ -1,16 +1,15 @@
 """Reads and writes weights: .safetensors files, strictly, a tensor at a time, never a pickle.
 
 Only headers are read at first: names and shapes decide whether a file fits, and then each tensor
-is mapped from the file into its module. What the names are is checkpoints.py's business. Nothing is
+is mapped from the file into its module. inputs/checkpoints.py knows what the names are. Nothing is
 fetched from a network.
 
     checkpoint = checkpoints.read_unet("tiny/model")    # config, tensors, how keys are spelled there
-    load_strict(UNet(UNetConfig(**checkpoint.config)), checkpoint)
+    unet = checkpoint.build(UNet, UNetConfig)
 """
 import hashlib
 import json
 import os
-import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -25,7 +24,7 @@ NAMES_SHOWN = 8                 # of tensors that do not fit
 
 
 class UserError(ValueError):
-    """A checkpoint that cannot be used; the message is one line for the user."""
+    """Something that the user can mend; the message is one line that says what and how."""
 
 
 class Stored(NamedTuple):
@@ -42,6 +41,15 @@ class Checkpoint(NamedTuple):
     state: dict                             # Stored tensors by name
     spelling: Callable[[str], str]          # a module's key -> its name in `state`
     file: Path
+
+    def build(self, Module, Config, dtype=torch.float32, device="cpu"):
+        """Returns Module(Config(**config)) with the checkpoint's tensors, as load_strict does.
+
+        The module is made without memory of its own, which its tensors then bring.
+        """
+        with torch.device("meta"):
+            module = Module(Config(**self.config))
+        return load_strict(module, self, dtype, device)
 
 
 # ---- files ---------------------------------------------------------------------------------
@@ -123,64 +131,6 @@ def read_json(file):
     if not isinstance(content, dict):
         raise UserError(f"{file}: not a JSON object")
     return content
-
-
-def read_config(file):
-    """Returns the dict of a config.json without the keys that have no value, as if absent."""
-    return {key: value for key, value in read_json(file).items() if value is not None}
-
-
-def find_weights(folder, stem):
-    """Returns the weights files of a part's folder: exact name, else shards, fp16, or the only one.
-
-    A name that is not the exact one is warned of. Errors: UserError where there is none, only
-    pickles, or a choice that cannot be made.
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; a Stable Diffusion folder has unet/, vae/, "
-                           f"text_encoder/ and tokenizer/")
-    if (folder / f"{stem}.safetensors").is_file():
-        return [folder / f"{stem}.safetensors"]
-    exact = f"{stem}.safetensors.index.json"
-    for index in sorted(folder.glob("*.index*.json"),
-                        key=lambda file: (file.name != exact, ".fp16." not in file.name, file)):
-        shards = set(read_json(index).get("weight_map", {}).values())
-        if shards and all(name.endswith(".safetensors") for name in shards):
-            if index.name != exact:
-                warnings.warn(f"{folder}: no {stem}.safetensors; took the shards of {index.name}")
-            return [folder / name for name in sorted(shards)]
-    found = sorted(folder.glob("*.safetensors"))
-    fp16 = folder / f"{stem}.fp16.safetensors"
-    if fp16 in found or len(found) == 1:
-        file = fp16 if fp16 in found else found[0]
-        warnings.warn(f"{folder}: no {stem}.safetensors; took {file.name}")
-        return [file]
-    if found:
-        names = ", ".join(file.name for file in found)
-        raise UserError(f"{folder}: which one? {names}; rename one to {stem}.safetensors")
-    pickles = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in PICKLES]
-    if pickles:
-        read_header(pickles[0])         # says why not
-    raise UserError(f"{folder}: no {stem}.safetensors in it")
-
-
-def read_folder(folder, stem, fixed):
-    """Returns (config.json as a dict, {name: Stored}, first file) of one part of an SD folder.
-
-    fixed: {key: the only value of it that is implemented}; absent keys are right. Errors:
-    UserError.
-    """
-    files = find_weights(folder, stem)
-    config, state = read_config(folder / "config.json"), {}
-    for key, allowed in fixed.items():
-        value = config.get(key, allowed)
-        values = value if isinstance(value, list) else [value]
-        if any((entry or None) != (allowed or None) for entry in values):      # false is none is 0
-            raise UserError(f"{folder / 'config.json'}: {key} = {value!r} is not implemented; "
-                               f"allowed is {allowed!r}")
-    for file in files:
-        state |= read_header(file)
-    return config, state, files[0]
 
 
 def save(tensors, file, metadata):

@@ -7,18 +7,11 @@ file's. A folder's config.json says the sizes; of a single file, the tensors' sh
     checkpoint = read_unet("tiny/model")        # config, tensors, and how keys are spelled there
 """
 import re
+import warnings
 from pathlib import Path
 
 from diffusion import PREDICTION_TYPES, SPACINGS, NoiseSchedule
-from weights import (
-    Checkpoint,
-    UserError,
-    find_weights,
-    read_config,
-    read_folder,
-    read_header,
-    shortened,
-)
+from weights import PICKLES, Checkpoint, UserError, read_header, read_json, shortened
 
 UNET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"       # of weights files in a folder
 TAKES = "this program takes text-to-image models of SD 1.x and 2.x"
@@ -45,6 +38,66 @@ VAE_FIXED = dict(
     use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
     shift_factor=None, latents_mean=None, latents_std=None)
 TEXT_FIXED = dict(max_position_embeddings=77, layer_norm_eps=1e-5)
+
+
+# ---- folders -------------------------------------------------------------------------------
+
+def read_config(file):
+    """Returns the dict of a config.json without the keys that have no value, as if absent."""
+    return {key: value for key, value in read_json(file).items() if value is not None}
+
+
+def find_weights(folder, stem):
+    """Returns the weights files of a part's folder: exact name, else shards, fp16, or the only one.
+
+    A name that is not the exact one is warned of. Errors: UserError where there is none, only
+    pickles, or a choice that cannot be made.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; a Stable Diffusion folder has unet/, vae/, "
+                           f"text_encoder/ and tokenizer/")
+    if (folder / f"{stem}.safetensors").is_file():
+        return [folder / f"{stem}.safetensors"]
+    exact = f"{stem}.safetensors.index.json"
+    for index in sorted(folder.glob("*.index*.json"),
+                        key=lambda file: (file.name != exact, ".fp16." not in file.name, file)):
+        shards = set(read_json(index).get("weight_map", {}).values())
+        if shards and all(name.endswith(".safetensors") for name in shards):
+            if index.name != exact:
+                warnings.warn(f"{folder}: no {stem}.safetensors; took the shards of {index.name}")
+            return [folder / name for name in sorted(shards)]
+    found = sorted(folder.glob("*.safetensors"))
+    fp16 = folder / f"{stem}.fp16.safetensors"
+    if fp16 in found or len(found) == 1:
+        file = fp16 if fp16 in found else found[0]
+        warnings.warn(f"{folder}: no {stem}.safetensors; took {file.name}")
+        return [file]
+    if found:
+        names = ", ".join(file.name for file in found)
+        raise UserError(f"{folder}: which one? {names}; rename one to {stem}.safetensors")
+    pickles = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in PICKLES]
+    if pickles:
+        read_header(pickles[0])         # says why not
+    raise UserError(f"{folder}: no {stem}.safetensors in it")
+
+
+def read_folder(folder, stem, fixed):
+    """Returns (config.json as a dict, {name: Stored}, first file) of one part of an SD folder.
+
+    fixed: {key: the only value of it that is implemented}; absent keys are right. Errors:
+    UserError.
+    """
+    files = find_weights(folder, stem)
+    config, state = read_config(folder / "config.json"), {}
+    for key, allowed in fixed.items():
+        value = config.get(key, allowed)
+        values = value if isinstance(value, list) else [value]
+        if any((entry or None) != (allowed or None) for entry in values):      # false is none is 0
+            raise UserError(f"{folder / 'config.json'}: {key} = {value!r} is not implemented; "
+                               f"allowed is {allowed!r}")
+    for file in files:
+        state |= read_header(file)
+    return config, state, files[0]
 
 
 # ---- single files --------------------------------------------------------------------------
@@ -362,6 +415,60 @@ def read_text(path):
              if not name.startswith(f"transformer.resblocks.{layers}.")}
     return Checkpoint(arguments | dict(layers=layers, activation="gelu"), state, openclip_name,
                       file)
+
+
+# ---- tokenizer -----------------------------------------------------------------------------
+
+def find_tokenizer(path, tokenizer_path=None):
+    """Returns the folder of a tokenizer: tokenizer_path, else that of an SD folder.
+
+    Errors: UserError for a single file, which holds no tokenizer.
+    """
+    if tokenizer_path is None and not Path(path).is_dir():
+        raise UserError(f"{path}: a single file holds no tokenizer; give --tokenizer, a folder "
+                        f"with vocab.json and merges.txt")
+    folder = Path(tokenizer_path or path)
+    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
+
+
+def read_tokenizer(folder):
+    """Returns ({token: id}, merges [(left, right)], padding token or None) of a folder.
+
+    Errors: UserError names the missing or faulty file.
+    """
+    folder = Path(folder)
+    for name in ("vocab.json", "merges.txt"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: no such file; a tokenizer is vocab.json and "
+                            f"merges.txt")
+    vocab = read_json(folder / "vocab.json")
+    try:
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        pad_token = None
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):     # the latter wins
+            if (folder / name).is_file():
+                entry = read_json(folder / name).get("pad_token")
+                pad_token = (entry["content"] if isinstance(entry, dict) else entry) or pad_token
+    except (UnicodeDecodeError, KeyError) as error:
+        raise UserError(f"{folder}: not a CLIP tokenizer ({error})") from None
+    merges = [tuple(line.split()) for line in lines
+              if line.strip() and not line.startswith("#version")]
+    return vocab, merges, pad_token
+
+
+def check_text(checkpoint, folder, largest_id, activations):
+    """Raises UserError if a text encoder does not fit its tokenizer or has another activation."""
+    activation = checkpoint.config.get("activation", "quick_gelu")
+    if activation not in activations:
+        raise UserError(f"{checkpoint.file}: activation {activation!r}; allowed are "
+                        f"{', '.join(activations)}")
+    vocab_size = checkpoint.config["vocab_size"]
+    if largest_id >= vocab_size:
+        raise UserError(f"{folder}: ids up to {largest_id}, but {checkpoint.file} knows "
+                        f"{vocab_size} tokens; give the tokenizer of this model")
+    if largest_id + 1 < vocab_size:
+        warnings.warn(f"{folder}: {largest_id + 1} tokens, but {checkpoint.file} knows "
+                      f"{vocab_size}; is it this model's?", stacklevel=3)
 
 
 # ---- noise schedule ------------------------------------------------------------------------

@@ -11,15 +11,20 @@ Shapes: B batch, C channels, H W rows and columns of the image.
 """
 import warnings
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+from weights import UserError
+
 LINE_CONTRAST = 0.1             # slope of x per pixel from which an edge counts as a line
 FAINT, FULL_INK = 0.05, 0.25    # slopes from which a soft line is there, and is drawn in full
+FAINTEST_INK = 0.1              # of the darkest line of a drawing that has lines
+UNIFORM = 0.97                  # share of one tone in a line of pixels that is frame or margin
+RARE_LIGHT = 0.3                # share of light pixels up to which a dark-sided drawing is chalk
 SMOOTHED = 256                  # pixels a side above which pictures are smoothed for soft lines
 COLOUR_CELLS = 8                # of a colour reference, along the shorter side
 MAX_CLASSES = 256               # what a palette holds
@@ -27,33 +32,14 @@ LOSSLESS = ("PNG", "BMP", "GIF")
 PIXELS_AT_A_TIME = 48 * 64**2   # through a network outside of training: 48 pictures of 64 px
 
 
-class UserError(ValueError):
-    """Pairs or an image that cannot be used; the message is one line for the user."""
-
-
-class Task(NamedTuple):
-    """A kind of condition."""
-    channels: int
-    port_weights: str = "head-heavy"        # a name of bps.WEIGHTS, by default
-    has_labels: bool = False                # its colours are classes, which nothing may blend
-    has_lines: bool = False                 # which may be extracted where only images are there
-    steps: int = 900                        # of training, by default
-
-
-TASKS = {"sketch": Task(1, has_lines=True), "segmentation": Task(3, has_labels=True),
-         "layout": Task(3, "flat", has_labels=True),
-         "artistic": Task(4, has_lines=True, steps=300)}        # 40 pictures: more steps overfit
-
-
 # ---- images --------------------------------------------------------------------------------
 
-def load_image(file, name=None):
-    """Returns a PIL image as it lies in a file: a path, or an open binary file called `name`.
+def load_image(file):
+    """Returns a PIL image as it lies in a file.
 
-    Errors: UserError where it is not there, cannot be read, or is too large to be meant.
+    Errors: UserError if it is not there, cannot be read, or is too large to be meant.
     """
-    name = name or file
-    if isinstance(file, (str, Path)) and not Path(file).is_file():
+    if not Path(file).is_file():
         raise UserError(f"{file}: no such file")
     try:
         with warnings.catch_warnings():
@@ -61,20 +47,20 @@ def load_image(file, name=None):
             image = Image.open(file)
             image.load()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{name}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be meant "
+        raise UserError(f"{file}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be meant "
                         f"to fill the memory; scale it down") from None
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{name}: cannot be read as an image ({error}); allowed are PNG, JPEG, "
+        raise UserError(f"{file}: cannot be read as an image ({error}); allowed are PNG, JPEG, "
                         f"WebP and BMP") from None
     return image
 
 
-def open_image(file, name=None):
+def open_image(file):
     """Returns an image file's picture, upright, of mode RGB, with transparent parts white.
 
     Errors: UserError, as load_image has them.
     """
-    return to_rgb(ImageOps.exif_transpose(load_image(file, name)))
+    return to_rgb(ImageOps.exif_transpose(load_image(file)))
 
 
 def to_rgb(image):
@@ -116,43 +102,79 @@ def images_at_a_time(size):
 
 # ---- line drawings -------------------------------------------------------------------------
 
-def border_grey(image):
-    """Returns the median grey, 0 to 255, of an RGB drawing's outermost pixels: its ground."""
-    grey = np.asarray(image.convert("L"))
-    return float(np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])))
+def side_shares(dark):
+    """Returns the share of dark pixels in the top, right, bottom and left line of (H, W) bool."""
+    return [np.rot90(dark, turns)[0].mean() for turns in range(4)]
+
+
+def side_tones(dark):
+    """Returns for each of the four sides True if its line is dark, False if light, None if mixed.
+    """
+    return [share > 0.5 if max(share, 1 - share) >= UNIFORM else None
+            for share in side_shares(dark)]
+
+
+def peel(dark, tones):
+    """Returns the middle of (H, W) bool that is left without the uniform lines at its sides."""
+    for tone in tones:
+        if tone is not None:
+            differs = (dark == tone).mean(axis=1) < UNIFORM
+            dark = dark[differs.argmax():] if differs.any() else dark[:0]
+        dark = np.rot90(dark)
+    return dark
 
 
 def is_light_on_dark(image):
-    """Returns whether an RGB drawing has a dark ground."""
-    return border_grey(image) < 128
+    """Returns whether an RGB drawing has a dark ground.
+
+    Frames, margins and letterbox bars are uniform lines at the sides. They are peeled off, and the
+    ground is the innermost layer that is uniform on all four sides. If there is none, because the
+    drawing fills the picture, the ground is dark if the sides are dark and light is rare.
+    """
+    grey = np.asarray(image.convert("L"), np.float32)
+    dark = grey < middle_tone(grey)
+    tones = side_tones(dark)
+    ground = tones[0] if len(set(tones)) == 1 else None
+    middle = peel(dark, tones)
+    while min(middle.shape) > 2:
+        tones = set(side_tones(middle))
+        if len(tones) > 1 or None in tones:
+            break
+        ground = tones.pop()
+        middle = peel(middle, [ground] * 4)
+    if ground is None:
+        ground = np.mean(side_shares(dark)) > 0.5 and 1 - dark.mean() < RARE_LIGHT
+    return bool(ground)
 
 
-def sketch_to_cond(image):
+def middle_tone(grey):
+    """Returns the tone, 0 to 255, that separates dark from light in a picture (H, W)."""
+    darkest, lightest = np.percentile(grey, (0.1, 99.9))    # not single pixels of noise
+    return (darkest + lightest) / 2 if lightest > darkest else 128
+
+
+def level_drawing(image):
+    """Returns an RGB drawing as dark lines on white paper, whatever its polarity and paper tone.
+
+    The paper is all that is lighter than the middle tone, and its median becomes white.
+    """
+    if is_light_on_dark(image):
+        image = ImageOps.invert(image)
+    grey = np.asarray(image.convert("L"), np.float32)
+    paper = max(1.0, float(np.median(grey[grey >= min(middle_tone(grey), grey.max())])))
+    levelled = (grey * (255 / paper)).round().clip(0, 255).astype(np.uint8)
+    return Image.fromarray(levelled).convert("RGB")
+
+
+def open_drawing(file):
+    """Returns a drawing file as dark lines on white paper, RGB. Errors: UserError."""
+    return level_drawing(open_image(file))
+
+
+def drawing_to_cond(image):
     """Returns cond (1, H, W) float in [0, 1] of a dark-on-light RGB drawing: 1 is ink, 0 paper."""
     ink = 1 - np.asarray(image.convert("L"), np.float32) / 255
     return torch.from_numpy(ink)[None]
-
-
-def read_drawing(file, width, height):
-    """Returns (cond (1, height, width), drawing as used) of any drawing a user may have.
-
-    It is fitted into that many pixels with paper around it; a light-on-dark one is inverted; paper
-    that is not white becomes white; lines that have become faint by shrinking are brought back to
-    full ink. Errors: UserError where the file is no image or holds no drawing.
-    """
-    image = open_image(file)
-    if is_light_on_dark(image):
-        image = ImageOps.invert(image)
-    # grey or yellowed paper is paper: what is as light as the border becomes white
-    paper = max(border_grey(image), 1)
-    image = image.convert("L").point(lambda grey: min(255, round(grey * 255 / paper)))
-    drawing = ImageOps.pad(image.convert("RGB"), (width, height), Image.Resampling.LANCZOS,
-                           color="white")
-    cond = sketch_to_cond(drawing)
-    if cond.max() < 0.1:
-        raise UserError(f"{file}: no line in it; a drawing is dark on light or light on dark")
-    cond = cond / cond.max()
-    return cond, to_image((1 - 2 * cond).expand(3, -1, -1))
 
 
 def edges(x):
@@ -214,31 +236,40 @@ def line_f1(found, wanted):
 
 # ---- label maps and colours ----------------------------------------------------------------
 
-def open_label_map(file, name=None, any_colours=False):
+def open_label_map(file):
     """Returns a label map as a palette image (mode P), whose colours are the classes.
 
-    Grey ones of 8 bits hold class numbers; they get the palette of distinct_colours. any_colours:
-    an image without a palette may be one too. Errors: UserError where classes cannot be told.
+    Grey ones of 8 bits hold class numbers; they get the palette of distinct_colours. Errors:
+    UserError if classes cannot be told.
     """
-    image, name = load_image(file, name), name or file
+    image = load_image(file)
     if image.format not in LOSSLESS:
-        raise UserError(f"{name}: a {image.format} file blurs where classes meet; save label maps "
+        raise UserError(f"{file}: a {image.format} file blurs where classes meet; save label maps "
                         f"as palette PNG")
     if image.mode == "L":
         image.putpalette(distinct_colours())
-    if image.mode == "P":
-        if len(class_colours(image)) < len(image.getcolors()):
-            raise UserError(f"{name}: two of its classes have one colour, and BPS sees colours "
-                            f"only; give each class its own")
-        return image
-    if not any_colours:
-        raise UserError(f"{name}: mode {image.mode}, so its classes cannot be told from blends of "
+    if image.mode != "P":
+        raise UserError(f"{file}: mode {image.mode}, so its classes cannot be told from blends of "
                         f"them; save label maps as palette PNG (mode P) or as class numbers (L)")
+    if len(class_colours(image)) < len(image.getcolors()):
+        raise UserError(f"{file}: two of its classes have one colour, and BPS sees colours "
+                        f"only; give each class its own")
+    return image
+
+
+def open_boxes(file):
+    """Returns a label map of mode P; one without a palette will do if it has few colours.
+
+    Errors: UserError as open_label_map has them, and if there are too many colours.
+    """
+    image = load_image(file)
+    if image.format not in LOSSLESS or image.mode in ("L", "P"):
+        return open_label_map(file)
     colours, index = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0,
                                return_inverse=True)
     if len(colours) > MAX_CLASSES:
-        raise UserError(f"{name}: {len(colours):,} colours; a label map has one a class, at most "
-                        f"{MAX_CLASSES}, without shades between")
+        raise UserError(f"{file}: {len(colours):,} colours; a label map has one per class, at "
+                        f"most {MAX_CLASSES}, without shades between")
     labels = Image.fromarray(index.reshape(image.height, image.width).astype(np.uint8))
     labels.putpalette(colours.astype(np.uint8).tobytes())
     return labels
@@ -270,21 +301,47 @@ def coarse_colours(x):
     return F.interpolate(F.adaptive_avg_pool2d((x + 1) / 2, cells), (H, W), mode="nearest")
 
 
-# ---- conditions ----------------------------------------------------------------------------
+# ---- tasks ---------------------------------------------------------------------------------
 
-def to_cond(image, task, extract=False):
-    """Returns cond (C, H, W) float in [0, 1] of a condition picture: what BPS is shown of it.
+def pad(image, width, height):
+    """Returns a drawing scaled to fit into width x height, with white paper around it."""
+    return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color="white")
 
-    extract: the picture is no drawing but an image whose lines are the condition.
-    """
-    if task == "sketch" and not extract:
-        return sketch_to_cond(image)
+
+def colours_to_cond(image):
+    """Returns cond (3, H, W) in [0, 1]: the picture's colours."""
+    return (to_x(image.convert("RGB")) + 1) / 2
+
+
+def lines_to_cond(image):
+    """Returns cond (1, H, W) in [0, 1]: the picture's lines."""
+    return soft_lines(to_x(image.convert("RGB"))[None])[0]
+
+
+def colours_and_lines_to_cond(image):
+    """Returns cond (4, H, W) in [0, 1]: the picture's coarse colours and its lines."""
     x = to_x(image.convert("RGB"))[None]
-    if task == "sketch":
-        return soft_lines(x)[0]
-    if task == "artistic":
-        return torch.cat([coarse_colours(x), soft_lines(x)], dim=1)[0]
-    return (x[0] + 1) / 2
+    return torch.cat([coarse_colours(x), soft_lines(x)], dim=1)[0]
+
+
+class Task(NamedTuple):
+    """A kind of condition: how its files become what BPS is shown."""
+    channels: int
+    open: Callable                          # file -> condition picture. Errors: UserError
+    to_cond: Callable                       # condition picture -> cond (channels, H, W) in [0, 1]
+    fit: Callable = crop                    # picture, width, height -> that size, for sampling
+    extract: Callable | None = None         # image -> cond of its own lines, if the task has some
+    port_weights: str = "head-heavy"        # the default of train.py --weights
+    has_labels: bool = False                # its colours are classes, which nothing may blend
+    steps: int = 900                        # the default of train.py --steps
+
+
+TASKS = {
+    "sketch": Task(1, open_drawing, drawing_to_cond, fit=pad, extract=lines_to_cond),
+    "segmentation": Task(3, open_label_map, colours_to_cond, has_labels=True),
+    "layout": Task(3, open_boxes, colours_to_cond, port_weights="flat", has_labels=True),
+    "artistic": Task(4, open_image, colours_and_lines_to_cond, extract=colours_and_lines_to_cond,
+                     steps=300)}            # 40 pictures: with more steps they are learned by heart
 
 
 def cond_to_x(cond):
@@ -300,20 +357,27 @@ def cond_to_x(cond):
 def read_condition(file, task, width, height, classes=None):
     """Returns (cond (C, height, width), picture of it) of any file that a user may draw with.
 
-    A drawing is fitted in, everything else covers the picture and is cropped. classes: {colour:
-    name} that BPS was trained on. Errors: UserError names the file, and a class that is unknown.
+    A drawing is fitted in, everything else covers the picture and is cropped. Lines of a drawing
+    that have become faint by shrinking are brought back to full ink. classes: {colour: name} that
+    BPS was trained on. Errors: UserError names the file, and a class that is unknown.
     """
-    if task == "sketch":
-        return read_drawing(file, width, height)
-    if TASKS[task].has_labels:
-        image = open_label_map(file, any_colours=True)
-        for colour, index in class_colours(image).items():
-            if classes and colour not in classes:
-                known = ", ".join(" ".join(entry).strip() for entry in classes.items())
-                raise UserError(f"{file}: class {index}, {colour}, is unknown; this BPS was "
-                                f"trained on {known}")
-        image = crop(image, width, height)
-    else:
-        image = crop(open_image(file), width, height)
-    cond = to_cond(image, task)
+    kind = TASKS[task]
+    # any map of few colours can be drawn with, whatever its mode: nothing is learned from it
+    image = open_boxes(file) if kind.has_labels else kind.open(file)
+    if kind.has_labels and classes:
+        check_classes(file, image, classes)
+    cond = kind.to_cond(kind.fit(image, width, height))
+    if kind.open is open_drawing:
+        if cond.max() < FAINTEST_INK:
+            raise UserError(f"{file}: no line in it; a drawing is dark on light or light on dark")
+        cond = cond / cond.max()
     return cond, to_image(cond_to_x(cond[None])[0])
+
+
+def check_classes(file, labels, classes):
+    """Raises UserError if a label map has a class that is not in classes, {colour: name}."""
+    for colour, index in class_colours(labels).items():
+        if colour not in classes:
+            known = ", ".join(" ".join(entry).strip() for entry in classes.items())
+            raise UserError(f"{file}: class {index}, {colour}, is unknown; this BPS was trained "
+                            f"on {known}")

@@ -1,8 +1,7 @@
 """The command line of sample.py, read from the shell or from a picture that it drew.
 
     args = parse_args(description)
-    args.conditions                             # a Condition for each --bps
-    command_words(args, facts, conditions)      # what a picture remembers, for --from
+    args.conditions                 # a Condition for each --bps
 """
 import argparse
 import json
@@ -14,39 +13,38 @@ from typing import NamedTuple
 import torch
 
 import diffusion
-from inputs.options import BASE, HERE, Parser, seed_number
-from inputs.conditions import UserError, load_image
+from inputs.checkpoints import find_unet, read_text, read_vae
+from inputs.conditions import TASKS, load_image
+from inputs.options import BASE, HERE, Parser, check_pixels, seed_number
+from inputs.pairs import list_images, read_captions
+from weights import UserError
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 DEFAULT_BPS = HERE / "tiny" / "bps_sketch.safetensors"      # of the embedded base
 DEFAULT_DRAWING = HERE / "tiny" / "drawing.png"
+NO_BPS = Path("none")
 DENOISE = 0.6                   # share of the steps after --init
 MOST = 1000                     # of a strength, either way
+PATHS = ("base", "tokenizer", "vae", "init")                # options that name one file or folder
+# what a picture's options are, beside its conditions and paths; the seed is its own
+SETTINGS = ("prompt", "negative_prompt", "sampler", "steps", "guidance", "clip_skip", "dtype",
+            "denoise")
 
 
 class Condition(NamedTuple):
-    """What one --bps and the options behind it say."""
-    bps: Path | None = None
-    cond: Path | None = None
-    scale: float = 1.0
-    strength: float = 1.0
-    window: tuple = (0.0, 1.0)
+    """A --bps with what belongs to it."""
+    bps: Path
+    cond: Path | None
+    scale: float
+    strength: float
+    window: tuple
 
 
-class ConditionOption(argparse.Action):
-    """Collects Conditions in args.conditions: --bps starts one, the other options fill the last."""
-
-    def __call__(self, parser, args, value, option=None):
-        """Adds an option's value."""
-        conditions = list(args.conditions)
-        begins = self.dest == "bps" and (not conditions or conditions[-1].get("bps") is not None)
-        if begins or not conditions:
-            conditions.append({})
-        last = dict(conditions.pop())
-        if self.dest in last:
-            parser.error(f"{option}: twice for one condition; each begins with its own --bps")
-        last[self.dest] = tuple(value) if isinstance(value, list) else value
-        args.conditions = [*conditions, last]
+class Job(NamedTuple):
+    """A prompt and its conditions; name is what the files of its pictures begin with."""
+    name: str
+    conditions: list
+    prompt: str
 
 
 def width_and_height(text):
@@ -61,31 +59,30 @@ def width_and_height(text):
 def make_parser(description):
     """Returns the parser."""
     parser = Parser(description)
-    add, once = parser.add_argument, dict(action=ConditionOption, default=argparse.SUPPRESS)
-    parser.set_defaults(conditions=())
-    add("--bps", type=Path, help="trained BPS file, or none (default: the embedded base's for "
-        "drawings, none for another --base)", **once)
-    add("--cond", type=Path, help="the condition, or a folder of some (default: tiny/drawing.png)",
-        **once)
-    add("--scale", type=float, help="times the maps: how strong their features are (default: 1)",
-        **once)
-    add("--strength", type=float, help="of the posterior: 0 the prior, 1 the posterior, others "
-        "temper it, for a second pass of the U-Net (default: 1)", **once)
-    add("--window", type=float, nargs=2, metavar=("START", "END"), help="share of the steps that "
-        "are steered (default: 0 1)", **once)
-    add("--prompt", default="a red apple", help="what it shows (default: %(default)s)")
+    add = parser.add_argument
+    add("--bps", type=Path, nargs="+", help="trained BPS files, or none (default: the embedded "
+        "base's for drawings, none for another --base)")
+    add("--cond", type=Path, nargs="+", help="the condition of each --bps: a picture, or a folder "
+        "of pictures (default: tiny/drawing.png)")
+    add("--scale", type=float, nargs="+", default=[1.0], help="factor on the maps: how strong "
+        "their features are (default: 1)")
+    add("--strength", type=float, nargs="+", default=[1.0], help="0 is the prior, 1 the posterior; "
+        "others temper it and cost a second pass of the U-Net (default: 1)")
+    add("--window", type=float, nargs="+", default=[0.0, 1.0], metavar="START END", help="the part "
+        "of the steps that is steered (default: 0 1)")
+    add("--prompt", default="a red apple", help="what to draw (default: %(default)s)")
     add("--negative-prompt", default="", help="what guidance leads away from (default: nothing)")
     add("--n", type=int, default=4, help="how many pictures (default: %(default)s)")
-    add("--seed", type=seed_number, default=0, help="of picture 0 (default: %(default)s)")
-    add("--size", type=width_and_height, help="of the pictures, as in 768x512 (default: what BPS, "
-        "or else the base, was trained with)")
+    add("--seed", type=seed_number, default=0, help="the seed of picture 0 (default: %(default)s)")
+    add("--size", type=width_and_height, help="pixels, as in 768x512 (default: what BPS, or else "
+        "the base, was trained with)")
     add("--init", type=Path, help="a picture to start from instead of noise")
-    add("--denoise", type=float, help="share of the steps that --init goes through: little keeps "
-        f"it, 1 forgets it (default: {DENOISE})")
+    add("--denoise", type=float, help="the share of the steps that --init goes through: a small "
+        f"one keeps it, 1 forgets it (default: {DENOISE})")
     add("--sampler", choices=diffusion.SAMPLERS, default="ddim", help="(default: %(default)s)")
-    add("--steps", type=int, default=50, help="of the sampler (default: %(default)s)")
-    add("--guidance", type=float, help="to the prompt; 1 is none (default: 3 for the embedded "
-        "base, else 7.5)")
+    add("--steps", type=int, default=50, help="sampling steps (default: %(default)s)")
+    add("--guidance", type=float, help="how much the prompt counts; 1 is no guidance (default: 3 "
+        "for the embedded base, else 7.5)")
     add("--clip-skip", type=int, default=1, help="2 reads the text encoder's last layer but one, "
         "as many fine-tunes want (default: %(default)s)")
     parser.add_base()
@@ -99,32 +96,72 @@ def make_parser(description):
 
 
 def parse_args(description):
-    """Returns the checked command line, where --from is given joined to the picture's own.
+    """Returns the checked command line; --from supplies the defaults of all that is not given.
 
-    args.conditions is a list of Condition; args.drawn_with holds {role: fingerprint} of the files
+    args.conditions is a list of Condition. args.drawn_with holds {role: fingerprint} of the files
     that the --from picture was drawn with and that no option replaces.
     """
     parser = make_parser(description)
-    own = parser.parse_args()
-    args, drawn_with, then = own, {}, {}
-    if own.picture:
-        words, drawn_with, device = recorded(own.picture)
-        if device != own.device:
-            warnings.warn(f"{own.picture} was drawn on {device}; on {own.device} it may differ in "
-                          f"the last bits", stacklevel=2)
-        args = parser.parse_args(words)
-        args.conditions = check_conditions(parser, args.conditions, args.base)
-        then, before = files_of(args), args.conditions
-        args.conditions = ()
-        args = parser.parse_args(namespace=args)
-        args.conditions = overruled(parser, before, args.conditions, args.base)
-    else:
-        args.conditions = check_conditions(parser, args.conditions, args.base)
-    now = files_of(args)
-    args.drawn_with = {role: found for role, found in drawn_with.items()
-                       if then.get(role) == now.get(role)}
+    args = parser.parse_args()
+    drawn_with = {}
+    if args.picture:
+        options, drawn_with, device = read_picture_options(args.picture)
+        if device != args.device:
+            warnings.warn(f"{args.picture} was drawn on {device}; on {args.device} it may differ "
+                          f"in the last bits", stacklevel=2)
+        parser.set_defaults(**options)
+        before = files_of(finish(parser, parser.parse_args([])))
+        args = parser.parse_args()
+    now = files_of(finish(parser, args))
+    args.drawn_with = {role: digest for role, digest in drawn_with.items()
+                       if before.get(role) == now.get(role)}
+    check_settings(parser, args)
+    return args
+
+
+def finish(parser, args):
+    """Returns args with what depends on several options: conditions, and defaults by base."""
+    is_embedded = args.base.resolve() == BASE.resolve()
+    args.conditions = join_conditions(parser, args, is_embedded)
     if args.guidance is None:
-        args.guidance = 3.0 if is_embedded(args.base) else 7.5
+        args.guidance = 3.0 if is_embedded else 7.5
+    return args
+
+
+def join_conditions(parser, args, is_embedded):
+    """Returns a Condition for each --bps; ends the script if the options do not go together."""
+    files = [Path(file) for file in args.bps or ([DEFAULT_BPS] if is_embedded else [NO_BPS])]
+    conds = [Path(file) for file in args.cond or []]
+    if NO_BPS in files:
+        others = [file for file in files if file != NO_BPS]
+        if others:
+            parser.error(f"--bps {others[0]}: beside --bps none; leave one of them out")
+        for name in ("cond", "scale", "strength", "window"):
+            if getattr(args, name) not in (None, parser.get_default(name)) or (
+                    name == "cond" and conds and args.picture is None):
+                value = getattr(args, name)[0]
+                reason = "needs --bps, not none" if args.bps else \
+                    "needs --bps, a file that train.py wrote for this base"
+                parser.error(f"--{name} {value}: {reason}")
+        return []
+    if len(files) > 1 and not conds:
+        parser.error(f"--bps {files[0]}: without --cond; of several, each needs its own")
+    columns = []
+    windows = list(zip(args.window[::2], args.window[1::2]))
+    if len(args.window) % 2:
+        parser.error(f"--window {args.window[-1]:g}: give a START and an END for each --bps, as in "
+                     f"0 0.5")
+    for name, values in (("cond", conds or [None]), ("scale", args.scale),
+                         ("strength", args.strength), ("window", windows)):
+        if len(values) not in (1, len(files)):
+            parser.error(f"--{name}: {len(values)} values for {len(files)} --bps; give one for "
+                         f"all, or one for each")
+        columns.append(values * len(files) if len(values) == 1 else values)
+    return [Condition(*row) for row in zip(files, *columns)]
+
+
+def check_settings(parser, args):
+    """Ends the script if a setting is out of range; sets args.start, the first step to do."""
     for name, low, high in (("n", 1, 10_000), ("steps", 1, 999), ("guidance", -MOST, MOST)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} {getattr(args, name)}: allowed are {low} to {high}")
@@ -136,76 +173,151 @@ def parse_args(description):
     args.denoise = DENOISE if args.denoise is None else args.denoise
     if not 0 < args.denoise <= 1:
         parser.error(f"--denoise {args.denoise}: allowed is above 0, up to 1")
-    # the first of the steps that are done: 0, or what --denoise leaves after --init
     args.start = args.steps - max(1, round(args.denoise * args.steps)) if args.init else 0
+    steps = args.steps - args.start
     for condition in args.conditions:
-        start, end = condition.window
-        steps = args.steps - args.start
-        if not any(start <= i / steps < end for i in range(steps)):
-            parser.error(f"--window {start:g} {end:g}: holds none of the {steps} steps; widen it "
-                         f"or give more --steps")
-    parser.check_out(args.out)
-    return args
-
-
-def is_embedded(base):
-    """Returns whether a --base is the one that comes with the project."""
-    return base.resolve() == BASE.resolve()
-
-
-def check_conditions(parser, options, base):
-    """Returns Conditions of what ConditionOption collected; ends the script if they are wrong."""
-    options, none = [dict(given) for given in options], Path("none")
-    if any(given.get("bps") == none for given in options):
-        others = [(name, value) for given in options for name, value in given.items()
-                  if value != none]
-        for name, value in others[:1]:
-            why = "beside --bps none" if name == "bps" else "needs --bps, not none"
-            parser.error(f"--{name} {value}: {why}; leave one of them out")
-        return []
-    if is_embedded(base) and "bps" not in (options or [{}])[0]:
-        options = [{"bps": DEFAULT_BPS} | (options or [{}])[0], *options[1:]]
-    conditions = []
-    for given in options:
-        if "bps" not in given:
-            name, value = next(iter(given.items()))
-            parser.error(f"--{name} {value}: needs --bps, a file that train.py wrote for this base")
-        condition = Condition(**given)
-        if condition.cond is None and len(options) > 1:
-            parser.error(f"--bps {condition.bps}: without --cond; of several, each needs its own")
         for name in ("scale", "strength"):
             if not -MOST <= getattr(condition, name) <= MOST:
                 parser.error(f"--{name} {getattr(condition, name)}: allowed are {-MOST} to {MOST}")
         start, end = condition.window
         if not 0 <= start < end <= 1:
-            parser.error(f"--window {start:g} {end:g}: a start and a later end are wanted, both "
-                         f"from 0 to 1, as in 0 0.5")
-        conditions.append(condition)
-    return conditions
+            parser.error(f"--window {start:g} {end:g}: give a start and a later end, both from 0 "
+                         f"to 1, as in 0 0.5")
+        if not any(start <= i / steps < end for i in range(steps)):
+            parser.error(f"--window {start:g} {end:g}: holds none of the {steps} steps; widen it "
+                         f"or give more --steps")
+    parser.check_out(args.out)
 
 
-def overruled(parser, before, options, base):
-    """Returns the Conditions of a --from picture, changed by those of the command line, in order.
+# ---- what belongs together -----------------------------------------------------------------
 
-    --bps none drops them; what is not given anew stays as it was.
+def check_fit(bps, file, base, base_path):
+    """Raises UserError if the BPS was trained for a base of other sizes or another kind.
+
+    SD 1 and SD 2 differ only in the width of their text states. A fine-tune of the same sizes fits.
     """
-    if not options:
-        return before
-    if not before or any(given.get("bps") == Path("none") for given in options):
-        return check_conditions(parser, options, base)
-    merged = [condition._asdict() for condition in before]
-    for i, given in enumerate(options):
-        merged[i:i + 1] = [(merged[i] if i < len(merged) else {}) | given]
-    return check_conditions(parser, merged, base)
+    prediction_type, config = base.schedule.prediction_type, base.unet.config
+    for name, trained, given in (
+            ("channels", bps.config.channels, config.channels),
+            ("pixels per latent", bps.config.factor, base.vae.factor),
+            ("blocks per level", bps.config.blocks_per_level, config.blocks_per_level),
+            ("text width", bps.metadata.get("context_dim"), config.context_dim),
+            ("prediction type", bps.metadata.get("prediction_type", prediction_type),
+             prediction_type)):
+        if trained != given:
+            raise UserError(f"{file}: for a base of {name} {trained}, but {base_path} has {given}; "
+                            f"give the --base it was trained on")
+    task = bps.metadata.get("task")
+    if task not in TASKS or "size" not in bps.metadata:
+        raise UserError(f"{file}: does not say what it was trained for; give a file that "
+                        f"train.py wrote")
+    if bps.config.cond_channels != TASKS[task].channels:
+        raise UserError(f"{file}: takes conditions of {bps.config.cond_channels} channels, "
+                        f"but those of its task, {task}, have {TASKS[task].channels}")
+
+
+def default_condition(condition, metadata):
+    """Returns the Condition, with the drawing that comes with the project if it has none."""
+    if condition.cond:
+        return condition
+    if metadata["task"] != "sketch":
+        raise UserError(f"{condition.bps}: trained for {metadata['task']}; give --cond, what it "
+                        f"is to follow")
+    return condition._replace(cond=DEFAULT_DRAWING)
+
+
+def picture_size(args, metadata, base):
+    """Returns (width, height) in pixels: --size, else what BPS or the base was trained with.
+
+    Errors: UserError if a side is not a multiple of the autoencoder's factor, or if --clip-skip
+    asks for more layers than there are.
+    """
+    layers = base.text_model.config.layers
+    if not 1 <= args.clip_skip <= layers:
+        raise UserError(f"--clip-skip {args.clip_skip}: allowed are 1 to {layers}")
+    # a single file does not say it: SD 2.x predicts v at 768 px, all others are for 512 px
+    at_768 = (base.unet.config.context_dim == 1024
+              and base.schedule.prediction_type == "v_prediction")
+    side = (base.unet.config.sample_size or (96 if at_768 else 64)) * base.vae.factor
+    width, height = args.size or (metadata[0]["size"] if metadata else side,) * 2
+    check_pixels(width, height)
+    if width % base.vae.factor or height % base.vae.factor:
+        raise UserError(f"--size {width}x{height}: this base takes multiples of {base.vae.factor}")
+    return width, height
+
+
+def list_jobs(conditions, prompt):
+    """Returns the Jobs: one, or if conditions are folders one for each name in them.
+
+    Errors: UserError if folders don't have the same names.
+    """
+    folders = {}
+    for condition in conditions:
+        if condition.cond.is_dir():
+            folders[condition.cond], problems = list_images(condition.cond)
+            if problems or not folders[condition.cond]:
+                raise UserError(problems[0] if problems else
+                                f"--cond {condition.cond}: no image in it")
+    if not folders:
+        return [Job("", conditions, prompt)]
+    first, files = next(iter(folders.items()))
+    for folder, others in folders.items():
+        for stem in sorted(others.keys() ^ files.keys()):
+            raise UserError(f"--cond {folder} and {first}: only one of them has {stem}; folders "
+                            f"of conditions are joined by name")
+    return [Job(f"{stem}-",
+                [condition._replace(cond=folders.get(condition.cond, {}).get(stem, condition.cond))
+                 for condition in conditions],
+                (*read_captions(file), prompt)[0]) for stem, file in files.items()]
 
 
 # ---- what a picture remembers --------------------------------------------------------------
 
-def recorded(picture):
-    """Returns the words of the command that drew a picture, {role: fingerprint}, and the device."""
+def picture_options(args, job, seed, size, prediction_type):
+    """Returns the options, as JSON takes them, that draw a picture once more.
+
+    What comes with the project is not named, so that the folder may be moved.
+    """
+    options = {name: getattr(args, name) for name in SETTINGS}
+    if not args.init:
+        del options["denoise"]
+    options |= dict(seed=seed, n=1, size=f"{size[0]}x{size[1]}", prediction_type=prediction_type)
+    for name in PATHS:
+        path = getattr(args, name)
+        if path and path != BASE:
+            options[name] = str(path.resolve())
+    if not job.conditions:
+        return options | dict(bps=["none"])
+    for name in ("bps", "cond", "scale", "strength"):
+        options[name] = [getattr(condition, name) for condition in job.conditions]
+    options["window"] = [share for condition in job.conditions for share in condition.window]
+    for name, default in (("bps", DEFAULT_BPS), ("cond", DEFAULT_DRAWING)):
+        paths = options.pop(name)
+        if paths != [default]:
+            options[name] = [str(path.resolve()) for path in paths]
+    return options
+
+
+def command_line(options):
+    """Returns the command that draws a picture of these options."""
+    words = ["python", "sample.py"]
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, list):
+            words += [option, *value]
+        else:
+            words.append(f"{option}={value}")           # a prompt may begin with -
+    return shlex.join(map(str, words))
+
+
+def read_picture_options(picture):
+    """Returns (options, {role: fingerprint}, device) of a picture that sample.py drew."""
     text = getattr(load_image(picture), "text", {})
+    if "command" in text and "options" not in text:
+        raise UserError(f"{picture}: drawn by an earlier version, whose options are not read; its "
+                        f"text field `command` says them")
     try:
-        return shlex.split(text["command"])[2:], json.loads(text["files"]), text["device"]
+        return json.loads(text["options"]), json.loads(text["files"]), text["device"]
     except (KeyError, ValueError):
         raise UserError(f"{picture}: does not say how it was drawn; --from takes a PNG as "
                         f"sample.py wrote it; other programs drop such notes") from None
@@ -217,29 +329,27 @@ def files_of(args):
     if args.init:
         files["init"] = args.init
     for i, condition in enumerate(args.conditions, 1):
-        files |= {f"bps {i}": condition.bps, f"cond {i}": condition.cond}
+        files |= {f"bps {i}": condition.bps, f"cond {i}": condition.cond or DEFAULT_DRAWING}
     return files
 
 
-def command_words(args, facts, conditions):
-    """Returns the words of the command that draws a picture of these facts once more."""
-    words = ["python", "sample.py"]
-    for condition in conditions:
-        # what comes with the project is not named, so that the folder may be moved
-        if len(conditions) > 1 or condition.bps != DEFAULT_BPS:
-            words += ["--bps", condition.bps.resolve()]
-        if len(conditions) > 1 or condition.cond != DEFAULT_DRAWING:
-            words += ["--cond", condition.cond.resolve()]
-        words += ["--scale", condition.scale, "--strength", condition.strength, "--window",
-                  *condition.window]
-    if not conditions:
-        words += ["--bps", "none"]
-    for name in ("base", "tokenizer", "vae", "init"):
-        value = getattr(args, name)
-        words += [f"--{name}", value.resolve()] if value and value != BASE else []
-    if args.init:
-        words += ["--denoise", args.denoise]
-    for name in ("prompt", "negative_prompt", "seed", "size", "sampler", "steps", "guidance",
-                 "clip_skip", "dtype", "prediction_type"):
-        words += [f"--{name.replace('_', '-')}={facts[name]}"]       # a prompt may begin with -
-    return [*map(str, words), "--n", "1"]
+def fingerprints(args, conditions, fingerprint):
+    """Returns {role: fingerprint} of the files that a picture depends on.
+
+    fingerprint: weights.fingerprint, or a version that remembers.
+    """
+    readers = dict(base=find_unet, vae=lambda path: [read_vae(path).file],
+                   text=lambda path: [read_text(path).file])
+    paths = files_of(argparse.Namespace(**vars(args) | dict(conditions=conditions)))
+    return {role: fingerprint(*readers.get(role, lambda path: [path])(path))
+            for role, path in paths.items()}
+
+
+def check_drawn_with(args, files):
+    """Raises UserError if the --from picture was drawn with another file of the same name."""
+    for role, digest in args.drawn_with.items():
+        if files[role] != digest:
+            option = "base" if role == "text" else role.split()[0]
+            raise UserError(f"{files_of(args)[role]}: not the file that {args.picture} was drawn "
+                            f"with: its fingerprint is {files[role]}, not {digest}; give the right "
+                            f"one by --{option}")

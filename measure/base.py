@@ -1,119 +1,121 @@
-"""Measures the embedded base on names it has never seen, and draws a grid of what it can do.
+"""Measures the embedded base on pictures that none of its parts has seen, and draws some of them.
 
-    python -m measure.base         # prints the table of tiny/README.md, writes tiny/drawn.png
+    python -m measure.base          # prints the table of tiny/README.md, writes tiny/drawn.png
+
+Shapes: n pictures, L tokens, D width.
 """
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
+from inputs.conditions import to_x
 from inputs.options import BASE, Parser, run
-from inputs.conditions import to_image, to_x
-from sample import load_base
-from steer import draw
+from measure.report import contact_sheet
+from sample import draw, load_base
 from tiny import world
 from tiny.classifier import Classifier
 
 STEPS, GUIDANCE = 50, 3.0
 BATCH = 48
 T_EDGES = (0, 250, 500, 750, 1000)
+TIMESTEPS_PER_RANGE = 4         # of each picture
+CANDIDATES = 24                 # captions among which a picture has to find its own
+SHOWN = 24
 
 
 def true_pictures(rows):
-    """Returns the pictures of the rows on white, x (n, 3, 64, 64) in [-1, 1]."""
+    """Returns the emoji of the rows on white, x (n, 3, 64, 64) in [-1, 1]."""
     return torch.stack([to_x(world.on_ground(world.picture(row["style"], row["name"])))
                         for row in rows])
 
 
 def vae_errors(vae, x):
-    """Returns (PSNR in dB over the mean squared error of all pictures, mean L1) of a round trip."""
-    again = torch.cat([vae.decode(vae.encode(part).mean).clamp(-1, 1)
-                       for part in x.split(BATCH)])
-    return (10 * torch.log10(4 / (again - x).square().mean())).item(), \
-        (again - x).abs().mean().item()
+    """Returns PSNR in dB, over the mean squared error of all pictures, and L1 of a round trip."""
+    decoded = torch.cat([vae.decode(vae.encode(part).mean).clamp(-1, 1)
+                         for part in x.split(BATCH)])
+    psnr = 10 * torch.log10(4 / (decoded - x).square().mean())
+    return psnr.item(), (decoded - x).abs().mean().item()
 
 
-def eps_losses(unet, vae, schedule, context, x, seed):
-    """Returns the mean squared error of eps in each range of T_EDGES, 16 timesteps a picture."""
-    latent = torch.cat([vae.encode(part).mean for part in x.split(BATCH)])
+def eps_losses(base, context, x, seed):
+    """Returns the mean squared error of eps in each range of T_EDGES."""
+    latent = torch.cat([base.vae.encode(part).mean for part in x.split(BATCH)])
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for low, high in zip(T_EDGES, T_EDGES[1:]):
         errors = []
-        for _ in range(4):
+        for _ in range(TIMESTEPS_PER_RANGE):
             t = torch.randint(low, high, (len(x),), generator=generator).to(x.device)
             noise = torch.randn(latent.shape, generator=generator).to(x.device)
-            z_t = schedule.add_noise(latent, noise, t)
-            errors += [(unet(z_t[i], t[i], context[i]) - noise[i]).square().mean(dim=(1, 2, 3))
+            z_t = base.schedule.add_noise(latent, noise, t)
+            errors += [(base.unet(z_t[i], t[i], context[i]) - noise[i]).square().mean((1, 2, 3))
                        for i in torch.arange(len(x)).split(BATCH)]
         losses.append(torch.cat(errors).mean().item())
     return losses
 
 
-def draw_all(unet, vae, schedule, context, empty, seed):
-    """Returns pictures x (n, 3, 64, 64) for text states (n, L, D); picture i has noise seed + i."""
-    return torch.cat([draw(unet, vae, schedule, context[i], empty, (seed + i).tolist(), world.SIZE,
-                           STEPS, GUIDANCE) for i in torch.arange(len(context)).split(BATCH)])
+def draw_captions(base, captions, seed):
+    """Returns pictures x (n, 3, 64, 64) of n captions; picture i has the noise of seed + i."""
+    context, empty = base.encode(captions), base.encode([""])
+    return torch.cat([draw(base, context[i], empty, (seed + i).tolist(), world.SIZE, STEPS,
+                           GUIDANCE) for i in torch.arange(len(captions)).split(BATCH)])
 
 
-def grid(pictures, captions, file, columns=8):
-    """Writes pictures x (n, 3, 64, 64) with their captions below, twice as large."""
-    side, height = world.SIZE * 2, world.SIZE * 2 + 14
-    sheet = Image.new("RGB", (columns * side, -(-len(pictures) // columns) * height), "white")
-    pen = ImageDraw.Draw(sheet)
-    for i, (x, caption) in enumerate(zip(pictures, captions)):
-        left, top = i % columns * side, i // columns * height
-        sheet.paste(to_image(x).resize((side, side), Image.Resampling.NEAREST), (left, top))
-        pen.text((left + 2, top + side + 1), caption[:21], "black")
-    sheet.save(file)
-    print(file)
+def print_sight(what, classify, x, captions, categories):
+    """Prints how often the CLIP sees the right category and the right name; returns the former.
+
+    A picture's candidates are its own caption and those of the pictures that follow it.
+    """
+    category = (classify(x).cpu() == categories).float().mean().item()
+    cosines = classify.cosines(x, captions).cpu()                              # (n, n)
+    order = (torch.arange(len(x))[:, None] + torch.arange(CANDIDATES)) % len(x)
+    name = (cosines.gather(1, order).argmax(dim=1) == 0).float().mean().item()
+    print(f"| category, {what} | {category:.1%} |")
+    print(f"| name among {CANDIDATES}, {what} | {name:.1%} |")
+    return category
 
 
 @torch.inference_mode()
 def main():
-    """Prints the table and draws the grid."""
+    """Prints the table and writes the picture."""
     parser = Parser(__doc__)
-    parser.add_argument("--base", type=Path, default=BASE)
-    parser.add_argument("--count", type=int, default=192, help="test pictures that are drawn again")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--base", type=Path, default=BASE, help="the SD folder to measure (default: tiny/model)")
+    add("--reader", type=Path, default=BASE, help="the SD folder whose CLIP looks at the pictures "
+        "(default: tiny/model)")
+    add("--count", type=int, default=141, help="test pictures to draw (default: all %(default)s)")
+    add("--seed", type=int, default=0, help="the seed of the first picture (default: %(default)s)")
     parser.add_device()
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "drawn.png")
+    add("--out", type=Path, default=BASE.parent / "drawn.png", help="(default: tiny/drawn.png)")
     args = parser.parse_args()
-    unet, vae, tokenizer, text_model, schedule = load_base(args.base, device=args.device)
+    base = load_base(args.base, device=args.device)
 
-    def encode(captions):
-        """Returns text states (n, L, D)."""
-        return torch.cat([text_model(tokenizer(captions[i:i + BATCH]).to(args.device))
-                          for i in range(0, len(captions), BATCH)])
-
-    rows = world.records("test")
-    x = true_pictures(rows).to(args.device)
-    psnr, l1 = vae_errors(vae, x)
+    rows = world.pool("test")
+    x, captions = true_pictures(rows).to(args.device), [world.full_caption(row) for row in rows]
+    psnr, l1 = vae_errors(base.vae, x)
     print("| measure | value |\n|---|---|")
     print(f"| VAE round trip of {len(x)} test pictures, PSNR | {psnr:.2f} dB |")
     print(f"| the same, L1 (images in [-1, 1]) | {l1:.4f} |")
-    captions = [world.full_caption(row) for row in rows]
-    losses = eps_losses(unet, vae, schedule, encode(captions), x, args.seed)
+    losses = eps_losses(base, base.encode(captions), x, args.seed)
     for low, high, loss in zip(T_EDGES, T_EDGES[1:], losses):
         print(f"| eps loss on test pictures, t {low}..{high - 1} | {loss:.4f} |")
 
-    chosen = np.random.default_rng(args.seed).permutation(len(rows))[:args.count]
-    wanted = torch.tensor([world.CATEGORIES.index(rows[i]["category"]) for i in chosen])
-    classify = Classifier(args.base, args.device)
-    empty = encode([""])
-    drawn = draw_all(unet, vae, schedule, encode([captions[i] for i in chosen]), empty, args.seed)
-    real = (classify(x[chosen]).cpu() == wanted).float().mean().item()
-    generated = (classify(drawn).cpu() == wanted).float().mean().item()
-    print(f"| category accuracy of the CLIP, {len(chosen)} real test pictures | {real:.1%} |")
-    print(f"| category accuracy, drawn from the same captions | {generated:.1%} |")
-    print(f"| drawn relative to real | {generated / max(real, 1e-9):.1%} |")
-
-    known = world.records("train")[::len(world.records("train")) // 24][:24]
-    known_captions = [world.full_caption(row) for row in known]
-    pictures = draw_all(unet, vae, schedule, encode(known_captions), empty, args.seed)
-    names = [row["caption"] for row in known] + [rows[i]["caption"] for i in chosen[:24]]
-    grid(torch.cat([pictures, drawn[:24]]), names, args.out)
+    rows = world.records("test", ("3d",))
+    rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))[:args.count]]
+    x, captions = true_pictures(rows).to(args.device), [world.full_caption(row) for row in rows]
+    categories = torch.tensor([world.CATEGORIES.index(row["category"]) for row in rows])
+    trained_names = Classifier(args.reader, args.device, split="train")
+    accuracy = (trained_names(x).cpu() == categories).float().mean().item()
+    print(f"| category, {len(x)} true 3d test pictures, read with training names' captions only | "
+          f"{accuracy:.1%} |")
+    classify = Classifier(args.reader, args.device)
+    real = print_sight(f"{len(x)} true 3d test pictures", classify, x, captions, categories)
+    drawn = draw_captions(base, captions, args.seed)
+    generated = print_sight("drawn from the same captions", classify, drawn, captions, categories)
+    print(f"| category, drawn relative to true | {generated / max(real, 1e-9):.1%} |")
+    contact_sheet([x[:SHOWN], drawn[:SHOWN]], ["true picture", "drawn"],
+                  [row["caption"] for row in rows[:SHOWN]], args.out)
 
 
 if __name__ == "__main__":

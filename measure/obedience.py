@@ -21,18 +21,15 @@ LEAST_SHARE = 0.05              # of a quarter that something must cover to be t
 
 def meter_for(task, embedded, device="cpu"):
     """Returns the meter of a task: a function of pictures x (n, 3, H, W) in [-1, 1] and conditions
-    (n, C, H, W), both on the CPU, to {what is measured: its mean}; None where there is none.
+    (n, C, H, W), both on the CPU, to {what is measured: its mean}; None if there is none.
     """
-    if task == "sketch":
-        return sketch
-    if task == "artistic":
-        return artistic
+    if task in LINE_METERS:
+        return LINE_METERS[task]
     if not embedded:
         return None
     classify = Classifier(device=device)
-    measure = dict(segmentation=segmentation, layout=layout)[task]
-    return lambda pictures, conds: measure(pictures, conds,
-                                           lambda x: classify(x.to(device)).cpu())
+    return lambda pictures, conds: CLASS_METERS[task](pictures, conds,
+                                                      lambda x: classify(x.to(device)).cpu())
 
 
 def sketch(pictures, conds):
@@ -89,30 +86,35 @@ def segmentation(pictures, conds, classify):
 
     What is off the ground in a quarter is of the class that the classifier sees there.
     """
-    wanted, found = class_numbers(conds), torch.zeros(conds[:, 0].shape, dtype=torch.long)
-    for x, numbers in zip(quarters(pictures), quarters(found)):
+    asked = class_numbers(conds)
+    read = torch.zeros_like(asked)
+    for x, numbers in zip(quarters(pictures), quarters(read)):
         covered = off_ground(x)
         there = (covered.float().mean((1, 2)) > LEAST_SHARE).nonzero()[:, 0]
         if len(there):
             seen = classify(torch.stack([cut_out(x[i], covered[i]) for i in there])) + 1
-            numbers[there] = covered[there] * seen[:, None, None]       # a view: written to found
+            numbers[there] = covered[there] * seen[:, None, None]       # a view: written to read
     both, of_either = [], []
     for number in range(len(CLASSES)):
-        a, b = wanted == number, found == number
+        a, b = asked == number, read == number
         both.append((a & b).sum())
         of_either.append((a | b).sum())
     iou = torch.stack(both) / torch.stack(of_either).clamp(min=1)
     present = torch.stack(of_either) > 0
-    return {"pixel accuracy": (wanted == found).float().mean().item(),
+    return {"pixel accuracy": (asked == read).float().mean().item(),
             "mIoU": iou[present].mean().item()}
 
 
 def layout(pictures, conds, classify):
     """Returns the share of boxes in which the classifier sees the class they ask for."""
-    parts, wanted = [], []
+    parts, asked = [], []
     for x, numbers in zip(quarters(pictures), quarters(class_numbers(conds))):
         for i in (numbers > 0).any(2).any(1).nonzero()[:, 0]:
             parts.append(cut_out(x[i], numbers[i] > 0))
-            wanted.append(numbers[i].max() - 1)
-    right = classify(torch.stack(parts)) == torch.stack(wanted)
+            asked.append(numbers[i].max() - 1)
+    right = classify(torch.stack(parts)) == torch.stack(asked)
     return {"boxes of the right class": right.float().mean().item()}
+
+
+LINE_METERS = {"sketch": sketch, "artistic": artistic}
+CLASS_METERS = {"segmentation": segmentation, "layout": layout}     # these need a classifier

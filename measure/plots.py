@@ -5,6 +5,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 SIDE, TOP, EDGE, NAMES = 300, 34, 42, 64        # of one panel, and the room for names, in pixels
+GAP = 16                                        # between panels
 ZOOM = 3                                        # it is drawn so much larger, then made small
 COLORS = ("#d1495b", "#e28413", "#2a9d5c", "#2f6fb5", "#7b4fa3", "#444444")
 LIGHT, GREY = "#d5d8dd", "#777777"
@@ -14,12 +15,12 @@ GREYS = dict(light=LIGHT, dark="#555555")
 class Axes:
     """One panel: collects what is drawn, and draws it once its range is known."""
 
-    def __init__(self):
-        self.title, self.layers = "", []
+    def __init__(self, title):
+        self.title, self.layers = title, []
 
-    def dots(self, points, color):
-        """Adds points (n, 2) of the plane; color is a number, "light" or "dark"."""
-        self.layers.append(("dots", np.asarray(points), color))
+    def dots(self, clouds):
+        """Adds points of the plane, {color: (n, 2)}; a color is a number, "light" or "dark"."""
+        self.layers += [("dots", np.asarray(points), color) for color, points in clouds.items()]
 
     def arrows(self, points, vectors):
         """Adds vectors (n, 2) at points (n, 2), both in the plane's units."""
@@ -37,39 +38,36 @@ class Axes:
         """Draws everything with its upper left corner there."""
         self.pen, self.left, self.top = pen, left, top
         self.text(SIDE / 2, -TOP / 2, self.title, 15, "mm", "black")
-        kinds = {layer[0] for layer in self.layers}
-        if "line" in kinds:
-            self.paint_lines()
-        elif "bars" in kinds:
-            self.paint_bars()
-        else:
-            self.paint_plane()
+        paint = dict(line=self.paint_lines, bars=self.paint_bars)
+        paint.get(self.layers[0][0], self.paint_plane)()
 
     def text(self, x, y, words, size, anchor, color=GREY):
         """Writes words at panel coordinates in pixels."""
-        self.pen.text(((self.left + x) * ZOOM, (self.top + y) * ZOOM), words, color,
-                      ImageFont.load_default(size * ZOOM), anchor)
+        self.pen.text(self.at([(x, y)])[0], words, color, ImageFont.load_default(size * ZOOM),
+                      anchor)
 
     def at(self, xy):
         """Returns pixel pairs of panel coordinates (n, 2)."""
         return [((self.left + x) * ZOOM, (self.top + y) * ZOOM) for x, y in xy]
 
+    def discs(self, xy, radius, color):
+        """Draws a disc at each of the panel coordinates (n, 2)."""
+        r = radius * ZOOM
+        for x, y in self.at(xy):
+            self.pen.ellipse((x - r, y - r, x + r, y + r), color)
+
     def paint_plane(self):
         """Draws dots and arrows over [-2.6, 2.6] squared, y upwards."""
         def to_panel(points):
-            """Returns panel coordinates of points of the plane."""
             return (np.array([1, -1]) * points / 5.2 + 0.5) * SIDE
 
         for kind, points, extra in self.layers:
-            points = points[np.abs(points).max(1) < 2.6] if kind == "dots" else points
             if kind == "dots":
-                for x, y in self.at(to_panel(points)):
-                    r = 0.9 * ZOOM
-                    color = GREYS.get(extra) or COLORS[extra]
-                    self.pen.ellipse((x - r, y - r, x + r, y + r), color)
-                continue
-            for tail, tip in zip(self.at(to_panel(points)), self.at(to_panel(points + extra))):
-                self.arrow(tail, tip)
+                inside = points[np.abs(points).max(1) < 2.6]
+                self.discs(to_panel(inside), 0.9, GREYS.get(extra) or COLORS[extra])
+            else:
+                for ends in zip(self.at(to_panel(points)), self.at(to_panel(points + extra))):
+                    self.arrow(*ends)
         self.pen.rectangle(self.at([(0, 0), (SIDE, SIDE)]), outline=LIGHT, width=ZOOM)
 
     def arrow(self, tail, tip):
@@ -89,34 +87,31 @@ class Axes:
         _, ticks, _, _, log_y = self.layers[0]
         x = np.log10(ticks) if ticks[0] > 0 else ticks
         values = np.stack([layer[2] for layer in self.layers])              # (lines, points)
-        values = np.log10(np.maximum(values, 1e-4)) if log_y else values
-        low, high = (np.floor(values.min()), np.ceil(values.max())) if log_y else (0.0, 1.0)
+        low, high, step = 0.0, 1.0, 0.25
+        if log_y:
+            values = np.log10(np.maximum(values, 1e-4))
+            low, high, step = np.floor(values.min()), np.ceil(values.max()), 1.0
+        x_low, x_high = x[0] - 0.1, x[-1] + 0.1
 
         def to_panel(x, y):
-            """Returns panel coordinates of numbers on the axes."""
             x = EDGE + (x - x_low) / (x_high - x_low) * (SIDE - EDGE - NAMES)
             return np.stack([x, SIDE - 20 - (y - low) / (high - low) * (SIDE - 30)], axis=-1)
 
-        x_low, x_high = x[0] - 0.1, x[-1] + 0.1
-        for tick in np.arange(low, high + 1e-6, 1.0 if log_y else 0.25):
+        for tick in np.arange(low, high + 1e-6, step):
             ends = to_panel(np.array([x_low, x_high]), np.full(2, tick))
             self.pen.line(self.at(ends), LIGHT, ZOOM)
-            name = f"{10.0**tick:g}" if log_y else f"{tick:g}"
-            self.text(EDGE - 4, ends[0][1], name, 11, "rm")
+            self.text(EDGE - 4, ends[0][1], f"{10.0**tick if log_y else tick:g}", 11, "rm")
         for tick, value in zip(x, ticks):
             self.text(to_panel(tick, low)[0], SIDE - 8, f"{value:g}", 11, "mm")
-        for i, y in enumerate(values):
-            points = self.at(to_panel(x, y))
-            self.pen.line(points, COLORS[i], 2 * ZOOM)
-            for px, py in points:
-                self.pen.ellipse((px - 3 * ZOOM, py - 3 * ZOOM, px + 3 * ZOOM, py + 3 * ZOOM),
-                                 COLORS[i])
+        for y, color in zip(values, COLORS):
+            self.pen.line(self.at(to_panel(x, y)), color, 2 * ZOOM)
+            self.discs(to_panel(x, y), 3, color)
         ends = to_panel(np.full(len(values), x_high), values[:, -1])        # (lines, 2)
-        free = 0.0
+        lowest = 0.0
         for i in ends[:, 1].argsort():                          # from the top, none on another
-            free = max(ends[i, 1], free)
-            self.text(ends[i, 0] + 4, free, self.layers[i][3], 11, "lm", COLORS[i])
-            free += 12
+            lowest = max(ends[i, 1], lowest)
+            self.text(ends[i, 0] + 4, lowest, self.layers[i][3], 11, "lm", COLORS[i])
+            lowest += 12
 
     def paint_bars(self):
         """Draws a bar, its error and its value for each label."""
@@ -126,31 +121,27 @@ class Axes:
         for i, (value, error) in enumerate(zip(values, errors)):
             y = (i + 0.5) * height
             self.text(name_width - 6, y, labels[i], 12, "rm", "black")
-            tip = name_width + max(value, 0) * scale
+            tip, error = name_width + max(value, 0) * scale, error * scale
             self.pen.rectangle(self.at([(name_width, y - height / 3), (tip, y + height / 3)]),
                                COLORS[3])
-            self.pen.line(self.at([(tip - error * scale, y), (tip + error * scale, y)]), "black",
-                          ZOOM)
-            self.text(tip + error * scale + 4, y, f"{value:.2f}", 11, "lm")
+            self.pen.line(self.at([(tip - error, y), (tip + error, y)]), "black", ZOOM)
+            self.text(tip + error + 4, y, f"{value:.2f}", 11, "lm")
 
 
 class Figure:
-    """Rows and columns of Axes, from left to right and from top to bottom in `axes`."""
+    """Panels in columns: `axes`, one for each title, from left to right, then downwards."""
 
-    def __init__(self, rows, columns):
-        self.rows, self.columns = rows, columns
-        self.axes = [Axes() for _ in range(rows * columns)]
+    def __init__(self, columns, titles):
+        self.columns, self.axes = columns, [Axes(title) for title in titles]
 
     def save(self, file):
         """Writes the figure as PNG and prints its path."""
-        wide, high = self.columns * (SIDE + 16) + 16, self.rows * (SIDE + TOP) + 16
+        rows = math.ceil(len(self.axes) / self.columns)
+        wide, high = self.columns * (SIDE + GAP) + GAP, rows * (SIDE + TOP) + GAP
         sheet = Image.new("RGB", (wide * ZOOM, high * ZOOM), "white")
         pen = ImageDraw.Draw(sheet)
         for i, axes in enumerate(self.axes):
             row, column = divmod(i, self.columns)
-            axes.paint(pen, 16 + column * (SIDE + 16), TOP + row * (SIDE + TOP))
-        sheet = sheet.resize((wide, high), Image.Resampling.LANCZOS)
-        temporary = file.with_suffix(".tmp.png")
-        sheet.quantize(128).save(temporary, optimize=True)
-        temporary.replace(file)
+            axes.paint(pen, GAP + column * (SIDE + GAP), TOP + row * (SIDE + TOP))
+        sheet.resize((wide, high), Image.Resampling.LANCZOS).quantize(128).save(file, optimize=True)
         print(file)

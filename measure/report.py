@@ -7,8 +7,9 @@ import sys
 import torch
 from PIL import Image, ImageDraw
 
+from bps import Steering
 from inputs.conditions import cond_to_x, images_at_a_time, to_image, to_x
-from steer import Steering, draw
+from sample import draw
 
 VALIDATION_T = tuple(range(62, 1000, 125))      # the fixed timesteps: 62, 187 .. 937
 OBEDIENCE_PICTURES = 48
@@ -35,26 +36,27 @@ def peak_memory(device):
 # ---- losses on held-out pairs --------------------------------------------------------------
 
 @torch.inference_mode()
-def paired_errors(unet, schedule, bank, bps=None, shift=0):
-    """Returns the squared error of eps (or v) (n,) for each pair, over VALIDATION_T, fixed noise.
+def paired_errors(base, cache, bps=None, shift=0):
+    """Returns the squared error of eps (or v) (n,) for each pair: the mean over VALIDATION_T.
 
-    bps None is the frozen base. shift 1 gives each pair the condition of the one before.
+    The noise is the same for every model. bps None is the frozen base. shift 1 gives each pair the
+    condition of the one before.
     """
-    device = next(unet.parameters()).device
-    errors = torch.zeros(len(bank.pairs))
-    conds = bank.cond(slice(0, len(errors))).roll(shift, 0)
-    context = bank.context(bank.first_prompts(range(len(errors))))
+    device = next(base.unet.parameters()).device
+    errors = torch.zeros(len(cache.pairs))
+    conds = cache.cond(slice(0, len(errors))).roll(shift, 0)
+    context = cache.context(cache.first_prompts(range(len(errors))))
     for t in VALIDATION_T:
         generator = torch.Generator().manual_seed(t)            # the same noise for every model
-        noise = torch.randn(bank.mean[:len(errors)].shape, generator=generator)
-        for i in torch.arange(len(errors)).split(images_at_a_time(bank.size)):
+        noise = torch.randn(cache.mean[:len(errors)].shape, generator=generator)
+        for i in torch.arange(len(errors)).split(images_at_a_time(cache.size)):
             ts = torch.full((len(i),), t)
-            z = bank.mean[i].float()
-            target = schedule.target(z, noise[i], ts)
-            z_t = schedule.add_noise(z, noise[i], ts).to(device)
+            z = cache.mean[i].float()
+            target = base.schedule.target(z, noise[i], ts)
+            z_t = base.schedule.add_noise(z, noise[i], ts).to(device)
             z_t, ts = z_t.contiguous(memory_format=torch.channels_last), ts.to(device)
-            residuals = bps and bps(conds[i].to(device), unet.time_embedding(ts))
-            eps = unet(z_t, ts, context[i].to(device), residuals).cpu()
+            residuals = bps and bps(conds[i].to(device), base.unet.time_embedding(ts))
+            eps = base.unet(z_t, ts, context[i].to(device), residuals).cpu()
             errors[i] += (eps - target).square().mean(dim=(1, 2, 3)) / len(VALIDATION_T)
     return errors
 
@@ -70,43 +72,44 @@ def ratio(value, unit):
     return value / unit if unit else float("nan")
 
 
-def validate(unet, schedule, bank, bps):
+def validate(base, cache, bps):
     """Returns the losses on held-out pairs, and gain and gap with their standard errors.
 
-    gain: frozen base minus steered. gap: with shuffled conditions minus with the right ones; only
-    a network that reads the condition has one.
+    gain: frozen base minus steered. For exact denoisers it is the mean square of the steering,
+    E|noise - eps*|^2 - E|noise - eps_bar*|^2 = E|M|^2 (Pythagoras). gap: with shuffled conditions
+    minus with the right ones; only a network that reads the condition has one.
     """
-    base = paired_errors(unet, schedule, bank)
-    steered = paired_errors(unet, schedule, bank, bps)
-    shuffled = paired_errors(unet, schedule, bank, bps, shift=1)
-    return dict(pairs=len(base), base=base.mean().item(), steered=steered.mean().item(),
-                shuffled=shuffled.mean().item(), gain=mean_and_error(base - steered),
+    prior = paired_errors(base, cache)
+    steered = paired_errors(base, cache, bps)
+    shuffled = paired_errors(base, cache, bps, shift=1)
+    return dict(pairs=len(prior), base=prior.mean().item(), steered=steered.mean().item(),
+                shuffled=shuffled.mean().item(), gain=mean_and_error(prior - steered),
                 gap=mean_and_error(shuffled - steered))
 
 
 @torch.inference_mode()
-def draw_pairs(unet, vae, schedule, bank, bps, count, seed):
+def draw_pairs(base, cache, bps, count, seed):
     """Returns pictures x (count, 3, H, W) for the first pairs' prompts and conditions, on the CPU.
 
     bps None is the frozen base; the noise of pair i is that of seed + i either way.
     """
-    device = next(unet.parameters()).device
-    empty = bank.context([""]).to(device)
+    device = next(base.unet.parameters()).device
+    empty = cache.context([""]).to(device)
     pictures = []
-    for i in torch.arange(count).split(images_at_a_time(bank.size)):
-        context = bank.context(bank.first_prompts(i.tolist())).to(device)
-        conditions = ([Steering(bps, unet, bank.cond(i).to(device), cache_bytes=0)]
-                      if bps else [])          # each condition draws once
-        pictures.append(draw(unet, vae, schedule, context, empty, (seed + i).tolist(), bank.size,
-                             SAMPLE_STEPS, SAMPLE_GUIDANCE, conditions).cpu())
+    for i in torch.arange(count).split(images_at_a_time(cache.size)):
+        context = cache.context(cache.first_prompts(i.tolist())).to(device)
+        conditions = [Steering(bps, base.unet, cache.cond(i).to(device))] if bps else []
+        pictures.append(draw(base, context, empty, (seed + i).tolist(), cache.size, SAMPLE_STEPS,
+                             SAMPLE_GUIDANCE, conditions).cpu())
     return torch.cat(pictures)
 
 
 def contact_sheet(columns, titles, names, file):
-    """Writes one picture: a row a name, in three groups side by side; columns of (n, 3, H, W)."""
+    """Writes one picture: a row per name, in three groups side by side; columns of (n, 3, H, W)."""
     n, _, H, W = columns[0].shape
     zoom = max(1, 128 // W)
-    H, W, gap, top = H * zoom, W * zoom, 8, 16
+    H, W = H * zoom, W * zoom
+    gap, top = 8, 16                            # pixels between groups, and above each tile
     groups = 3 if n % 3 == 0 else 1
     rows = n // groups
     group_width = len(columns) * (W + 2) + 2 * gap
@@ -127,45 +130,55 @@ def contact_sheet(columns, titles, names, file):
     print(file)
 
 
-def report(unet, vae, schedule, bank, bps, out, seed, meter):
+def print_losses(numbers):
+    """Prints what validate returned."""
+    (gain, gain_error), (gap, gap_error) = numbers["gain"], numbers["gap"]
+    print(f"held-out loss over {numbers['pairs']} test pairs: frozen base {numbers['base']:.4f}, "
+          f"steered {numbers['steered']:.4f}, shuffled conditions {numbers['shuffled']:.4f}")
+    print(f"gain {gain:.4f} +- {gain_error:.4f} ({ratio(gain, gain_error):.1f} standard errors), "
+          f"shuffled-condition gap {gap:.4f} +- {gap_error:.4f} ({ratio(gap, gap_error):.1f})")
+    if numbers["pairs"] < FEW_PAIRS:
+        print(f"(these are {numbers['pairs']} pairs only: other ones would give other numbers)")
+
+
+def measure_obedience(meter, conds, prior, steered, round_trip):
+    """Prints and returns {measure: its value for each kind of picture, and the share of the way}.
+
+    The round trip of the true pictures through the autoencoder bounds what steering can reach.
+    """
+    if meter is None:
+        print("obedience: not measured; nothing here reads the classes of your pictures again")
+        return {}
+    scores = [meter(pictures, conds) for pictures in (prior, steered, round_trip)]
+    obedience = {}
+    for what in scores[0]:
+        base, drawn, best = (score[what] for score in scores)
+        share = ratio(drawn - base, best - base)
+        print(f"obedience ({what}, {len(conds)} test pairs): frozen base {base:.3f}, steered "
+              f"{drawn:.3f}, VAE round trip of the true picture {best:.3f}: {share:.0%} of the way")
+        obedience[what] = dict(base=base, steered=drawn, round_trip=best, share=share)
+    return obedience
+
+
+def report(base, cache, bps, out, seed, meter):
     """Validates on test pairs, draws, writes samples.png and returns all the numbers.
 
     meter: measures obedience, what obedience.meter_for returns.
     """
-    numbers = validate(unet, schedule, bank, bps)
-    (gain, gain_se), (gap, gap_se) = numbers["gain"], numbers["gap"]
-    print(f"held-out loss over {numbers['pairs']} test pairs: frozen base {numbers['base']:.4f}, "
-          f"steered {numbers['steered']:.4f}, shuffled conditions {numbers['shuffled']:.4f}")
-    print(f"gain {gain:.4f} +- {gain_se:.4f} ({ratio(gain, gain_se):.1f} standard errors), "
-          f"shuffled-condition gap {gap:.4f} +- {gap_se:.4f} ({ratio(gap, gap_se):.1f})")
-    if len(bank.pairs) < FEW_PAIRS:
-        print(f"(these are {len(bank.pairs)} pairs only: other ones would give other numbers)")
-    count = min(OBEDIENCE_PICTURES, len(bank.pairs))
-    indices = torch.arange(count)
-    conds, names = bank.cond(indices), bank.first_prompts(range(count))
-    prior = draw_pairs(unet, vae, schedule, bank, None, count, seed)
-    steered = draw_pairs(unet, vae, schedule, bank, bps, count, seed)
-    true = torch.stack([to_x(bank.image(i)) for i in range(count)])
+    numbers = validate(base, cache, bps)
+    print_losses(numbers)
+    count = min(OBEDIENCE_PICTURES, len(cache.pairs))
+    conds, names = cache.cond(slice(0, count)), cache.first_prompts(range(count))
+    prior = draw_pairs(base, cache, None, count, seed)
+    steered = draw_pairs(base, cache, bps, count, seed)
     with torch.inference_mode():
-        device = next(vae.parameters()).device
-        round_trip = torch.cat([vae.decode(z.float().to(device)).cpu()
-                                for z in bank.mean[:count].split(images_at_a_time(bank.size))])
-    numbers["obedience"] = {}
-    if meter is None:
-        print("obedience: not measured; nothing here reads the classes of your pictures again")
-    else:
-        pictures = dict(base=prior, steered=steered, round_trip=round_trip)
-        scores = {name: meter(drawn, conds) for name, drawn in pictures.items()}
-        for what in scores["base"]:
-            base, drawn, best = (scores[name][what] for name in pictures)
-            share = ratio(drawn - base, best - base)
-            print(f"obedience ({what}, {count} test pairs): frozen base {base:.3f}, steered "
-                  f"{drawn:.3f}, VAE round trip of the true picture {best:.3f}: {share:.0%} of "
-                  f"the way")
-            numbers["obedience"][what] = dict(base=base, steered=drawn, round_trip=best,
-                                              share=share)
+        device = next(base.vae.parameters()).device
+        round_trip = torch.cat([base.vae.decode(z.float().to(device)).cpu()
+                                for z in cache.mean[:count].split(images_at_a_time(cache.size))])
+    numbers["obedience"] = measure_obedience(meter, conds, prior, steered, round_trip)
     shown = min(SHEET_ROWS, count)
-    contact_sheet([cond_to_x(conds[:shown]), prior[:shown], steered[:shown], true[:shown]],
+    true = torch.stack([to_x(cache.image(i)) for i in range(shown)])
+    contact_sheet([cond_to_x(conds[:shown]), prior[:shown], steered[:shown], true],
                   ["condition", "without BPS", "with BPS", "true picture"], names[:shown],
                   out / "samples.png")
     return numbers

@@ -1,19 +1,21 @@
-"""The toy's studies: paths and weights, robustness, the algebra of posteriors, learning rates.
+"""Studies in the plane: paths and weights, robustness, the algebra of posteriors, learning rates.
 
-    python toy2d.py --study modes       which paths to steer, with which weights (paper's Fig. 3)
-    python toy2d.py --study robustness  how many labelled points, how many epochs (paper's Fig. 4)
-    python toy2d.py --study algebra     tempering and composing, against the exact laws
-    python toy2d.py --study rates       which learning rate suits which method
+    python -m measure.toy modes         which paths to steer, with which weights (paper's Fig. 3)
+    python -m measure.toy robustness    how many labelled points, how many epochs (paper's Fig. 4)
+    python -m measure.toy algebra       tempering and composing, against the exact laws
+    python -m measure.toy rates         which learning rate suits which method
 
 Shapes as in toy2d.py: N conditions, K components.
 """
 import itertools
+from dataclasses import replace
 
 import torch
 from tqdm import tqdm
 
 import toy2d
 from bps import posterior
+from inputs.options import Parser, run
 from measure.plots import Figure
 
 # port weights: three on CP, one on TP, three on EP, one at the output. A port's weight acts as a
@@ -25,41 +27,45 @@ MODES = {"CP": (16, 8, 4, 0, 0, 0, 0, 0), "TP": (0, 0, 0, 16, 0, 0, 0, 0),
          "foot-heavy": (1, 1, 1, 16, 4, 8, 16, 0), "time-blind": toy2d.HEAD_HEAVY,
          "at output": (0, 0, 0, 0, 0, 0, 0, 16)}
 ALL, MODES_N, MODES_SEEDS = "CP+TP+EP", 12, 5
+SCORES = ("accuracy", "energy")                         # those that are drawn
 COMPARED = ("steered", "scratch, short", "tuned")
-SIZES, EPOCHS = (12, 25, 50, 100, 200, 500), (40, 160, 640, 2500)      # of robustness
+SIZES, EPOCHS = (12, 25, 50, 100, 200, 500), (40, 160, 640, 2500)       # of robustness
 RATES, RATES_SEEDS = (3e-5, 1e-4, 3e-4, 1e-3), 3
-STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)                                   # of tempering
+STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)                   # of tempering
 LAWS = [*({"arm": s} for s in STRENGTHS), *({"place": s} for s in STRENGTHS),
         {"both": 1.0}, {"arm": 1.0, "place": 1.0}]
+
+
+def train_and_score(held_out, method, prior, n, args, **bps_options):
+    """Returns HeldOut.scores of a method that learned from n labelled points, by one seed."""
+    seed = held_out.seed
+    eps = toy2d.train_method(method, prior, toy2d.labelled(held_out.world, n, seed), seed,
+                             args.effort, **bps_options)
+    return held_out.scores(held_out.draw(eps))
 
 
 # ---- which paths, which weights ------------------------------------------------------------
 
 def modes(world, prior, args):
     """Steers in each mode with 12 labelled points, five times: other points, other network."""
-    keys, seeds = ("accuracy", "energy"), range(args.seed, args.seed + MODES_SEEDS)
-    marks = torch.zeros(len(MODES), len(seeds), len(keys))
-    exams = [toy2d.Exam(world, seed) for seed in seeds]
-    jobs = [(i, j) for i in range(len(MODES)) for j in range(len(seeds))]
-    for i, j in tqdm(jobs, desc="modes"):
-        name, seed, exam = list(MODES)[i], seeds[j], exams[j]
-        eps = toy2d.train_method("steered", prior, world, MODES_N, seed, effort=args.effort,
-                                 weights=MODES[name], time_blind=name == "time-blind")
-        measured = exam.marks(exam.draw(eps))
-        marks[i, j] = torch.tensor([measured[key] for key in keys])
-    mean, deviation = marks.mean(1), marks.std(1)                               # (modes, keys)
-    apart = marks - marks[list(MODES).index(ALL)]           # the same seed: same points and exam
-    error = apart.std(1) / len(seeds) ** 0.5
-    rows = []
-    for i, name in enumerate(MODES):
-        rows.append(dict(mode=name))
-        for k, key in enumerate(keys):
-            rows[i] |= {key: mean[i, k].item(), f"{key} sd": deviation[i, k].item(),
-                        f"{key} - {ALL}'s": f"{apart.mean(1)[i, k]:+.3f} +- {error[i, k]:.3f}"}
-    toy2d.table(rows, args.out / "modes.md")
-    figure = Figure(1, len(keys))
-    for k, (axes, key) in enumerate(zip(figure.axes, keys)):
-        axes.title = f"{key}, n = {MODES_N}, {MODES_SEEDS} seeds"
+    held_outs = [toy2d.HeldOut(world, args.seed + i) for i in range(MODES_SEEDS)]
+    scores = torch.zeros(len(MODES), MODES_SEEDS, len(SCORES))
+    for i, (name, port_weights) in enumerate(tqdm(MODES.items(), desc="modes")):
+        for j, held_out in enumerate(held_outs):
+            row = train_and_score(held_out, toy2d.METHODS["steered"], prior, MODES_N, args,
+                                  port_weights=port_weights, time_blind=name == "time-blind")
+            scores[i, j] = torch.tensor([row[key] for key in SCORES])
+    mean, deviation = scores.mean(1), scores.std(1)                         # (modes, scores)
+    difference = scores - scores[list(MODES).index(ALL)]    # the same seed: same points, measures
+    error = difference.std(1) / MODES_SEEDS**0.5
+    rows = [dict(mode=name) for name in MODES]
+    for i, k in itertools.product(range(len(MODES)), range(len(SCORES))):
+        key = SCORES[k]
+        rows[i] |= {key: mean[i, k].item(), f"{key} sd": deviation[i, k].item(), f"{key} - {ALL}'s":
+                    f"{difference.mean(1)[i, k]:+.3f} +- {error[i, k]:.3f}"}
+    toy2d.save_table(rows, args.out / "modes.md")
+    figure = Figure(2, [f"{key}, n = {MODES_N}, {MODES_SEEDS} seeds" for key in SCORES])
+    for k, axes in enumerate(figure.axes):
         axes.bars(list(MODES), mean[:, k], deviation[:, k])
     figure.save(args.out / "modes.png")
 
@@ -68,19 +74,18 @@ def modes(world, prior, args):
 
 def robustness(world, prior, args):
     """Trains each method on each number of points for each number of epochs, from the start."""
-    rows, exam = [], toy2d.Exam(world, args.seed)
-    jobs = [(method, n, epochs) for method in COMPARED for n in SIZES for epochs in EPOCHS]
-    for method, n, epochs in tqdm(jobs, desc="robustness"):
-        eps = toy2d.train_method(method, prior, world, n, args.seed, epochs=epochs,
-                                 effort=args.effort)
-        rows.append(dict(method=method, n=n, epochs=epochs) | exam.marks(exam.draw(eps)))
-    toy2d.table(rows, args.out / "robustness.md")
-    figure = Figure(2, len(COMPARED))
-    panels = [(key, method) for key in ("accuracy", "energy") for method in COMPARED]
-    for axes, (key, method) in zip(figure.axes, panels):
-        axes.title = f"{method}: {key} by epochs"
+    rows, held_out = [], toy2d.HeldOut(world, args.seed)
+    jobs = list(itertools.product(COMPARED, SIZES, EPOCHS))
+    for name, n, epochs in tqdm(jobs, desc="robustness"):
+        method = replace(toy2d.METHODS[name], epochs=epochs)
+        rows.append(dict(method=name, n=n, epochs=epochs)
+                    | train_and_score(held_out, method, prior, n, args))
+    toy2d.save_table(rows, args.out / "robustness.md")
+    panels = list(itertools.product(SCORES, COMPARED))
+    figure = Figure(len(COMPARED), [f"{name}: {key} by epochs" for key, name in panels])
+    for axes, (key, name) in zip(figure.axes, panels):
         for n in SIZES:
-            values = [row[key] for row in rows if (row["method"], row["n"]) == (method, n)]
+            values = [row[key] for row in rows if (row["method"], row["n"]) == (name, n)]
             axes.line(EPOCHS, values, f"n = {n}", log_y=key == "energy")
     figure.save(args.out / "robustness.png")
 
@@ -89,16 +94,17 @@ def robustness(world, prior, args):
 
 def rates(world, prior, args):
     """Trains each method at each rate: energy distances, the mean over three seeds and each."""
-    rows, seeds = [], range(args.seed, args.seed + RATES_SEEDS)
-    exams = [toy2d.Exam(world, seed) for seed in seeds]
-    for name, lr in tqdm(list(itertools.product(toy2d.METHODS, RATES)), desc="rates"):
-        energies = []
-        for seed, exam in zip(seeds, exams):
-            eps = toy2d.train_method(name, prior, world, args.n, seed, lr=lr, effort=args.effort)
-            energies.append(exam.marks(exam.draw(eps))["energy"])
-        rows.append(dict(method=name, rate=f"{lr:g}", energy=sum(energies) / len(seeds))
-                    | {f"seed {seed}": energy for seed, energy in zip(seeds, energies)})
-    toy2d.table(rows, args.out / "rates.md")
+    rows = []
+    held_outs = [toy2d.HeldOut(world, args.seed + i) for i in range(RATES_SEEDS)]
+    for (name, method), lr in tqdm(list(itertools.product(toy2d.METHODS.items(), RATES)),
+                                   desc="rates"):
+        method = replace(method, lr=lr)
+        energies = {f"seed {held_out.seed}":
+                    train_and_score(held_out, method, prior, args.n, args)["energy"]
+                    for held_out in held_outs}
+        mean = sum(energies.values()) / RATES_SEEDS
+        rows.append(dict(method=name, rate=f"{lr:g}", energy=mean) | energies)
+    toy2d.save_table(rows, args.out / "rates.md")
 
 
 # ---- tempering and composing ---------------------------------------------------------------
@@ -111,89 +117,102 @@ def grid():
 
 
 class Laws:
-    """Draws from p(z_0) prod_i p(c_i | z_0)^s_i, for each condition of an Exam.
+    """Draws from p(z_0) prod_i p(c_i | z_0)^s_i, for each condition of a HeldOut.
 
     By importance: points of the large space, drawn again with these weights.
     """
 
-    def __init__(self, exam):
-        world, self.exam = exam.world, exam
-        self.z_0, _ = world.draw(50_000, torch.Generator().manual_seed(40_000 + exam.seed))
+    def __init__(self, held_out):
+        world, self.held_out = held_out.world, held_out
+        self.z_0, _ = world.draw(50_000, torch.Generator().manual_seed(40_000 + held_out.seed))
         clean = self.z_0, *toy2d.CLEAN
         log_p = world.log_p(*clean)
-        self.log_p_cond = {kind: torch.stack([world.log_p(*clean, log_says) - log_p for log_says
-                                              in world.log_p_cond(exam.cond, kind)])
+        self.log_p_cond = {kind: torch.stack([world.log_p(*clean, row) - log_p
+                                              for row in world.log_p_cond(held_out.cond, kind)])
                            for kind in toy2d.KINDS}                             # (N, 50,000) each
 
     def draw(self, law, seed=0):
-        """Returns points (N, m, 2), as many as exam.true has; law: {kind: s}."""
+        """Returns points (N, m, 2), as many as HeldOut.true has; law: {kind: s}."""
         log_weights = sum(s * self.log_p_cond[kind] for kind, s in law.items())
-        generator = torch.Generator().manual_seed(50_000 + 100 * seed + self.exam.seed)
-        return self.z_0[torch.multinomial(log_weights.softmax(1), self.exam.true.shape[1],
+        generator = torch.Generator().manual_seed(50_000 + 100 * seed + self.held_out.seed)
+        return self.z_0[torch.multinomial(log_weights.softmax(1), self.held_out.true.shape[1],
                                           replacement=True, generator=generator)]
 
 
-def exact_denoisers(exam):
-    """Returns eps* and {kind: eps_bar*} of exam's conditions, each a function of (z_t, t)."""
-    return exam.world.denoiser(), {
-        kind: exam.world.denoiser(exam.world.log_p_cond(exam.cond, kind)[exam.rows])
+def exact_denoisers(held_out):
+    """Returns eps* and {kind: eps_bar*} of the held-out conditions, functions of (z_t, t)."""
+    world = held_out.world
+    return world.denoiser(), {
+        kind: world.denoiser(world.log_p_cond(held_out.cond, kind)[held_out.rows])
         for kind in toy2d.KINDS}
 
 
-def learned_denoisers(exam, prior, args):
-    """Returns what exact_denoisers does, of the prior network and of one BPS a kind."""
-    def of_kind(kind):
-        eps = toy2d.train_method("steered", prior, exam.world, args.n, args.seed,
-                                 effort=args.effort, kind=kind)
-        return lambda z_t, t: eps(z_t, t, exam.cond[exam.rows])
+def learned_denoisers(held_out, prior, args):
+    """Returns what exact_denoisers does, with the prior network and a BPS for each kind."""
+    def learn(kind):
+        eps = toy2d.train_method(toy2d.METHODS["steered"], prior, points, args.seed, args.effort,
+                                 kind=kind)
+        return lambda z_t, t: eps(z_t, t, held_out.cond[held_out.rows])
 
-    return prior, {kind: of_kind(kind) for kind in toy2d.KINDS}
+    points = toy2d.labelled(held_out.world, args.n, args.seed)
+    return prior, {kind: learn(kind) for kind in toy2d.KINDS}
 
 
-def draw_law(exam, denoisers, law):
+def draw_law(held_out, denoisers, law):
     """Returns points (N, SAMPLES, 2) drawn with bps.posterior of these denoisers; law {kind: s}."""
     prior, posteriors = denoisers
-    return exam.draw(lambda z_t, t, _: posterior(
+    return held_out.draw(lambda z_t, t, _: posterior(
         prior(z_t, t), [posteriors[kind](z_t, t) for kind in law], list(law.values())))
 
 
 def algebra(world, prior, args):
     """Draws tempered and composed posteriors, and compares them with the laws they stand for."""
-    pinwheel, other = toy2d.Exam(world, args.seed), toy2d.Exam(grid(), args.seed)
+    pinwheel, other = toy2d.HeldOut(world, args.seed), toy2d.HeldOut(grid(), args.seed)
     laws, other_laws = Laws(pinwheel), Laws(other)
     sources = {"exact": (laws, exact_denoisers(pinwheel)),
                "learned": (laws, learned_denoisers(pinwheel, prior, args)),
                "exact, grid": (other_laws, exact_denoisers(other))}
-    rows, composed = [], {}
+    rows, drawn = [], {}                    # drawn: at last, the points of the last law, composed
     for law in tqdm(LAWS, desc="algebra"):
         name = " ".join(f"{kind}^{s:g}" for kind, s in law.items())
         for source, (laws, denoisers) in sources.items():
-            true, drawn = laws.draw(law), draw_law(laws.exam, denoisers, law)
+            true, drawn[source] = laws.draw(law), draw_law(laws.held_out, denoisers, law)
             floor = toy2d.energy_distance(laws.draw(law, seed=1)[:, :toy2d.SAMPLES], true)
             rows.append(dict(law=name, denoisers=source, floor=floor.mean().item(),
-                             energy=toy2d.energy_distance(drawn, true).mean().item()))
-            if len(law) == 2:
-                composed[source] = drawn
-                composed.setdefault("true", true)               # the first source is the pinwheel
-    toy2d.table(rows, args.out / "algebra.md")
-    draw_algebra(world, rows, composed, args)
+                             energy=toy2d.energy_distance(drawn[source], true).mean().item()))
+    toy2d.save_table(rows, args.out / "algebra.md")
+    draw_algebra(world, rows, dict(true=sources["exact"][0].draw(LAWS[-1])) | drawn, args)
 
 
 def draw_algebra(world, rows, composed, args):
     """Draws distances by strength, and the points composed of two conditions: {source: points}."""
-    figure = Figure(1, 5)
-    values = {(row["law"], row["denoisers"]): row["energy"] for row in rows}
-    for axes, kind in zip(figure.axes, ("arm", "place")):
-        axes.title = f"p(z) p({kind} | z)^s: energy distance by s"
-        for source in dict.fromkeys(row["denoisers"] for row in rows):
-            axes.line(STRENGTHS, [values[f"{kind}^{s:g}", source] for s in STRENGTHS], source,
+    figure = Figure(5, [*(f"p(z) p({kind} | z)^s: energy distance by s" for kind in LAWS[-1]),
+                        "arm and place: true", "composed, exact denoisers",
+                        "composed, learned denoisers"])
+    energy = {(row["law"], row["denoisers"]): row["energy"] for row in rows}
+    for axes, kind in zip(figure.axes, LAWS[-1]):
+        for source in ("exact", "learned", "exact, grid"):
+            axes.line(STRENGTHS, [energy[f"{kind}^{s:g}", source] for s in STRENGTHS], source,
                       log_y=True)
     large, _ = world.draw(5000, torch.Generator().manual_seed(args.seed))
-    for axes, (source, title) in zip(figure.axes[2:], dict(
-            true="arm and place: true", exact="composed, exact denoisers",
-            learned="composed, learned denoisers").items()):
-        axes.title = title
-        axes.dots(large, "light")
-        for i in range(toy2d.ARMS):
-            axes.dots(composed[source][i, :toy2d.SAMPLES], i)
+    for axes, source in zip(figure.axes[2:], ("true", "exact", "learned")):
+        axes.dots(dict(light=large) | dict(enumerate(
+            composed[source][:toy2d.ARMS, :toy2d.SAMPLES])))
     figure.save(args.out / "algebra.png")
+
+
+def main():
+    """Runs a study."""
+    studies = dict(modes=modes, robustness=robustness, algebra=algebra, rates=rates)
+    parser = Parser(__doc__)
+    parser.add_argument("study", choices=studies)
+    args = toy2d.parse_args(parser, n=None)
+    if args.n is None:
+        args.n = toy2d.LABELLED
+    elif args.study in ("modes", "robustness"):
+        parser.error(f"--n {args.n}: {args.study} has numbers of its own; leave it out")
+    toy2d.run_study(studies[args.study], args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -6,15 +6,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_layouts import save_file, single_file, write_folder
+from references import save_file, single_file, write_folder
 
-from inputs import options
-import ports
+import bps
 import sample
 import toy2d
 import train
-from studies import bench, steering_cost
-from tiny import evaluate, make_data, pretrain
+from inputs import options
+from measure import base, cost, toy
+from tiny import make_data, pretrain
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,9 +22,8 @@ BOTH = README + (ROOT / "tiny" / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", BOTH, re.DOTALL)
             for line in block.splitlines() if line.strip() and not line.startswith("#")]
 MODULES = {"train.py": train, "sample.py": sample, "toy2d.py": toy2d,
-           "tiny.pretrain": pretrain,
-           "measure.base": evaluate, "tiny.make_data": make_data, "measure.cost": bench,
-           "studies.steering_cost": steering_cost, "bps.py": ports}
+           "bps.py": bps, "tiny.pretrain": pretrain, "tiny.make_data": make_data,
+           "measure.base": base, "measure.cost": cost, "measure.toy": toy}
 
 
 def split(command):
@@ -90,7 +89,7 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
 
 def test_the_table_of_ports_in_the_readme_is_what_is_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bps.py", "--ports"])
-    ports.main()
+    bps.main()
     assert capsys.readouterr().out in README
 
 
@@ -107,13 +106,14 @@ def test_every_file_that_the_readme_links_to_exists():
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
-def test_the_evaluation_prints_its_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(evaluate, "STEPS", 1)
-    monkeypatch.setattr(evaluate.world, "records", lambda split, records=evaluate.world.records:
-                        records(split)[::40])
-    monkeypatch.setattr(sys, "argv", ["evaluate", "--count", "3", "--out", str(tmp_path / "d.png")])
-    evaluate.main()
+def test_the_evaluation_of_the_base_prints_its_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(base, "STEPS", 1)
+    monkeypatch.setattr(base, "SHOWN", 3)
+    monkeypatch.setattr(base.world, "pool", lambda split: base.world.records(split)[::40])
+    monkeypatch.setattr(sys, "argv", ["base", "--count", "30", "--out", str(tmp_path / "d.png")])
+    base.main()
     printed = capsys.readouterr().out
-    for words in ("PSNR", "L1", "t 750..999", "real test pictures", "drawn relative to real"):
+    for words in ("PSNR", "L1", "t 750..999", "true 3d test pictures", "name among 24, drawn",
+                  "drawn relative to true"):
         assert words in printed
     assert (tmp_path / "d.png").is_file()

@@ -91,24 +91,39 @@ def load_score(path, device="cpu"):
 
 
 class Classifier:
-    """A picture belongs to the category whose training captions fit it best, taken together."""
+    """A picture belongs to the category whose captions fit it best, taken together.
 
-    def __init__(self, base=BASE, device="cpu"):
-        tokenizer, self.score = load_score(base, device)
-        rows = world.records("train")
-        captions = [world.full_caption(row) for row in rows]
-        self.texts = torch.cat([
-            self.score.embed_text(tokenizer(captions[i:i + BATCH]).to(device), tokenizer.end)
-            for i in range(0, len(captions), BATCH)])                          # (captions, dim)
+    The captions are those of all names and styles, or of one split's names.
+    """
+
+    def __init__(self, base=BASE, device="cpu", split=None):
+        self.tokenizer, self.score = load_score(base, device)
+        self.device = device
+        rows = world.records(split)
+        self.texts = self.embed_captions([world.full_caption(row) for row in rows])
         categories = [world.CATEGORIES.index(row["category"]) for row in rows]
         self.member = F.one_hot(torch.tensor(categories, device=device)).float()
 
     @torch.inference_mode()
+    def embed_captions(self, captions):
+        """Returns unit vectors (captions, dim)."""
+        return torch.cat([self.score.embed_text(
+            self.tokenizer(captions[i:i + BATCH]).to(self.device), self.tokenizer.end)
+            for i in range(0, len(captions), BATCH)])
+
+    @torch.inference_mode()
+    def embed_pictures(self, x):
+        """Returns unit vectors (n, dim) of pictures x (n, 3, 64, 64)."""
+        return torch.cat([self.score.embed_image(part) for part in x.split(BATCH)])
+
+    def cosines(self, x, captions):
+        """Returns the cosines (n, captions) between pictures x (n, 3, 64, 64) and captions."""
+        return self.embed_pictures(x) @ self.embed_captions(captions).T
+
     def __call__(self, x):
         """Returns the index (n,) of the category of each of pictures x (n, 3, 64, 64).
 
         p(category | x) = the sum over its captions of p(caption | x), CLIP's softmax of cosines.
         """
-        images = torch.cat([self.score.embed_image(part) for part in x.split(BATCH)])
-        p_caption = (self.score.logit_scale.exp() * images @ self.texts.T).softmax(dim=1)
-        return (p_caption @ self.member).argmax(dim=1)
+        p_caption = (self.score.logit_scale.exp() * self.embed_pictures(x) @ self.texts.T)
+        return (p_caption.softmax(dim=1) @ self.member).argmax(dim=1)

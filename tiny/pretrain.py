@@ -134,18 +134,21 @@ def random_init(module):
 
 
 def augment(x, generator):
-    """Returns images (B, 3, H, W), each turned, scaled and tinted a little at random.
+    """Returns images (B, 3, H, W), each turned, scaled, moved and tinted a little at random.
 
     A few drawings of each name are all there are: without this the image tower learns them by
     heart. Gentle enough that colours and styles keep their names.
     """
-    angle, zoom = ((torch.rand(len(x), generator=generator) * 2 - 1) * most for most in (0.3, 0.12))
-    cos, sin, zero = angle.cos() * (1 + zoom), angle.sin() * (1 + zoom), torch.zeros(len(x))
-    affine = torch.stack([torch.stack([cos, -sin, zero], 1), torch.stack([sin, cos, zero], 1)], 1)
-    turned = F.grid_sample(x, F.affine_grid(affine.to(x), x.shape, align_corners=False),
+    def uniform(most, *shape):
+        return most * (2 * torch.rand(len(x), *shape, generator=generator) - 1)
+
+    angle, zoom, move = uniform(0.35), 1 + uniform(0.2), uniform(0.1, 2, 1)
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    turn = torch.stack([torch.stack([cos, -sin], 1), torch.stack([sin, cos], 1)], 1)   # (B, 2, 2)
+    affine = torch.cat([turn, move], dim=2).to(x)
+    turned = F.grid_sample(x, F.affine_grid(affine, x.shape, align_corners=False),
                            padding_mode="border", align_corners=False)
-    gain = 0.8 + 0.4 * torch.rand(len(x), 3, 1, 1, generator=generator)
-    shift = 0.2 * torch.rand(len(x), 3, 1, 1, generator=generator) - 0.1
+    gain, shift = 1 + uniform(0.3, 3, 1, 1), uniform(0.15, 3, 1, 1)
     return (turned * gain.to(x) + shift.to(x)).clamp(-1, 1)
 
 

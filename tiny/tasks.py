@@ -28,25 +28,41 @@ def embedded_pairs(task, split):
 
     The first of the prompts is the one to validate with; the pictures are opened when asked for.
     """
-    if task in ("segmentation", "layout"):
-        return [(f"scene {i}", lambda i=i: scene(split, i)[1][task], lambda i=i: scene(split, i)[0],
-                 (scene(split, i)[2],)) for i in range(SCENES[split])]
-    if task == "sketch":
-        return [(row["name"], functools.partial(opened, "line", row["name"]),
-                 functools.partial(opened, "3d", row["name"]),
-                 (world.full_caption(row), row["caption"]))
-                for row in world.records(split, ("3d",))]
+    return PAIRS_OF_TASK[task](split)
+
+
+def sketch_pairs(split):
+    """Returns a pair per name: Fluent's line drawing and its 3d picture."""
+    return [(row["name"], functools.partial(open_emoji, "line", row["name"]),
+             functools.partial(open_emoji, "3d", row["name"]),
+             (world.full_caption(row), row["caption"])) for row in world.records(split, ("3d",))]
+
+
+def scene_pairs(task, split):
+    """Returns a pair per scene: its label map for the task, and its picture."""
+    return [(f"scene {i}", lambda i=i: scene(split, i)[1][task], lambda i=i: scene(split, i)[0],
+             (scene(split, i)[2],)) for i in range(SCENES[split])]
+
+
+def artistic_pairs(split):
+    """Returns a pair per name of the style that the base never saw; few of them for training."""
     rows = world.records(split, (ARTISTIC_STYLE,))
     if split == "train":
         rows = rows[::len(rows) // ARTISTIC_TRAIN][:ARTISTIC_TRAIN]
     pairs = []
     for row in rows:                        # a caption without a style means any
-        picture = functools.partial(opened, ARTISTIC_STYLE, row["name"])
-        pairs.append((row["name"], picture, picture, (f"{row['caption']}, {row['category']}",)))
+        open_picture = functools.partial(open_emoji, ARTISTIC_STYLE, row["name"])
+        prompts = (f"{row['caption']}, {row['category']}",)
+        pairs.append((row["name"], open_picture, open_picture, prompts))
     return pairs
 
 
-def opened(style, name):
+PAIRS_OF_TASK = {"sketch": sketch_pairs, "artistic": artistic_pairs,
+                 "segmentation": functools.partial(scene_pairs, "segmentation"),
+                 "layout": functools.partial(scene_pairs, "layout")}
+
+
+def open_emoji(style, name):
     """Returns an emoji on white, RGB."""
     return world.on_ground(world.picture(style, name))
 
@@ -58,7 +74,9 @@ def scene(split, i):
     The map of layout has each emoji's box, that of segmentation its outline.
     """
     rng = np.random.default_rng((list(SCENES).index(split), i))
-    image, caption, places = world.scene(world.records(split), rng)
+    # the base has seen other designers' pictures of validation and test names, not these
+    rows = world.records("train") if split == "train" else world.pool(split)
+    image, caption, places = world.scene(rows, rng)
     maps = {}
     for task in ("segmentation", "layout"):
         classes = np.zeros((world.SIZE, world.SIZE), np.uint8)

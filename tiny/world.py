@@ -22,7 +22,7 @@ GROUNDS = {"white": (255, 255, 255), "grey": (190, 190, 190), "cream": (250, 240
            "pink": (250, 200, 210), "pale blue": (190, 220, 250), "pale green": (200, 235, 200),
            "yellow": (250, 225, 120), "teal": (60, 150, 150), "navy": (30, 40, 90),
            "black": (20, 20, 20)}
-WHITE_SHARE = 0.5       # of all grounds; a caption without a ground means white
+WHITE_SHARE = 0.6       # of all grounds; a caption without a ground means white
 
 
 @functools.cache
@@ -132,7 +132,7 @@ def scene(rows, rng):
     return on_ground(canvas, ground), caption, places
 
 
-def random_picture(rows, rng, alone=0.75):
+def random_picture(rows, rng, alone=0.85):
     """Returns (RGB image, caption): a single emoji with probability `alone`, else a scene."""
     return single(rows, rng) if rng.random() < alone else scene(rows, rng)[:2]
 
