@@ -117,7 +117,7 @@ def side_tones(dark):
 def peel(dark, tones):
     """Returns the middle of (H, W) bool that is left without the uniform lines at its sides."""
     for tone in tones:
-        if tone is not None:
+        if tone is not None and dark.size:
             differs = (dark == tone).mean(axis=1) < UNIFORM
             dark = dark[differs.argmax():] if differs.any() else dark[:0]
         dark = np.rot90(dark)

@@ -281,7 +281,8 @@ def picture_options(args, job, seed, size, prediction_type):
     options = {name: getattr(args, name) for name in SETTINGS}
     if not args.init:
         del options["denoise"]
-    options |= dict(seed=seed, n=1, size=f"{size[0]}x{size[1]}", prediction_type=prediction_type)
+    options |= dict(prompt=job.prompt, seed=seed, n=1, size=f"{size[0]}x{size[1]}",
+                    prediction_type=prediction_type)
     for name in PATHS:
         path = getattr(args, name)
         if path and path != BASE:

@@ -1,15 +1,26 @@
 """Users' drawings and folders, the lines of a picture, and what a training step is given."""
+import io
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
+from data import LatentCache, Pair, load_pairs, open_pair, split_names
+from inputs.conditions import (
+    extract_lines,
+    is_light_on_dark,
+    level_drawing,
+    line_f1,
+    open_drawing,
+    read_condition,
+    to_image,
+    to_x,
+)
 from inputs.options import BASE
-from inputs.conditions import UserError, extract_lines, line_f1, read_drawing, to_image, to_x
-from data import Bank, Pair, load_pairs, split_names
 from sample import load_base
 from tiny import world
+from weights import UserError
 
 
 def ring(width, height):
@@ -38,8 +49,8 @@ def as_transparent(image):
 def test_a_drawing_of_any_mode_and_polarity_gives_the_same_condition(tmp_path, change):
     ring(64, 64).save(tmp_path / "a.png")
     change(ring(64, 64)).save(tmp_path / "b.png")
-    expected, _ = read_drawing(tmp_path / "a.png", 64, 64)
-    cond, used = read_drawing(tmp_path / "b.png", 64, 64)
+    expected, _ = read_condition(tmp_path / "a.png", "sketch", 64, 64)
+    cond, used = read_condition(tmp_path / "b.png", "sketch", 64, 64)
     assert cond.shape == (1, 64, 64) and cond.min() == 0 and cond.max() == 1
     torch.testing.assert_close(cond, expected, atol=0.02, rtol=0)
     assert used.size == (64, 64) and used.getpixel((0, 0)) == (255, 255, 255)
@@ -47,7 +58,7 @@ def test_a_drawing_of_any_mode_and_polarity_gives_the_same_condition(tmp_path, c
 
 def test_a_drawing_keeps_its_aspect_ratio_and_is_padded_with_paper(tmp_path):
     ring(400, 200).save(tmp_path / "wide.png")
-    cond, _ = read_drawing(tmp_path / "wide.png", 64, 64)
+    cond, _ = read_condition(tmp_path / "wide.png", "sketch", 64, 64)
     rows, columns = cond[0].max(dim=1).values > 0.5, cond[0].max(dim=0).values > 0.5
     assert columns.sum() / rows.sum() == pytest.approx(2.0, rel=0.15)
     assert cond[0, :16].max() == 0 and cond[0, -16:].max() == 0
@@ -60,7 +71,95 @@ def test_what_is_no_drawing_is_refused(tmp_path):
     for name, message in (("blank.png", "no line in it"), ("yellow.png", "no line in it"),
                           ("text.png", "cannot be read"), ("absent.png", "absent.png")):
         with pytest.raises(UserError, match=message):
-            read_drawing(tmp_path / name, 64, 64)
+            read_condition(tmp_path / name, "sketch", 64, 64)
+
+
+# ---- polarity and paper --------------------------------------------------------------------
+
+EMBEDDED = [world.on_ground(world.picture("line", row["name"]))
+            for row in world.records(None, ("line",))]
+
+
+def framed(image, width, colour=0):
+    image = image.copy()
+    ImageDraw.Draw(image).rectangle((0, 0, image.width - 1, image.height - 1),
+                                    outline=(colour,) * 3, width=width)
+    return image
+
+
+def toned(image, paper, ink, noise=3.0):
+    """The drawing on paper of another tone, (H, W) or a number, with noise, as photographed."""
+    white = np.asarray(image.convert("L"), float) / 255
+    grey = ink + (paper - ink) * white
+    grey = grey + np.random.default_rng(0).normal(0, noise, white.shape)
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def vignette(size):
+    y, x = np.mgrid[0:size, 0:size] / (size - 1) - 0.5
+    return 130 - 90 * (x**2 + y**2)
+
+
+def as_jpeg(image):
+    file = io.BytesIO()
+    image.save(file, "JPEG", quality=30)
+    return Image.open(file).convert("RGB")
+
+
+def kraft(image):
+    white = np.asarray(image.convert("L"), float)[..., None] / 255
+    colours = np.array([20, 15, 10]) + white * np.array([130, 95, 60])
+    return Image.fromarray(colours.astype(np.uint8))
+
+
+LOOKS = {
+    "plain": lambda image: image,
+    "thin black frame": lambda image: framed(image, 2),
+    "thick black frame": lambda image: framed(image, 20),
+    "letterbox": lambda image: ImageOps.expand(image, (0, 60), "black"),
+    "black margins": lambda image: ImageOps.expand(image, 40, "black"),
+    "white frame in a black one": lambda image: framed(ImageOps.expand(image, 10, "white"), 4),
+    "light on dark": ImageOps.invert,
+    "edge map with a white margin": lambda image: ImageOps.expand(ImageOps.invert(image), 20,
+                                                                  "white"),
+    "edge map with a grey frame": lambda image: framed(ImageOps.invert(image), 6, colour=200),
+    "dim photo": lambda image: toned(image, vignette(image.width), 35),
+    "grey paper": lambda image: toned(image, 115, 25),
+    "chalk on a board": lambda image: toned(ImageOps.invert(image), 220, 60),
+    "kraft paper": kraft,
+    "jpeg": as_jpeg,
+    "jpeg, light on dark": lambda image: as_jpeg(ImageOps.invert(image)),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_drawing_is_read_as_dark_on_white_whatever_it_looks_like(look):
+    drawing = ring(300, 300)
+    changed = LOOKS[look](drawing)
+    expected = np.asarray(drawing.convert("L"), float)
+    border = (changed.height - 300) // 2, (changed.width - 300) // 2
+    read = np.asarray(level_drawing(changed).convert("L"), float)
+    read = read[border[0]:border[0] + 300, border[1]:border[1] + 300]
+    inside = np.s_[25:-25, 25:-25]                      # a frame is part of what is drawn
+    assert np.abs(read - expected)[inside].mean() < 25
+    assert np.median(read[inside]) > 235
+
+
+def test_all_embedded_drawings_are_dark_on_light_and_stay_as_they_are():
+    assert len(EMBEDDED) == 978
+    assert not any(is_light_on_dark(image) for image in EMBEDDED)
+    for image in EMBEDDED[::20]:
+        assert np.array_equal(np.asarray(level_drawing(image)), np.asarray(image.convert("L")
+                                                                           .convert("RGB")))
+
+
+@pytest.mark.parametrize("look", ["plain", "light on dark", "grey paper", "thin black frame"])
+def test_training_and_sampling_read_one_file_alike(look, tmp_path):
+    LOOKS[look](ring(64, 64)).save(tmp_path / "a.png")
+    pair = Pair("a", lambda: open_drawing(tmp_path / "a.png"), lambda: ring(64, 64), ("",))
+    trained, _, _ = open_pair(pair, "sketch", 64)
+    sampled, _ = read_condition(tmp_path / "a.png", "sketch", 64, 64)
+    torch.testing.assert_close(trained / 255, sampled, atol=0.15, rtol=0)
 
 
 def test_images_survive_the_way_to_x_and_back():
@@ -131,39 +230,25 @@ def drawn_pairs(change, count=6):
             for i in range(count)]
 
 
-def test_a_set_of_light_drawings_gives_the_conditions_of_dark_ones(base):
-    _, vae, tokenizer, text_model, _ = base
-    dark = Bank(drawn_pairs(lambda image: image), "sketch", 64, vae, tokenizer, text_model)
-    light = Bank(drawn_pairs(ImageOps.invert), "sketch", 64, vae, tokenizer, text_model)
-    assert light.light_on_dark and not dark.light_on_dark
-    assert torch.equal(light.conds, dark.conds)
-    forced = Bank(drawn_pairs(lambda image: image), "sketch", 64, vae, tokenizer, text_model,
-                  light_on_dark=True)                       # the training set's polarity rules
-    assert torch.equal(forced.conds, 255 - dark.conds)
-
-
 def test_a_condition_of_another_size_than_its_picture_is_refused(base):
-    _, vae, tokenizer, text_model, _ = base
     pairs = drawn_pairs(lambda image: image.resize((70, 60)))
     with pytest.raises(UserError, match="0: 70 x 60 px, but its picture has 64 x 64"):
-        Bank(pairs, "sketch", 64, vae, tokenizer, text_model)
+        LatentCache(pairs, "sketch", 64, base)
 
 
 def test_a_batch_has_pairs_mirrored_or_not_their_own_prompts_and_a_tenth_empty(base):
-    _, vae, tokenizer, text_model, _ = base
-    bank = Bank(drawn_pairs(lambda image: image), "sketch", 64, vae, tokenizer, text_model,
-                mirror=True)
-    assert len(bank) == 12 and torch.equal(bank.conds[:6].flip(-1), bank.conds[6:])
-    cond, z, context = bank.batch(2000, torch.Generator().manual_seed(0))
-    which = (cond[:, None] == bank.cond(slice(0, 12))[None]).flatten(2).all(dim=2).int().argmax(1)
-    empty = (context == bank.context([""])).flatten(1).all(dim=1)
+    cache = LatentCache(drawn_pairs(lambda image: image), "sketch", 64, base, mirror=True)
+    assert len(cache) == 12 and torch.equal(cache.conds[:6].flip(-1), cache.conds[6:])
+    cond, z, context = cache.batch(2000, torch.Generator().manual_seed(0))
+    which = (cond[:, None] == cache.cond(slice(0, 12))[None]).flatten(2).all(dim=2).int().argmax(1)
+    empty = (context == cache.context([""])).flatten(1).all(dim=1)
     assert empty.float().mean().item() == pytest.approx(0.1, abs=0.03)
     for i in range(6):
-        own = bank.context(bank.pairs[i].prompts)
+        own = cache.context(cache.pairs[i].prompts)
         chosen = context[(which % 6 == i) & ~empty]
         hits = (chosen[:, None] == own[None]).flatten(2).all(dim=2)
         assert hits.any(dim=1).all() and hits.any(dim=0).all()      # both prompts, no other's
-    spread = (z - bank.mean[which].float()).std() / bank.std[which].float().square().mean().sqrt()
+    spread = (z - cache.mean[which].float()).std() / cache.std[which].float().square().mean().sqrt()
     assert spread.item() == pytest.approx(1, abs=0.05)
 
 

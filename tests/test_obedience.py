@@ -2,9 +2,9 @@
 import pytest
 import torch
 
-from measure import obedience
-from inputs.conditions import TASKS, coarse_colours, extract_lines, soft_lines, to_cond, to_image, to_x
 from data import load_pairs, open_pair
+from inputs.conditions import TASKS, coarse_colours, extract_lines, soft_lines, to_image, to_x
+from measure import obedience
 from tiny import world
 from tiny.classifier import Classifier
 from tiny.tasks import CLASSES
@@ -131,7 +131,7 @@ def test_soft_lines_have_more_ink_where_the_edge_is_steeper():
     weak, strong = ink[10, 6:10].max(), ink[10, 14:18].max()
     assert 0 < weak < strong == 1 and ink[10, :5].max() == 0
     assert torch.equal(soft_lines(x)[:, 0] > obedience.SURE_INK, extract_lines(x))
-    flat = to_cond(to_image(torch.zeros(3, 16, 16)), "sketch", extract=True)
+    flat = TASKS["sketch"].extract(to_image(torch.zeros(3, 16, 16)))
     assert flat.shape == (1, 16, 16) and not flat.any()
 
 

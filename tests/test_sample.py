@@ -1,20 +1,23 @@
 """Drawing from the command line: what a picture depends on, and what it remembers."""
 import hashlib
 import json
+import shlex
 import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
-from inputs import options
 import diffusion
 import sample
-import steer
-from bps import BPS, BPSConfig, config_for, save_bps
-from inputs.conditions import UserError, crop, open_image, to_x
+from bps import BPS, BPSConfig, Steering, config_for, load_bps, save_bps
+from inputs import options
+from inputs.conditions import crop, open_image, to_x
+from inputs.sample_options import DEFAULT_DRAWING
+from unet import load_unet
+from vae import load_vae
 from weights import UserError
 
 
@@ -25,7 +28,7 @@ def draw(tmp_path, monkeypatch, bps_file):
 
     def run(*arguments, bps=bps_file):
         out = tmp_path / str(next(counter))
-        given = [] if arguments[:1] == ("--bps",) else ["--bps", bps]
+        given = [] if "--bps" in arguments else ["--bps", bps]
         monkeypatch.setattr(sys, "argv", ["sample.py", "--steps", "2", "--device", "cpu", "--out",
                                           *map(str, (out, *given, *arguments))])
         sample.main()
@@ -54,14 +57,14 @@ def test_a_png_remembers_how_it_was_drawn(draw, bps_file):
     for key, source in (("base", options.BASE / "unet" / "diffusion_pytorch_model.safetensors"),
                         ("vae", options.BASE / "vae" / "diffusion_pytorch_model.safetensors"),
                         ("text", options.BASE / "text_encoder" / "model.safetensors"),
-                        ("bps 1", bps_file), ("cond 1", options.BASE.parent / "drawing.png")):
+                        ("bps 1", bps_file), ("cond 1", DEFAULT_DRAWING)):
         assert files.pop(key) == hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     assert not files
 
 
 def test_nothing_that_is_there_is_overwritten(draw, tmp_path):
     drawing = tmp_path / "condition.png"
-    shutil.copy(options.BASE.parent / "drawing.png", drawing)
+    shutil.copy(DEFAULT_DRAWING, drawing)
     before = drawing.read_bytes()
     for _ in range(2):
         draw("--n", 1, "--cond", drawing, "--out", tmp_path)
@@ -112,7 +115,7 @@ def test_a_bps_of_another_base_is_refused(config, context_dim, message, draw, tm
 
 
 def test_a_bps_trained_to_steer_another_prediction_is_refused(draw, tmp_path, bps_file):
-    bps = sample.load_bps(bps_file)
+    bps = load_bps(bps_file)
     file = tmp_path / "v.safetensors"
     save_bps(bps, file, bps.metadata | dict(prediction_type="v_prediction"))
     with pytest.raises(UserError, match="prediction type v_prediction, but .* has epsilon"):
@@ -138,14 +141,14 @@ def test_a_window_of_everything_is_no_window_and_one_of_half_the_steps_is(draw, 
     whole, first, second = (pixels(draw("--n", 1, "--window", *window) / "0000.png")
                             for window in ((0, 1), (0, 0.5), (0.5, 1)))
     assert not np.array_equal(first, whole) and not np.array_equal(first, second)
-    monkeypatch.setattr(steer.Steering, "steers", lambda *_: True)
+    monkeypatch.setattr(Steering, "is_active", lambda *_: True)
     assert np.array_equal(whole, pixels(draw("--n", 1) / "0000.png"))
 
 
 @pytest.fixture
 def other(tmp_path, bps_file):
     """A second BPS of random ports, and a drawing for it."""
-    bps = sample.load_bps(bps_file)
+    bps = load_bps(bps_file)
     generator = torch.Generator().manual_seed(1)
     for port in bps.zero_blocks[1:2]:
         port.weight += 0.005 * torch.randn(port.weight.shape, generator=generator)
@@ -153,69 +156,99 @@ def other(tmp_path, bps_file):
     image = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(image).rectangle((10, 20, 50, 40), outline="black", width=3)
     image.save(tmp_path / "box.png")
-    return ["--bps", tmp_path / "other.safetensors", "--cond", tmp_path / "box.png"]
+    return tmp_path / "other.safetensors", tmp_path / "box.png"
 
 
 def test_conditions_add_up_in_any_order_each_with_its_own_options(draw, bps_file, other):
-    first = ["--cond", options.BASE.parent / "drawing.png", "--strength", 0.5]
-    alone = pixels(draw("--n", 1, *first) / "0000.png")
-    one = draw("--n", 1, *first, *other, "--scale", 0.5)
+    alone = pixels(draw("--n", 1, "--cond", DEFAULT_DRAWING, "--strength", 0.5) / "0000.png")
+    one = draw("--n", 1, "--bps", bps_file, other[0], "--cond", DEFAULT_DRAWING, other[1],
+               "--strength", 0.5, 1, "--scale", 1, 0.5)
     assert sorted(file.name for file in one.iterdir()) == [
         "0000.png", "condition1.png", "condition2.png"]
-    two = draw(*other[2:], "--scale", 0.5, "--bps", bps_file, *first, "--n", 1, bps=other[1])
+    two = draw("--n", 1, "--bps", other[0], bps_file, "--cond", other[1], DEFAULT_DRAWING,
+               "--strength", 1, 0.5, "--scale", 0.5, 1)
     assert np.array_equal(pixels(one / "0000.png"), pixels(two / "0000.png"))
     assert not np.array_equal(pixels(one / "0000.png"), alone)
 
 
-def test_a_picture_is_drawn_again_from_itself_alone(draw, other, tmp_path, monkeypatch,
-                                                    bps_file):
+def test_one_value_counts_for_all_conditions(draw, bps_file, other):
+    both = ["--n", 1, "--bps", bps_file, other[0], "--cond", DEFAULT_DRAWING, other[1]]
+    one = draw(*both, "--strength", 0.5, "--window", 0, 0.5)
+    each = draw(*both, "--strength", 0.5, 0.5, "--window", 0, 0.5, 0, 0.5)
+    assert np.array_equal(pixels(one / "0000.png"), pixels(each / "0000.png"))
+
+
+@pytest.fixture
+def draw_again(tmp_path, monkeypatch):
+    """Runs sample.main() with --from and other options; returns the folder of its pictures."""
+    counter = iter(range(100))
+
+    def run(picture, *arguments):
+        out = tmp_path / f"again{next(counter)}"
+        monkeypatch.setattr(sys, "argv", ["sample.py", "--device", "cpu", "--from", str(picture),
+                                          *map(str, arguments), "--out", str(out)])
+        sample.main()
+        return out
+
+    return run
+
+
+def test_a_picture_is_drawn_again_from_itself_alone(draw, draw_again, other, bps_file):
     out = draw("--n", 2, "--seed", 3, "--prompt", "-a 'grüne' pear", "--negative-prompt", "a cup",
-               "--cond", options.BASE.parent / "drawing.png", "--strength", 0.5, "--window", 0, 0.5,
-               *other, "--scale", 2, "--sampler", "euler",
-               "--init", options.BASE.parent / "drawing.png", "--denoise", 0.4, "--steps", 5,
+               "--bps", bps_file, other[0], "--cond", DEFAULT_DRAWING, other[1],
+               "--strength", 0.5, 1, "--window", 0, 0.5, 0, 1, "--scale", 1, 2,
+               "--sampler", "euler", "--init", DEFAULT_DRAWING, "--denoise", 0.4, "--steps", 5,
                "--size", "48x80")
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--from", str(out / "0004.png"), "--out",
-                                      str(tmp_path / "again")])
-    sample.main()
-    assert [file.name for file in tmp_path.glob("again/0*.png")] == ["0004.png"]
-    assert np.array_equal(pixels(out / "0004.png"), pixels(tmp_path / "again" / "0004.png"))
-    # other options overrule its own
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--from", str(out / "0004.png"), "--seed", "3",
-                                      "--out", str(tmp_path / "other")])
-    sample.main()
-    assert np.array_equal(pixels(out / "0003.png"), pixels(tmp_path / "other" / "0003.png"))
-    # so do those of conditions, where it is clear which is meant
-    monkeypatch.chdir(tmp_path)
-    single = draw("--n", 1, "--strength", 0.5) / "0000.png"
-    again = ["--device", "cpu", "--from", str(single)]
-    for name, more in (("a", ["--strength", "1"]), ("b", ["--cond", str(other[3])])):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *again, *more, "--out", name])
-        sample.main()
-        assert not np.array_equal(pixels(f"{name}/0000.png"), pixels(single))
-    assert np.array_equal(pixels("a/0000.png"), pixels(draw("--n", 1) / "0000.png"))
-    # a file that was moved: the condition's other options stay
-    moved = tmp_path / "moved.safetensors"
-    shutil.copy(other[1], moved)
-    two = ["--device", "cpu", "--from", str(out / "0004.png")]
-    for name, more in (("c", ["--bps", str(bps_file), "--bps", str(moved)]),
-                       ("d", ["--bps", str(bps_file), "--bps", str(moved), "--scale", "1"])):
-        monkeypatch.setattr(sys, "argv", ["sample.py", *two, *more, "--out", name])
-        sample.main()
-    assert np.array_equal(pixels("c/0004.png"), pixels(out / "0004.png"))
-    assert not np.array_equal(pixels("d/0004.png"), pixels(out / "0004.png"))
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--from", str(out / "0004.png"),
-                                      "--out", str(tmp_path / "changed")])
+    again = draw_again(out / "0004.png")
+    assert [file.name for file in again.glob("0*.png")] == ["0004.png"]
+    assert np.array_equal(pixels(out / "0004.png"), pixels(again / "0004.png"))
+    other_seed = draw_again(out / "0004.png", "--seed", 3)
+    assert np.array_equal(pixels(out / "0003.png"), pixels(other_seed / "0003.png"))
+    # a file that was moved: the conditions' other options stay
+    moved = other[0].with_name("moved.safetensors")
+    shutil.copy(other[0], moved)
+    same = draw_again(out / "0004.png", "--bps", bps_file, moved)
+    changed = draw_again(out / "0004.png", "--bps", bps_file, moved, "--scale", 1)
+    assert np.array_equal(pixels(same / "0004.png"), pixels(out / "0004.png"))
+    assert not np.array_equal(pixels(changed / "0004.png"), pixels(out / "0004.png"))
     # a file that has changed since is named
-    ImageOps.invert(Image.open(other[3])).save(other[3])
+    ImageOps.invert(Image.open(other[1])).save(other[1])
     with pytest.raises(UserError, match="box.png: not the file that .*0004.png was drawn with"):
-        sample.main()
+        draw_again(out / "0004.png")
+
+
+def test_options_of_the_command_line_overrule_those_of_the_picture(draw, draw_again, other):
+    single = draw("--n", 1, "--strength", 0.5) / "0000.png"
+    stronger = draw_again(single, "--strength", 1)
+    assert np.array_equal(pixels(stronger / "0000.png"), pixels(draw("--n", 1) / "0000.png"))
+    assert not np.array_equal(pixels(draw_again(single, "--cond", other[1]) / "0000.png"),
+                              pixels(single))
+    alone = draw_again(single, "--bps", "none")
+    assert not list(alone.glob("condition*"))
+
+
+def test_the_command_in_a_picture_draws_it_again(draw, tmp_path, monkeypatch):
+    file = draw("--n", 1, "--prompt", "-a pear", "--strength", 0.5, "--window", 0, 0.5) / "0000.png"
+    words = shlex.split(Image.open(file).text["command"])
+    monkeypatch.setattr(sys, "argv", [*words[1:], "--device", "cpu", "--out", str(tmp_path / "c")])
+    sample.main()
+    assert np.array_equal(pixels(file), pixels(tmp_path / "c" / "0000.png"))
+
+
+def test_a_picture_of_an_earlier_version_is_refused_in_one_line(draw, draw_again, tmp_path):
+    image = Image.open(draw("--n", 1) / "0000.png")
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("command", "python sample.py --scale 1.0")
+    image.save(tmp_path / "old.png", pnginfo=info)
+    with pytest.raises(UserError, match="old.png: drawn by an earlier version"):
+        draw_again(tmp_path / "old.png")
 
 
 def test_a_folder_of_conditions_is_drawn_each_with_its_own_prompt(draw, tmp_path, bps_file):
     folder = tmp_path / "drawings"
     folder.mkdir()
-    shutil.copy(options.BASE.parent / "drawing.png", folder / "apple.png")
-    shutil.copy(options.BASE.parent / "drawing.png", folder / "pear.png")
+    shutil.copy(DEFAULT_DRAWING, folder / "apple.png")
+    shutil.copy(DEFAULT_DRAWING, folder / "pear.png")
     (folder / "pear.txt").write_text("a pear\n")
     (folder / "._pear.png").write_bytes(b"left by a Mac")
     out = draw("--n", 2, "--cond", folder, "--prompt", "a red apple")
@@ -232,27 +265,28 @@ def test_a_folder_of_conditions_is_drawn_each_with_its_own_prompt(draw, tmp_path
     shutil.copytree(folder, other_folder)
     (other_folder / "pear.png").rename(other_folder / "plum.png")
     with pytest.raises(UserError, match="only one of them has pear"):
-        draw("--cond", folder, "--bps", bps_file, "--cond", other_folder)
+        draw("--bps", bps_file, bps_file, "--cond", folder, other_folder)
 
 
-def test_one_condition_beside_a_folder_of_others_is_computed_once(draw, other, tmp_path,
-                                                                 monkeypatch):
+def test_bps_runs_once_per_step_for_each_condition_whatever_the_number_of_pictures(
+        draw, other, tmp_path, bps_file, monkeypatch):
     folder, calls, forward = tmp_path / "drawings", [], BPS.forward
     folder.mkdir()
     for name in ("a.png", "b.png"):
-        shutil.copy(options.BASE.parent / "drawing.png", folder / name)
+        shutil.copy(DEFAULT_DRAWING, folder / name)
 
     def counted(self, cond, t_emb):
         calls.append(len(cond))
         return forward(self, cond, t_emb)
 
     monkeypatch.setattr(BPS, "forward", counted)
-    draw("--n", 2, "--cond", folder, *other)
-    assert calls == [1] * 2 * (2 + 1)           # two steps: of either drawing, and of the other one
+    draw("--n", 3, "--bps", bps_file, other[0], "--cond", folder, other[1])
+    jobs, steps, conditions = 2, 2, 2
+    assert calls == [1] * jobs * steps * conditions
 
 
 def test_a_label_map_with_a_class_that_was_not_trained_on_is_refused(draw, tmp_path):
-    config = config_for(sample.load_unet(options.BASE).config, 3, 4, port_weights="flat")
+    config = config_for(load_unet(options.BASE).config, 3, 4, port_weights="flat")
     save_bps(BPS(config), tmp_path / "boxes.safetensors", dict(
         task="layout", size=64, context_dim=128, classes={"#000000": "ground", "#ff0000": ""}))
     image = Image.new("RGB", (100, 60))
@@ -281,11 +315,11 @@ def test_a_start_is_the_pictures_latent_with_the_noise_of_its_step(draw, tmp_pat
 
     monkeypatch.setattr(diffusion, "sample", noted)
     for share in (0.3, 1):
-        draw("--n", 1, "--steps", 10, "--init", options.BASE.parent / "drawing.png", "--denoise", share)
+        draw("--n", 1, "--steps", 10, "--init", DEFAULT_DRAWING, "--denoise", share)
     (z_t, start), (all_noise, first) = seen
-    noise = steer.draw_noise([0], (4, 16, 16))
-    x = to_x(crop(open_image(options.BASE.parent / "drawing.png"), 64, 64))[None]
-    z_init = sample.load_vae(options.BASE).encode(x).mean
+    noise = diffusion.draw_noise([0], (4, 16, 16))
+    x = to_x(crop(open_image(DEFAULT_DRAWING), 64, 64))[None]
+    z_init = load_vae(options.BASE).encode(x).mean
     assert start == 7 and first == 0 and torch.equal(all_noise, noise)
     expected = diffusion.NoiseSchedule().add_noise(z_init, noise, torch.tensor([201]))
     torch.testing.assert_close(z_t, expected, atol=1e-4, rtol=1e-4)
@@ -304,7 +338,7 @@ def test_little_denoising_keeps_the_picture_and_all_of_it_forgets_it(draw, tmp_p
 
 
 def test_what_comes_with_the_project_is_found_again_where_the_project_has_moved(draw):
-    text = Image.open(draw("--bps", sample.DEFAULT_DRAWING.parent / "bps_sketch.safetensors",
+    text = Image.open(draw("--bps", DEFAULT_DRAWING.parent / "bps_sketch.safetensors",
                            "--n", 1) / "0000.png").text
     assert str(options.HERE) not in text["command"]
 
@@ -312,13 +346,17 @@ def test_what_comes_with_the_project_is_found_again_where_the_project_has_moved(
 @pytest.mark.parametrize("arguments, message", [
     (["--size", "100000"], "--size 100000x100000: at most 16,777,216 pixels"),
     (["--init", "nowhere.png"], "nowhere.png: no such file"),
-    (["--window", "0.6", "0.4"], "--window 0.6 0.4: a start and a later end"),
+    (["--window", "0.6", "0.4"], "--window 0.6 0.4: give a start and a later end"),
+    (["--window", "0.6"], "--window 0.6: give a START and an END for each --bps"),
     (["--window", "0.7", "0.8"], "--window 0.7 0.8: holds none of the 2 steps"),
-    (["--cond", "a.png", "--cond", "b.png"], "--cond: twice for one condition"),
+    (["--cond", "a.png", "b.png"], "--cond: 2 values for 1 --bps; give one for all, or one"),
+    (["--bps", "x", "y", "--cond", "a", "--scale", "1", "2", "3"], "--scale: 3 values for 2 --bps"),
     (["--strength", "nan"], "--strength nan: allowed are -1000 to 1000"),
     (["--guidance", "1e30"], "--guidance 1e+30: allowed are -1000 to 1000"),
-    (["--bps", "x", "--bps", "y"], "--bps x: without --cond; of several, each needs its own"),
-    (["--bps", "none", "--bps", "x"], "--bps x: beside --bps none"),
+    (["--bps", "x", "y"], "--bps x: without --cond; of several, each needs its own"),
+    (["--bps", "none", "x"], "--bps x: beside --bps none"),
+    (["--bps", "none", "--cond", "a.png"], "--cond a.png: needs --bps, not none"),
+    (["--bps", "none", "--strength", "0.5"], "--strength 0.5: needs --bps, not none"),
     (["--denoise", "0.5"], "--denoise 0.5: needs --init"),
     (["--init", "tiny/drawing.png", "--denoise", "0"], "--denoise 0.0: allowed is above 0"),
     (["--from", "tiny/drawing.png"], "tiny/drawing.png: does not say how it was drawn"),
@@ -336,7 +374,7 @@ def test_a_wrong_option_is_named_with_what_is_allowed(arguments, message, draw, 
 
 
 def test_a_bps_of_the_wrong_channels_or_without_its_task_is_refused(draw, tmp_path, bps_file):
-    bps = sample.load_bps(bps_file)
+    bps = load_bps(bps_file)
     save_bps(bps, tmp_path / "a.safetensors", bps.metadata | dict(task="layout"))
     with pytest.raises(UserError, match="takes conditions of 1 channels, but .* layout, have 3"):
         draw("--bps", tmp_path / "a.safetensors")
@@ -354,14 +392,14 @@ def test_a_narrower_dtype_draws_nearly_the_same_picture(dtype, draw):
 
 
 def test_the_autoencoder_stays_float32():
-    unet, vae, _, text_model, _ = sample.load_base(options.BASE, dtype=torch.float16)
-    assert {p.dtype for p in vae.parameters()} == {torch.float32}
-    for module in (unet, text_model):
+    base = sample.load_base(options.BASE, dtype=torch.float16)
+    assert {p.dtype for p in base.vae.parameters()} == {torch.float32}
+    for module in (base.unet, base.text_model):
         assert {p.dtype for p in module.parameters()} == {torch.float16}
 
 
 def test_numbers_that_ran_over_are_an_error_not_a_black_picture(draw, monkeypatch):
-    monkeypatch.setattr(sample.diffusion, "guide", lambda *_: torch.tensor(float("nan")))
+    monkeypatch.setattr("bps.guide", lambda *_: torch.tensor(float("nan")))
     with pytest.raises(UserError, match="--dtype fp16: too narrow.*give --dtype bf16"):
         draw("--dtype", "fp16")
     with pytest.raises(UserError, match="--dtype fp32: .* --strength or --scale nearer to 1"):
@@ -380,7 +418,7 @@ def counting(load_base, batches):
     """Returns a load_base whose U-Net notes the batch of each of its calls."""
     def load(*arguments):
         base = load_base(*arguments)
-        base[0].register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+        base.unet.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
         return base
 
     return load

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from inputs import options
 import diffusion
-import measure
 import sample
 import train
 import weights
 from bps import BPS, config_for, load_bps
-from inputs.conditions import UserError
-from data import Bank, load_pairs
+from data import LatentCache, load_pairs
+from inputs import options
+from measure import report
+from weights import UserError
 
 SHORT = ["--steps", "4", "--batch", "2", "--save-every", "2", "--device", "cpu"]
 
@@ -34,7 +34,7 @@ def small_report(monkeypatch):
     """The report's measures over fewer pictures, steps and timesteps."""
     for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2, SHEET_ROWS=2,
                             SAMPLE_STEPS=2).items():
-        monkeypatch.setattr(measure, name, value)
+        monkeypatch.setattr(report, name, value)
 
 
 @pytest.fixture(autouse=True)
@@ -86,19 +86,19 @@ def test_every_task_trains_measures_and_draws_from_its_own_condition(task, measu
 
 
 def test_the_share_of_empty_prompts_is_the_one_asked_for(tmp_path, monkeypatch):
-    shares, batch = [], Bank.batch
+    shares, batch = [], LatentCache.batch
 
     def noted(self, size, generator, empty_share):
         shares.append(empty_share)
         return batch(self, size, generator, empty_share)
 
-    monkeypatch.setattr(Bank, "batch", noted)
-    run(train, monkeypatch, *SHORT, "--prompt-drop", "0.25", "--paths", "contracting",
-        "--weights", "flat", "--foot", "light", "--out", tmp_path / "run")
+    monkeypatch.setattr(LatentCache, "batch", noted)
+    run(train, monkeypatch, *SHORT, "--prompt-drop", "0.25", "--weights", "1,1,1,2,0", "--foot",
+        "light", "--out", tmp_path / "run")
     assert set(shares) == {0.25}
     config = load_bps(tmp_path / "run" / "bps.safetensors").config
-    assert config.paths == ("contracting",) and config.foot == "light"
-    assert config.input_weights == (1, 1, 1) and config.middle_weight == 1
+    assert config.output_weight == 0 and config.foot == "light"
+    assert config.input_weights == (1, 1, 1) and config.middle_weight == 2
 
 
 def test_the_loss_is_against_what_the_model_predicts(tmp_path, monkeypatch):
@@ -121,17 +121,16 @@ def test_the_loss_is_against_what_the_model_predicts(tmp_path, monkeypatch):
 
 def test_training_changes_bps_and_nothing_of_the_base():
     base = sample.load_base(options.BASE)
-    unet, vae, tokenizer, text_model, schedule = base
-    before = [{key: t.clone() for key, t in part.state_dict().items()}
-              for part in (unet, vae, text_model)]
-    bank = Bank(load_pairs("sketch", "train")[:4], "sketch", 64, vae, tokenizer, text_model)
-    bps = BPS(config_for(unet.config, 1, vae.factor))
+    parts = base.unet, base.vae, base.text_model
+    before = [{key: t.clone() for key, t in part.state_dict().items()} for part in parts]
+    cache = LatentCache(load_pairs("sketch", "train")[:4], "sketch", 64, base)
+    bps = BPS(config_for(base.unet.config, 1, base.vae.factor))
     start = {key: t.clone() for key, t in bps.state_dict().items()}
     optimizer = torch.optim.AdamW(bps.parameters(), lr=1e-3)
     args = SimpleNamespace(steps=3, lr=1e-3, batch=2, seed=0, save_every=9, device="cpu",
                            prompt_drop=0.1)
-    train.train(bps, optimizer, unet, schedule, bank, args, 0, lambda step, loss: None)
-    for part, saved in zip((unet, vae, text_model), before):
+    train.train(bps, optimizer, base, cache, args, 0, lambda step, loss: None)
+    for part, saved in zip(parts, before):
         assert all(torch.equal(saved[key], t) for key, t in part.state_dict().items())
         assert all(parameter.grad is None for parameter in part.parameters())
     unchanged = [key for key, t in bps.state_dict().items() if torch.equal(start[key], t)]
@@ -160,7 +159,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_interrupted_in_its_report_keeps_its_bps_and_goes_on(tmp_path, monkeypatch):
-    out, report = tmp_path / "run", train.report
+    out, finish = tmp_path / "run", train.report
 
     def interrupted(*arguments):
         raise KeyboardInterrupt
@@ -169,7 +168,7 @@ def test_a_run_that_is_interrupted_in_its_report_keeps_its_bps_and_goes_on(tmp_p
     with pytest.raises(KeyboardInterrupt):
         run(train, monkeypatch, *SHORT, "--out", out)
     trained = load_file(out / "bps.safetensors")
-    monkeypatch.setattr(train, "report", report)
+    monkeypatch.setattr(train, "report", finish)
     run(train, monkeypatch, *SHORT, "--out", out)
     assert not (tmp_path / "run-2").exists() and (out / "samples.png").exists()
     again = load_file(out / "bps.safetensors")
@@ -178,24 +177,25 @@ def test_a_run_that_is_interrupted_in_its_report_keeps_its_bps_and_goes_on(tmp_p
 
 
 def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path, monkeypatch):
-    out, report = tmp_path / "run", train.report
+    out, finish = tmp_path / "run", train.report
     monkeypatch.setattr(train, "report", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(train, monkeypatch, *SHORT, "--out", out)
     file = out / "checkpoint.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
-    monkeypatch.setattr(train, "report", report)
-    with pytest.raises(weights.UserError, match="checkpoint.safetensors: damaged .* delete it"):
+    monkeypatch.setattr(train, "report", finish)
+    with pytest.raises(UserError, match="checkpoint.safetensors: damaged .* delete it"):
         run(train, monkeypatch, *SHORT, "--out", out)
 
 
 def test_other_pairs_are_another_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
     args = train.parse_args()
-    facts = train.run_facts(args, train.load_splits(args))
-    assert facts == train.run_facts(args, train.load_splits(args))
-    monkeypatch.setattr(train, "load_pairs", lambda *a, **k: load_pairs(*a, **k)[:5])
-    assert train.run_facts(args, train.load_splits(args))["pairs_sha256"] != facts["pairs_sha256"]
+    six, five = ({split: load_pairs("sketch", split)[:count] for split in train.SPLITS}
+                 for count in (6, 5))
+    facts = train.run_facts(args, six)
+    assert facts == train.run_facts(args, six)
+    assert train.run_facts(args, five)["pairs_sha256"] != facts["pairs_sha256"]
 
 
 def test_the_learning_rate_falls_linearly_to_zero(tmp_path, monkeypatch):
@@ -237,14 +237,14 @@ def test_a_users_folder_of_pairs_can_be_trained_on(tmp_path, monkeypatch):
 
 
 def test_validation_tells_a_steered_model_from_the_base():
-    unet, vae, tokenizer, text_model, schedule = sample.load_base(options.BASE)
-    bank = Bank(load_pairs("sketch", "val")[:4], "sketch", 64, vae, tokenizer, text_model)
-    bps = BPS(config_for(unet.config, 1, vae.factor))
-    numbers = report.validate(unet, schedule, bank, bps)
+    base = sample.load_base(options.BASE)
+    cache = LatentCache(load_pairs("sketch", "val")[:4], "sketch", 64, base)
+    bps = BPS(config_for(base.unet.config, 1, base.vae.factor))
+    numbers = report.validate(base, cache, bps)
     assert numbers["gain"][0] == 0 and numbers["gap"][0] == 0       # zero ports: the base itself
     for port in bps.zero_blocks[1:2]:
         torch.nn.init.normal_(port.weight, std=0.1)
-    numbers = report.validate(unet, schedule, bank, bps)
+    numbers = report.validate(base, cache, bps)
     assert numbers["gain"][0] < 0 and numbers["gap"][0] != 0        # noise in the ports: worse
 
 
@@ -271,7 +271,7 @@ def test_bad_input_is_named_and_nothing_is_written(module, arguments, message, t
     if module is sample and "--bps" not in arguments:
         arguments = ["--bps", bps_file, *arguments]
     monkeypatch.chdir(options.HERE)
-    with pytest.raises((UserError, weights.UserError), match=message):
+    with pytest.raises(UserError, match=message):
         run(module, monkeypatch, *arguments, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
