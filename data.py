@@ -8,7 +8,6 @@ width.
     cond, z, context = cache.batch(16, generator)
 """
 import hashlib
-import os
 from typing import Callable, NamedTuple
 
 import torch
@@ -47,17 +46,6 @@ def split_names(names):
             for i, name in enumerate(order)}
 
 
-def split_pairs(folder, pairs):
-    """Returns train, val or test for each of a user's PairFiles.
-
-    Names are taken within the folder, so that it may be moved.
-    """
-    names = group_pairs([pair._replace(cond=os.path.relpath(pair.cond, folder).replace("\\", "/"),
-                                       image=os.path.relpath(pair.image, folder)) for pair in pairs])
-    sides = split_names(names)
-    return [sides[name] for name in names]
-
-
 def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
     """Returns the pairs of a split: of the embedded data, or of a user's folder.
 
@@ -70,13 +58,15 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
     if problems:
         others = f" (and {len(problems) - 1} more: see --check-data)" if problems[1:] else ""
         raise UserError(problems[0] + others)
-    if len(files) < MIN_PAIRS:
-        raise UserError(f"{folder}: {len(files)} pairs; at least {MIN_PAIRS} are needed to "
+    groups = group_pairs(folder, files)
+    sides = split_names(groups)
+    if len(sides) < MIN_PAIRS:
+        raise UserError(f"{folder}: {len(sides)} pairs; at least {MIN_PAIRS} are needed to "
                         f"train, to validate and to test")
     open_cond = open_image if extract else TASKS[task].open
     return [Pair(str(pair.cond), lambda file=pair.cond: open_cond(file),
                  lambda file=pair.image: open_image(file), pair.prompts or (default_prompt,))
-            for pair, side in zip(files, split_pairs(folder, files)) if side == split]
+            for pair, group in zip(files, groups) if sides[group] == split]
 
 
 # ---- the cache -----------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def _listed_pairs(folder, listing, keys, extract):
 
 def _fault(folder, name):
     """Returns what is wrong with a file name of a listing, or None."""
-    if name.startswith(("..", "/")) or name[1:2] == ":":
+    if name.startswith(("../", "/")) or name[1:2] == ":":
         return f"{name} leaves the folder; only files in it are read"
     if not (folder / name).is_file():
         return f"{folder / name} does not exist"
@@ -150,21 +150,23 @@ def _read_row(row, keys, extract):
     return [os.path.normpath(name.replace("\\", "/")) for name in names], prompts
 
 
-def group_pairs(pairs):
+def group_pairs(folder, pairs):
     """Returns a name for each pair; pairs that share a condition or an image have the same one.
 
-    They must not be on two sides of a split.
+    They must not be on two sides of a split. The names leave out the folder, which may be moved.
     """
     leaders = {}
 
-    def leader(name):
+    def leader(file):
+        name = file.relative_to(folder).as_posix()
         while leaders.setdefault(name, name) != name:
             name = leaders[name]
         return name
 
+    # an image is led by a condition; two are one group if they are linked by any pair
     for pair in pairs:
-        leaders[leader(f"image {pair.image}")] = leader(str(pair.cond))
-    return [leader(str(pair.cond)) for pair in pairs]
+        leaders[leader(pair.image)] = leader(pair.cond)
+    return [leader(pair.cond) for pair in pairs]
 
 
 def same_shape(a, b):

@@ -10,7 +10,7 @@ from PIL import ImageOps
 from tqdm import tqdm
 
 from clip import load_clip
-from data import load_pairs, open_pair, split_pairs
+from data import load_pairs, open_pair, split_names
 from inputs.conditions import (
     TASKS,
     class_colours,
@@ -20,7 +20,7 @@ from inputs.conditions import (
     open_drawing,
     open_image,
 )
-from inputs.pairs import find_pairs, same_shape, shape_fault
+from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
 from measure.report import SHEET_ROWS, contact_sheet
 from weights import UserError
 
@@ -110,9 +110,11 @@ def check_data(args):
         cond = image if args.extract else survey.look("condition", pair.cond)
         if image and cond and not same_shape(cond, image):
             survey.problems.append(shape_fault(pair.cond, cond, image))
-    sides = split_pairs(args.data, pairs)
+    groups = group_pairs(args.data, pairs)
+    side_of = split_names(groups)
+    counts = Counter(side_of[group] for group in groups)
     print(f"pairs: {len(pairs)}, of which " + ", ".join(
-        f"{sides.count(side)} {side}" for side in ("train", "val", "test")))
+        f"{counts[side]} {side}" for side in ("train", "val", "test")))
     survey.show(args.data)
     check_captions(pairs, load_clip(args.base, args.tokenizer)[0], args.default_prompt)
     problems += survey.problems

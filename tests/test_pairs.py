@@ -1,18 +1,18 @@
-"""A user's own pairs: three layouts in a folder or a .zip, and all that can be wrong there."""
+"""A user's own pairs: three layouts of a folder, and all that can be wrong there."""
 import json
 import shutil
 import sys
-import zipfile
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 import train
-from inputs.conditions import UserError, open_label_map, read_condition
 from data import load_pairs, open_pair
-from inputs.pairs import OwnPair, Source, find_pairs, groups
+from inputs.conditions import open_boxes, open_label_map, read_condition
+from inputs.pairs import PairFiles, find_pairs, group_pairs
+from weights import UserError
 
 
 def ring(width, height, color="black"):
@@ -36,26 +36,19 @@ def folder(tmp_path):
 
 def found(path, extract=False):
     """Returns the pairs of a path that has no problems."""
-    pairs, problems = find_pairs(Source(path), extract)
+    pairs, problems = find_pairs(path, extract)
     assert problems == []
     return pairs
 
 
 def problem(path, extract=False):
     """Returns the only problem of a path."""
-    line, = find_pairs(Source(path), extract)[1]
+    line, = find_pairs(path, extract)[1]
     return line
 
 
 def listing(folder, rows, name="prompt.json"):
     (folder / name).write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
-
-
-def packed(folder, file, top=""):
-    with zipfile.ZipFile(file, "w") as archive:
-        for path in sorted(folder.rglob("*")):
-            archive.write(path, top + path.relative_to(folder).as_posix())
-    return file
 
 
 LAYOUTS = {"prompt.json": ("source", "target", "prompt"),
@@ -64,11 +57,12 @@ LAYOUTS = {"prompt.json": ("source", "target", "prompt"),
 
 def test_three_layouts_give_the_same_pairs(folder):
     (folder / "images" / "00.txt").write_text("a ring\n\nsomething round\n")
-    expected = [OwnPair(f"conditions/{i:02d}.png", f"images/{i:02d}.png",
-                        ("a ring", "something round") if i == 0 else ()) for i in range(12)]
+    names = [(f"conditions/{i:02d}.png", f"images/{i:02d}.png",
+              ("a ring", "something round") if i == 0 else ()) for i in range(12)]
+    expected = [PairFiles(folder / cond, folder / image, prompts) for cond, image, prompts in names]
     assert found(folder) == expected
     for name, keys in LAYOUTS.items():
-        rows = [dict(zip(keys, (pair.cond, pair.image, list(pair.prompts)))) for pair in expected]
+        rows = [dict(zip(keys, (cond, image, list(prompts)))) for cond, image, prompts in names]
         listing(folder, rows, name)
         assert found(folder) == expected
         # several lines for one pair are several captions, too
@@ -76,22 +70,22 @@ def test_three_layouts_give_the_same_pairs(folder):
         listing(folder, first + rows[1:], name)
         assert found(folder) == expected
         (folder / name).unlink()
-    rows = [dict(file_name=pair.image, conditioning_image_file_name=pair.cond) for pair in expected]
+    rows = [dict(file_name=image, conditioning_image_file_name=cond) for cond, image, _ in names]
     listing(folder, rows, "metadata.jsonl")
     assert [pair[:2] for pair in found(folder)] == [pair[:2] for pair in expected]
 
 
-@pytest.mark.parametrize("top", ["", "my pairs/"])
-def test_a_zip_gives_the_pairs_of_its_folder(folder, tmp_path, top):
-    (folder / "images" / "03.txt").write_text("grün", encoding="utf-8")
-    file = packed(folder, tmp_path / "pairs.zip", top)
-    assert found(file) == found(folder)
-    for ours, theirs in zip(load_pairs("sketch", "train", file),
-                            load_pairs("sketch", "train", folder)):
-        assert ours.prompts == theirs.prompts
-        for kind in ("open_cond", "open_image"):
-            a, b = getattr(ours, kind)(), getattr(theirs, kind)()
-            assert np.array_equal(np.asarray(a), np.asarray(b))
+def test_a_zip_is_refused_with_what_to_do(tmp_path):
+    (tmp_path / "pairs.zip").write_bytes(b"PK")
+    with pytest.raises(UserError, match="pairs.zip: a .zip is not read; unpack it and give the"):
+        find_pairs(tmp_path / "pairs.zip")
+
+
+def test_a_check_counts_the_drawings_that_it_turns(check, folder, capsys):
+    for name in ("03.png", "07.png"):
+        ImageOps.invert(Image.open(folder / "conditions" / name)).save(folder / "conditions" / name)
+    check()
+    assert "drawings that are light on dark, and are turned: 2" in capsys.readouterr().out
 
 
 def test_where_there_is_no_caption_the_default_prompt_stands(folder):
@@ -104,14 +98,14 @@ def test_where_there_is_no_caption_the_default_prompt_stands(folder):
 
 def test_only_images_are_enough_where_conditions_are_extracted(folder, tmp_path):
     shutil.rmtree(folder / "conditions")
-    assert "conditions" in find_pairs(Source(folder))[1][0]
+    assert "conditions" in find_pairs(folder)[1][0]
     assert [pair.cond for pair in found(folder, True)] == [pair.image for pair in
                                                            found(folder, True)]
     flat = tmp_path / "flat"
     shutil.copytree(folder / "images", flat)
     assert len(found(flat, True)) == 12
     listing(flat, [dict(file_name="00.png", text="a ring")], "metadata.jsonl")
-    assert found(flat, True) == [OwnPair("00.png", "00.png", ("a ring",))]
+    assert found(flat, True) == [PairFiles(flat / "00.png", flat / "00.png", ("a ring",))]
     pair = load_pairs("sketch", "train", folder, True)[0]
     cond, x, _ = open_pair(pair, "sketch", 64, extract=True)
     assert cond.max() == 255 and (cond[0, :5] == 0).all()           # ink where the ring is only
@@ -126,8 +120,6 @@ def test_a_path_that_leaves_the_folder_is_refused_by_file_and_line(folder, name)
                      dict(source="conditions/01.png", target=name, prompt="")])
     line = problem(folder)
     assert "prompt.json, line 2: " in line and "leaves the folder" in line
-    packed(folder, folder.parent / "pairs.zip")
-    assert "leaves the folder" in problem(folder.parent / "pairs.zip")
     with pytest.raises(UserError, match="leaves the folder"):
         load_pairs("sketch", "train", folder)
 
@@ -143,15 +135,15 @@ def test_a_wrong_line_of_a_listing_is_named_once(folder, line, words):
     row = json.dumps(dict(source="conditions/00.png", target="images/00.png", prompt="a ring"))
     (folder / "prompt.json").write_text(f"{row}\n{line}\n")
     assert words in problem(folder)
-    assert len(find_pairs(Source(folder))[0]) == 1              # the good line's pair alone
+    assert len(find_pairs(folder)[0]) == 1              # the good line's pair alone
     (folder / "prompt.json").write_text(f"[{row},\n{row}]")
     assert "prompt.json: a JSON array" in problem(folder)
 
 
 def test_pairs_that_share_an_image_or_a_condition_are_on_one_side(folder):
-    pairs = [OwnPair("a", "x", ()), OwnPair("b", "y", ()), OwnPair("c", "y", ()),
-             OwnPair("c", "x", ()), OwnPair("d", "z", ())]
-    names = groups(pairs)
+    pairs = [PairFiles(folder / cond, folder / image, ()) for cond, image in
+             ("ax", "by", "cy", "cx", "dz")]
+    names = group_pairs(folder, pairs)
     assert names[0] == names[1] == names[2] == names[3] != names[4]
     rows = [dict(source=f"conditions/{i:02d}.png", target=f"images/{i % 6:02d}.png", prompt="")
             for i in range(12)]
@@ -177,16 +169,15 @@ def test_halves_of_pairs_doubled_names_and_too_few_are_refused(folder, tmp_path)
     (tmp_path / "empty").mkdir()
     assert "no pairs; allowed are" in problem(tmp_path / "empty")
     with pytest.raises(UserError, match="nowhere: no such folder"):
-        Source(tmp_path / "nowhere")
+        find_pairs(tmp_path / "nowhere")
 
 
-def test_what_systems_leave_behind_is_no_pair(folder, tmp_path):
+def test_what_systems_leave_behind_is_no_pair(folder):
     (folder / "conditions" / ".DS_Store").write_text("")
     (folder / "images" / "Thumbs.db").write_text("")
     (folder / "__MACOSX").mkdir()
     (folder / "__MACOSX" / "00.png").write_text("")
     assert len(found(folder)) == 12
-    assert len(found(packed(folder, tmp_path / "pairs.zip", "top/"))) == 12
 
 
 def test_a_listing_may_begin_with_a_byte_order_mark_but_must_be_utf8(folder):
@@ -195,7 +186,7 @@ def test_a_listing_may_begin_with_a_byte_order_mark_but_must_be_utf8(folder):
     assert found(folder)[0].prompts == ("grün",)
     (folder / "prompt.json").write_bytes(b'{"source": "\xff"}')
     with pytest.raises(UserError, match="prompt.json: not UTF-8"):
-        find_pairs(Source(folder))
+        find_pairs(folder)
 
 
 def test_pairs_in_folders_of_their_own_are_told_apart(tmp_path):
@@ -211,7 +202,7 @@ def test_pairs_in_folders_of_their_own_are_told_apart(tmp_path):
     assert sides == [9, 1, 2]
 
 
-def test_a_huge_an_unreadable_and_a_damaged_file_are_refused_by_name(folder, monkeypatch, tmp_path):
+def test_a_huge_and_an_unreadable_file_are_refused_by_name(folder, monkeypatch):
     pair = load_pairs("sketch", "train", folder)[0]
     stem = pair.name[-6:]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 500)         # more than that warns, twice raises
@@ -223,17 +214,6 @@ def test_a_huge_an_unreadable_and_a_damaged_file_are_refused_by_name(folder, mon
     (folder / "images" / stem).write_bytes((folder / "images" / stem).read_bytes()[:60])
     with pytest.raises(UserError, match=f"{stem}: cannot be read as an image"):
         pair.open_image()
-    (tmp_path / "bad.zip").write_bytes(b"PK nonsense")
-    with pytest.raises(UserError, match="bad.zip: not a .zip"):
-        Source(tmp_path / "bad.zip")
-    file = packed(folder, tmp_path / "damaged.zip")         # stored, so an image's bytes are there
-    image = (folder / "images" / "00.png").read_bytes()
-    file.write_bytes(file.read_bytes().replace(image, image[:-20] + bytes(20)))
-    with pytest.raises(UserError, match="damaged.zip/images/00.png: cannot be unpacked"):
-        Source(file).image("images/00.png")
-    monkeypatch.setattr("inputs.pairs.MOST_BYTES", 10)
-    with pytest.raises(UserError, match="more than 10 bytes unpacked"):
-        Source(packed(folder, tmp_path / "pairs.zip")).image("images/00.png")
 
 
 # ---- label maps ----------------------------------------------------------------------------
@@ -300,11 +280,11 @@ def test_a_label_map_in_jpeg_or_in_shades_is_refused(tmp_path):
         open_label_map(tmp_path / "rgb.png")
     boxes = label_map().convert("RGB")
     boxes.save(tmp_path / "boxes.png")
-    assert open_label_map(tmp_path / "boxes.png", any_colours=True).mode == "P"
+    assert open_boxes(tmp_path / "boxes.png").mode == "P"
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    with pytest.raises(UserError, match="noise.png: 1,[0-9]+ colours; a label map has one a class"):
-        open_label_map(tmp_path / "noise.png", any_colours=True)
+    with pytest.raises(UserError, match="noise.png: 1,[0-9]+ colours; a label map has one per class"):
+        open_boxes(tmp_path / "noise.png")
 
 
 # ---- --check-data --------------------------------------------------------------------------
@@ -328,10 +308,10 @@ def test_a_check_tells_what_is_there_and_shows_what_the_network_sees(check, fold
     sheet = Image.open(check("--size", "48"))
     printed = capsys.readouterr().out
     for words in ("pairs: 12, of which 9 train, 1 val, 2 test", "image 33 x 33 (2)",
-                  "condition RGB (12)", "lines: dark on light",
+                  "condition RGB (12)", "light on dark, and are turned: 0",
                   "captions: 1, and 11 pictures without; their --default-prompt is ''",
-                  "cut: images/01.png: its caption loses 'ring a ring",
-                  "duplicates: image images/01.png = images/05.png"):
+                  f"cut: {folder}/images/01.png: its caption loses 'ring a ring",
+                  f"duplicates: image {folder}/images/01.png = {folder}/images/05.png"):
         assert words in printed, words
     pairs = load_pairs("sketch", "train", folder)
     cond, x, _ = open_pair(pairs[0], "sketch", 48)
@@ -377,18 +357,18 @@ def test_a_check_of_label_maps_tells_classes_and_palettes_that_differ(check, fol
     with pytest.raises(UserError, match="problems, each named above: 1"):
         check("--task", "segmentation")
     printed = capsys.readouterr().out
-    assert "class 7 is #0000ff in conditions/00.png, #c86432 in conditions/01.png" in printed
+    assert f"class 7 is #0000ff in {folder}/conditions/00.png, #c86432 in {folder}/" in printed
     check("--task", "sketch")
     assert "note: palette images as line drawings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--extract", "sketch"], "--extract: needs --data"), (["--check-data"], "--check-data: needs"),
-    (["--data", "x", "--extract", "artistic"], "makes no conditions of --task sketch"),
+    (["--extract"], "--extract: needs --data"), (["--check-data"], "--check-data: needs"),
+    (["--data", "x", "--extract", "--task", "layout"], "--extract: makes no conditions for --task"),
     (["--prompt-drop", "1.5"], "--prompt-drop 1.5: allowed are 0 to 1"),
     (["--weights", "a,b"], "a,b: allowed are head-heavy, flat"),
     (["--weights", "0,0"], "0,0: allowed are head-heavy, flat, or numbers from 0 to 10,000, not"),
-    (["--paths", "up"], "'up'"),
+    (["--paths", "up"], "unrecognized arguments: --paths up"),
     (["--foot", "none"], "'none'")])
 def test_a_wrong_option_of_training_is_one_line(arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
