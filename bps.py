@@ -56,8 +56,9 @@ class BPSConfig:
 
     channels, blocks_per_level and norm_groups are the U-Net's. The port weights are fixed factors
     on the maps: one per level of the contracting path (outermost first), one for the middle, one
-    for the whole expansive path. A weight of 0 means no port, and what only serves ports of weight
-    0 is not built. foot is "faithful" for the authors' network and "light" for LightBPS.
+    for the whole expansive path. A weight of 0 means no port; without an expansive path its blocks
+    are not built, nor is the middle if it has no port either. foot is "faithful" for the authors'
+    network and "light" for LightBPS.
     """
     cond_channels: int = 1                             # 1 sketch, 3 segmentation or layout
     factor: int = 8                                    # f: a latent pixel covers f x f of the image
@@ -356,8 +357,13 @@ def make_denoiser(unet, context, context_empty, guidance_scale, conditions=(), t
         z = z.to(context.dtype, memory_format=torch.channels_last)
         ts = torch.full((len(z),), t, device=z.device)
         active = [steering for steering in conditions if steering.is_active(share)]
-        posteriors = [unet(z, ts, context, fit_batch(steering(t), len(z))).float()
-                      for steering in active]
+        posteriors = []
+        for steering in active:
+            residuals = steering(t)
+            if with_guidance:
+                residuals = [r if r is None or len(r) == 1 else torch.cat([r, r])
+                             for r in residuals]           # for both passes; 1 broadcasts
+            posteriors.append(unet(z, ts, context, residuals).float())
         if len(active) == 1 and active[0].strength == 1:
             eps = posteriors[0]                            # eps* cancels
         else:
@@ -366,12 +372,6 @@ def make_denoiser(unet, context, context_empty, guidance_scale, conditions=(), t
         return guide(*eps.chunk(2), guidance_scale) if with_guidance else eps
 
     return denoise
-
-
-def fit_batch(residuals, batch):
-    """Returns the maps repeated to a batch, which both passes of guidance fill; 1 broadcasts."""
-    return [r if r is None or len(r) in (1, batch) else torch.cat([r] * (batch // len(r)))
-            for r in residuals]
 
 
 # ---- files ---------------------------------------------------------------------------------
@@ -392,20 +392,29 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
     try:
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
-        config = migrate_config(json.loads(metadata["config"]))
+        header = json.loads(metadata["config"])
         with torch.device("meta"):
-            bps = build_bps(BPSConfig(**config))
+            bps = build_bps(BPSConfig(**migrate_config(header)))
         bps.metadata = json.loads(metadata["training"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, SafetensorError):
         raise weights.UserError(f"{file}: not a BPS file; train.py writes bps.safetensors") from None
-    state = {name.replace("light_foot.levels.", "output_blocks."): stored
-             for name, stored in state.items()}             # the light foot's name of before
+    if "paths" in header:
+        state = migrate_state(state, bps)
     return weights.load_strict(bps, weights.Checkpoint({}, state, str, file), dtype, device)
 
 
+def migrate_state(state, bps):
+    """Returns the tensors of a file of before under today's names, without ports of weight 0."""
+    state = {name.replace("light_foot.levels.", "output_blocks."): stored
+             for name, stored in state.items()}
+    known = bps.state_dict()
+    return {name: stored for name, stored in state.items()
+            if name in known or not name.startswith("zero_blocks.")}
+
+
 def migrate_config(config):
-    """Returns a file's config with tuples for lists, and weights of 0 for unsteered `paths`, which
-    files of before have.
+    """Returns a header's config as today's: tuples for lists, and weights of 0 for `paths`, which
+    files of before have, that are not steered.
     """
     config = {key: tuple(value) if isinstance(value, list) else value
               for key, value in config.items()}

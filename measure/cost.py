@@ -54,6 +54,7 @@ PARTS = dict(
                        num_attention_heads=12, bos_token_id=0, eos_token_id=2)))
 SIDE = 64                       # of the latent: 512 px
 PICTURES = (1, 4, 16)           # that are steered at once
+STEERED = {"embedded base": (BASE, 10, 7), "SD 1.5": ("sd15", 1, 1)}    # base, steps, repeat
 STEPS = 25                      # of the picture whose rounding is measured
 PEERS = ("diffusers", "transformers", "accelerate")
 MISSING = [name for name in PEERS if not importlib.util.find_spec(name)]
@@ -219,11 +220,11 @@ def forward_table(args):
 
 
 class NaiveSteering(Steering):
-    """A Steering that never remembers its maps."""
+    """A Steering that never remembers its maps, and makes them for both passes of guidance."""
 
     def __call__(self, t):
         self.last_t = None
-        return super().__call__(t)
+        return [r if r is None else r[:1] for r in super().__call__(t)]     # the passes' are equal
 
 
 def draw_latents(unet, make_steering, pictures, steps):
@@ -244,9 +245,9 @@ def steering_table(args):
     """Prints what steering costs on the embedded base and at SD 1.5's sizes; BPS is random."""
     print_head("networks", "BPS", "pictures", "unsteered s", "naive s", "ratio", "amortised s",
                "ratio")
-    for name, (path, steps, repeat) in {"embedded base": (BASE, 10, 7),
-                                        "SD 1.5": (args.base / "sd15", 1, 1)}.items():
+    for name, (path, steps, repeat) in STEERED.items():
         torch.manual_seed(0)
+        path = args.base / path                             # an absolute path stays as it is
         unet, factor = load("ours", "unet", path, "fp32"), checkpoints.vae_factor(path)
         unet = unet.to(args.device, memory_format=torch.channels_last)
         side = factor * (unet.config.sample_size or SIDE)

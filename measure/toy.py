@@ -168,20 +168,21 @@ def draw_law(held_out, denoisers, law):
 def algebra(world, prior, args):
     """Draws tempered and composed posteriors, and compares them with the laws they stand for."""
     pinwheel, other = toy2d.HeldOut(world, args.seed), toy2d.HeldOut(grid(), args.seed)
-    laws, other_laws = Laws(pinwheel), Laws(other)
-    sources = {"exact": (laws, exact_denoisers(pinwheel)),
-               "learned": (laws, learned_denoisers(pinwheel, prior, args)),
-               "exact, grid": (other_laws, exact_denoisers(other))}
+    pinwheel_laws = Laws(pinwheel)
+    sources = {"exact": (pinwheel_laws, exact_denoisers(pinwheel)),
+               "learned": (pinwheel_laws, learned_denoisers(pinwheel, prior, args)),
+               "exact, grid": (Laws(other), exact_denoisers(other))}
     rows, drawn = [], {}                    # drawn: at last, the points of the last law, composed
     for law in tqdm(LAWS, desc="algebra"):
         name = " ".join(f"{kind}^{s:g}" for kind, s in law.items())
         for source, (laws, denoisers) in sources.items():
-            true, drawn[source] = laws.draw(law), draw_law(laws.held_out, denoisers, law)
+            true = laws.draw(law)
+            drawn[source] = draw_law(laws.held_out, denoisers, law)
             floor = toy2d.energy_distance(laws.draw(law, seed=1)[:, :toy2d.SAMPLES], true)
             rows.append(dict(law=name, denoisers=source, floor=floor.mean().item(),
                              energy=toy2d.energy_distance(drawn[source], true).mean().item()))
     toy2d.save_table(rows, args.out / "algebra.md")
-    draw_algebra(world, rows, dict(true=sources["exact"][0].draw(LAWS[-1])) | drawn, args)
+    draw_algebra(world, rows, dict(true=pinwheel_laws.draw(LAWS[-1])) | drawn, args)
 
 
 def draw_algebra(world, rows, composed, args):

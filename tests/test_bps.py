@@ -1,14 +1,26 @@
 """What makes BPS safe to add and what it consists of."""
+import dataclasses
 import itertools
+import json
 import sys
 
 import pytest
 import torch
 
+import bps as bps_module
+from bps import (
+    BPS,
+    BPSConfig,
+    LightBPS,
+    build_bps,
+    config_for,
+    load_bps,
+    port_table,
+    posterior,
+    save_bps,
+)
 from inputs import options
-import ports
-from bps import FEET, PATHS, BPS, BPSConfig, config_for, load_bps, posterior, save_bps
-from ports import port_table
+from inputs.options import FEET
 from unet import UNet, UNetConfig, load_unet
 from weights import UserError
 
@@ -101,14 +113,21 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
+PATHS = ("contracting", "transition", "expansive")
 SUBSETS = [paths for n in (1, 2, 3) for paths in itertools.combinations(PATHS, n)]
+
+
+def weights_of(paths):
+    """Port weights of two levels, the middle and the expansive path: 0 for paths left out."""
+    return tuple(weight * (path in paths) for weight, path in
+                 ((16.0, PATHS[0]), (8.0, PATHS[0]), (16.0, PATHS[1]), (1.0, PATHS[2])))
 
 
 @pytest.mark.parametrize("foot", FEET)
 @pytest.mark.parametrize("paths", SUBSETS, ids="+".join)
-def test_only_the_chosen_paths_are_steered_and_all_that_is_built_is_used(paths, foot, parts):
+def test_a_port_weight_of_0_is_no_port_and_all_that_is_built_is_used(paths, foot, parts):
     unet, _, inputs, cond = parts
-    bps = BPS(config_for(SMALL, 2, FACTOR, paths=paths, foot=foot))
+    bps = build_bps(config_for(SMALL, 2, FACTOR, weights_of(paths), foot))
     randomize_ports(bps)
     residuals = bps(cond, unet.time_embedding(inputs["t"]))
     inputs_n, outputs_n = len(unet.input_blocks), len(unet.output_blocks)
@@ -123,26 +142,28 @@ def test_only_the_chosen_paths_are_steered_and_all_that_is_built_is_used(paths, 
 
 def test_a_light_foot_is_the_base_at_the_start_and_has_at_most_40_percent_of_the_parameters(parts):
     unet, _, inputs, cond = parts
-    light = BPS(config_for(SMALL, 2, FACTOR, foot="light"))
+    light = build_bps(config_for(SMALL, 2, FACTOR, foot="light"))
     residuals = light(cond, unet.time_embedding(inputs["t"]))
     assert torch.equal(unet(**inputs, residuals=residuals), unet(**inputs))
     with torch.device("meta"):
         for unet_config, factor in ((UNetConfig(), 8), (load_unet(options.BASE).config, 4)):
-            faithful, light = (parameters(BPS(config_for(unet_config, 1, factor, foot=foot)))
+            faithful, light = (parameters(build_bps(config_for(unet_config, 1, factor, foot=foot)))
                                for foot in FEET)
             assert light <= 0.4 * faithful
 
 
-def test_a_light_foot_reads_what_each_level_ends_with_and_the_middle(parts, monkeypatch):
+def test_a_light_foot_reads_what_each_level_ends_with_and_the_middle(parts):
     unet, _, inputs, cond = parts
-    light, outputs, seen = BPS(config_for(SMALL, 2, FACTOR, foot="light")), {}, {}
+    light, outputs, seen = build_bps(config_for(SMALL, 2, FACTOR, foot="light")), {}, []
     for name, block in (("1", light.input_blocks[1]), ("3", light.input_blocks[3]),
                         ("middle", light.middle_block[-1])):
         block.register_forward_hook(lambda *a, name=name: outputs.update({name: a[2]}))
-    light.light_foot.register_forward_hook(lambda module, args, out: seen.update(args=args))
+    for shared, _ in light.output_blocks:
+        shared.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     light(cond, unet.time_embedding(inputs["t"]))
-    h, features = seen["args"]
-    assert h is outputs["middle"] and features[0] is outputs["1"] and features[1] is outputs["3"]
+    inner, outer = seen
+    assert torch.equal(inner, torch.cat([outputs["middle"], outputs["3"]], dim=1))
+    assert torch.equal(outer[:, -32:], outputs["1"])
 
 
 def test_weights_may_be_numbers_but_as_many_as_the_base_takes():
@@ -154,32 +175,36 @@ def test_weights_may_be_numbers_but_as_many_as_the_base_takes():
 
 
 @pytest.mark.parametrize("foot", FEET)
-@pytest.mark.parametrize("paths", [PATHS, PATHS[:1], PATHS[1:]], ids="+".join)
-def test_the_table_of_ports_accounts_for_every_parameter(paths, foot):
+@pytest.mark.parametrize("port_weights", [(16, 8, 4, 2, 16, 1), (16, 8, 4, 2, 0, 0),
+                                          (0, 0, 0, 0, 16, 1)], ids=str)
+def test_the_table_of_ports_accounts_for_every_parameter(port_weights, foot):
     with torch.device("meta"):
-        bps = BPS(config_for(UNetConfig(), 1, 8, paths=paths, foot=foot))
+        bps = build_bps(config_for(UNetConfig(), 1, 8, port_weights, foot))
     rows = port_table(bps, 64)
     assert sum(row[-1] for row in rows) == parameters(bps)
     assert len(rows) == 12 + 1 + 12
-    sides = [row[2] for row in rows]            # method.md's table
-    assert sides[:13] == [64, 64, 64, 32, 32, 32, 16, 16, 16, 8, 8, 8, 8]
-    assert sides[13:] == [8] * 3 + [16] * 3 + [32] * 3 + [64] * 3
-    if paths == PATHS:
-        assert [row[4] for row in rows[:13]] == ["-", 16, 16, "-", 8, 8, "-", 4, 4, "-", 2, 2, 16]
-        assert [row[4] for row in rows[13:]] == [1] * 12
-        assert [row[3] for row in rows] == ([320] * 4 + [640] * 3 + [1280] * 6 + [1280] * 6
-                                            + [640] * 3 + [320] * 3)
+    head, middle, foot_weight = port_weights[:4], port_weights[4], port_weights[5]
+    none, (a, b, c, d) = "-", (weight or "-" for weight in head)
+    assert [row[4] for row in rows] == [none, a, a, none, b, b, none, c, c, none, d, d,
+                                        middle or none, *[foot_weight or none] * 12]
+    if all(port_weights):                       # method.md's table
+        x = none
+        assert [row[2] for row in rows[:13]] == [x, 64, 64, x, 32, 32, x, 16, 16, x, 8, 8, 8]
+        assert [row[2] for row in rows[13:]] == [8] * 3 + [16] * 3 + [32] * 3 + [64] * 3
+        assert [row[3] for row in rows] == (
+            [x, 320, 320, x, 640, 640, x, 1280, 1280, x, 1280, 1280, 1280] + [1280] * 6
+            + [640] * 3 + [320] * 3)
 
 
 def test_the_ports_of_a_base_are_printed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bps.py", "--ports", "--base", str(options.BASE)])
-    ports.main()
+    bps_module.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[3] == "| input 1 | contracting | 16 x 16 | 64 | 16 | 143,936 |"
     assert lines[-1] == "| all | | | | | 3,842,176 |"
     monkeypatch.setattr(sys, "argv", ["bps.py"])
     with pytest.raises(SystemExit):
-        ports.main()
+        bps_module.main()
 
 
 def test_posterior_is_prior_plus_weighted_differences():
@@ -218,3 +243,42 @@ def test_a_file_that_is_no_bps_is_refused(tmp_path):
     save_file(dict(a=torch.zeros(2)), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not a BPS file"):
         load_bps(tmp_path / "other.safetensors")
+
+
+# ---- files of before -----------------------------------------------------------------------
+
+def old_config(bps, paths):
+    """The header's config as it was written while `paths` was an option."""
+    return json.dumps(dataclasses.asdict(bps.config) | dict(
+        paths=paths, input_weights=(16.0, 8.0), middle_weight=16.0, output_weight=1.0))
+
+
+@pytest.mark.parametrize("foot", FEET)
+def test_a_file_of_before_loads_under_its_old_names(foot, parts, tmp_path):
+    from safetensors.torch import save_file
+    unet, _, inputs, cond = parts
+    bps = build_bps(config_for(SMALL, 2, FACTOR, foot=foot))
+    randomize_ports(bps)
+    state = {name.replace("output_blocks.", "light_foot.levels.") if foot == "light" else name:
+             tensor for name, tensor in bps.state_dict().items()}
+    save_file(state, tmp_path / "old.safetensors", dict(config=old_config(bps, PATHS),
+                                                        training='{"task": "sketch"}'))
+    loaded, t_emb = load_bps(tmp_path / "old.safetensors"), unet.time_embedding(inputs["t"])
+    assert type(loaded) is (LightBPS if foot == "light" else BPS)
+    for a, b in zip(bps(cond, t_emb), loaded(cond, t_emb)):
+        assert (a is None and b is None) or torch.equal(a, b)
+
+
+def test_a_file_of_before_with_few_paths_loads_with_weights_of_0(parts, tmp_path):
+    from safetensors.torch import save_file
+    bps = build_bps(config_for(SMALL, 2, FACTOR, weights_of(("contracting",))))
+    # ports of weight 0 were built and saved
+    state = bps.state_dict() | {"zero_blocks.4.weight": torch.zeros(64, 64, 3, 3)}
+    for names, loads in ((bps.state_dict(), True), (state, True), (state | {"odd": torch.ones(2)}, False)):
+        save_file(names, tmp_path / "old.safetensors", dict(config=old_config(
+            bps, ("contracting",)), training="{}"))
+        if loads:
+            assert load_bps(tmp_path / "old.safetensors").config == bps.config
+        else:
+            with pytest.raises(UserError, match="unexpected odd"):
+                load_bps(tmp_path / "old.safetensors")

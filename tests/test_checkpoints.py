@@ -146,11 +146,11 @@ def test_the_exact_index_wins_over_other_variants(tmp_path):
     for name in ("m.non_ema.safetensors.index.json", "m.safetensors.index.json",
                  "m.safetensors.index.fp16.json", "m.fp16.safetensors.index.json"):
         (tmp_path / name).write_text(json.dumps(dict(weight_map=dict(a=f"{name}.safetensors"))))
-    [found] = weights.find_weights(tmp_path, "m")
+    [found] = checkpoints.find_weights(tmp_path, "m")
     assert found.name == "m.safetensors.index.json.safetensors"
     (tmp_path / "m.safetensors.index.json").unlink()
     with pytest.warns(UserWarning, match="took the shards of m.fp16.safetensors.index.json"):
-        weights.find_weights(tmp_path, "m")
+        checkpoints.find_weights(tmp_path, "m")
 
 
 @pytest.mark.parametrize("blocks", [23, 24])
@@ -215,7 +215,7 @@ def test_configs_with_every_key_are_taken(unet, vae, text, random_states, tmp_pa
                                 ("text_encoder", text, checkpoints.TEXT_FIXED)):
         (path / part / "config.json").write_text(json.dumps(config))
         stem = checkpoints.TEXT_STEM if part == "text_encoder" else checkpoints.UNET_STEM
-        taken, *_ = weights.read_folder(path / part, stem, fixed)
+        taken, *_ = checkpoints.read_folder(path / part, stem, fixed)
         assert taken == {key: value for key, value in config.items() if value is not None}
         unet = taken if part == "unet" else unet
     found = checkpoints.unet_config_from_json(unet, "")
@@ -406,7 +406,7 @@ def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states
     if name == "small2":
         with pytest.raises(weights.UserError, match="--prediction-type epsilon"):
             sample.load_base(file, options.BASE)
-    schedule = diffusion.load_schedule(file, "v_prediction")
+    schedule = checkpoints.load_schedule(file, "v_prediction")
     assert schedule.prediction_type == "v_prediction"
     with pytest.raises(weights.UserError, match="holds no tokenizer; give --tokenizer"):
         sample.load_base(file, prediction_type="epsilon")
@@ -433,7 +433,7 @@ def test_another_noise_schedule_is_refused(change, message, tmp_path):
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULE | change))
     with pytest.raises(weights.UserError, match=message):
-        diffusion.load_schedule(tmp_path)
+        checkpoints.load_schedule(tmp_path)
 
 
 def test_a_name_of_a_hub_is_refused():
@@ -506,7 +506,7 @@ def test_a_wrong_option_is_refused_with_what_is_allowed(arguments, message, rand
     (("--bps", "none", "--scale", "0.3"), "--scale 0.3: needs --bps"),
     (("--device", "meta"), "meta is not there"),
     (("--guidance", "1", "--negative-prompt", "x"), "--guidance 1: leaves --negative-prompt 'x'"),
-    (("--out", __file__), "test_layouts.py is a file; a folder is wanted"),
+    (("--out", __file__), "test_checkpoints.py is a file; a folder is wanted"),
 ])
 def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, draw, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -517,12 +517,12 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, draw, 
 
 def test_the_usual_size_is_what_the_base_was_trained_with(random_states, tmp_path):
     unet, vae = load_unet(options.BASE), load_vae(options.BASE)
-    schedule = diffusion.load_schedule(options.BASE)
+    schedule = checkpoints.load_schedule(options.BASE)
     assert sample.picture_size(None, None, unet, vae, schedule) == (64, 64)
     assert sample.picture_size((32, 48), None, unet, vae, schedule) == (32, 48)
     file = tmp_path / "all.safetensors"
     save_file(single_file(only(random_states("small2"), 0, 1)), file)
     unet, vae = load_unet(file), load_vae(file)
     for kind, side in (("epsilon", 512), ("v_prediction", 768)):
-        schedule = diffusion.load_schedule(file, kind)
+        schedule = checkpoints.load_schedule(file, kind)
         assert sample.picture_size(None, None, unet, vae, schedule) == (side, side)

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from references import save_file, single_file, write_folder
+from test_checkpoints import save_file, single_file, write_folder
 
 import bps
 import sample

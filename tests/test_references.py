@@ -87,8 +87,8 @@ def test_a_trajectory_is_diffusers_for_each_scheduler_config(config, sampler, tm
     (tmp_path / "scheduler").mkdir()
     (tmp_path / "scheduler" / "scheduler_config.json").write_text(
         json.dumps(references.SCHEDULERS[config]))
-    schedule = diffusion.load_schedule(tmp_path)
-    timesteps = diffusion.noise_levels(10, schedule, sampler)[0].tolist()
+    schedule = checkpoints.load_schedule(tmp_path)
+    timesteps = diffusion.noise_ratios(10, schedule, sampler)[0].tolist()
     assert timesteps == pytest.approx(FACTS["timesteps"][f"{config}.{sampler}"], abs=5e-3)
     start = references.numbers(6, 1, 2, 1, 2).double()
     trajectory = torch.cat(list(diffusion.sample(references.predict, start, schedule, 10, sampler)))

@@ -1,12 +1,11 @@
-"""What strengths, windows and caches do: against exact Gaussians, and bit for bit."""
+"""What strengths and windows do: against exact Gaussians, and bit for bit."""
 import itertools
 
 import pytest
 import torch
 
 import diffusion
-import steer
-from bps import BPS, config_for
+from bps import BPS, Steering, config_for, make_denoiser, posterior
 from unet import UNet, UNetConfig
 
 SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,
@@ -15,8 +14,8 @@ SCHEDULE = diffusion.NoiseSchedule()
 
 
 def test_a_row_of_noise_is_that_of_its_seed():
-    both = steer.draw_noise([3, 4], (4, 5, 6))
-    assert torch.equal(both[1:], steer.draw_noise([4], (4, 5, 6)))
+    both = diffusion.draw_noise([3, 4], (4, 5, 6))
+    assert torch.equal(both[1:], diffusion.draw_noise([4], (4, 5, 6)))
     assert not torch.equal(both[0], both[1])
 
 
@@ -39,9 +38,9 @@ class Gaussian:
 
     def steering(self, reading, error, **options):
         """Returns a Steering whose maps are a reading."""
-        steering = steer.Steering(None, None, torch.zeros(1, 1, 1, 1), **options)
-        steering.__class__ = type("Read", (steer.Steering,), dict(
-            __call__=lambda *_: (reading, error)))
+        steering = Steering(None, None, torch.zeros(1, 1, 1, 1), **options)
+        steering.__class__ = type("Read", (Steering,), dict(
+            __call__=lambda *_: [torch.tensor([reading]), torch.tensor([error])]))
         return steering
 
 
@@ -65,7 +64,7 @@ def test_strengths_are_powers_of_the_conditions_likelihoods(strengths, t):
     conditions = [world.steering(*reading, strength=strength)
                   for reading, strength in zip(readings, strengths)]
     context = torch.zeros(7, 1, 1, dtype=torch.float64)
-    denoise = steer.make_denoiser(world, context, context[:1], 1.0, conditions)
+    denoise = make_denoiser(world, context, context[:1], 1.0, conditions)
     z = z_t.clone().requires_grad_()
     score, = torch.autograd.grad(log_density(z, t, readings, strengths).sum(), z)
     s = SCHEDULE.signal_and_noise(torch.tensor([t]), z_t)[1]
@@ -81,7 +80,7 @@ def test_sampling_draws_the_posterior_of_gaussian_readings(readings):
     # readings of one z_0 are independent given z_0, not given z_t: joined, they are one reading
     conditions = [world.steering(sum(r / e**2 for r, e in readings) / (precision - 1),
                                  (precision - 1) ** -0.5)] if readings else []
-    denoise = steer.make_denoiser(world, context, context[:1], 1.0, conditions)
+    denoise = make_denoiser(world, context, context[:1], 1.0, conditions)
     for z in diffusion.sample(denoise, noise, SCHEDULE, 200):
         pass
     mean = sum(r / e**2 for r, e in readings) / precision
@@ -89,7 +88,7 @@ def test_sampling_draws_the_posterior_of_gaussian_readings(readings):
     assert z.std().item() == pytest.approx(precision**-0.5, rel=0.05)
 
 
-def test_guidance_extrapolates_the_prompt_with_the_conditions_in_both_halves():
+def test_guidance_extrapolates_the_prompt_with_the_conditions_in_both_passes():
     class Told(Gaussian):
         """Whose prompt adds a constant to eps."""
 
@@ -99,7 +98,7 @@ def test_guidance_extrapolates_the_prompt_with_the_conditions_in_both_halves():
     world, z_t = Told(), torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
     context = torch.full((7, 1, 1), 0.25, dtype=torch.float64)
     conditions = [world.steering(1.5, 0.4, strength=0.5)]
-    plain, guided = (steer.make_denoiser(world, context, 0 * context[:1], g, conditions)(z_t, 501)
+    plain, guided = (make_denoiser(world, context, 0 * context[:1], g, conditions)(z_t, 501)
                      for g in (1.0, 5.0))
     torch.testing.assert_close(guided - plain, torch.full_like(plain, 0.25 * 4))
 
@@ -109,7 +108,7 @@ def test_three_conditions_add_up_in_any_order():
     context = torch.zeros(7, 1, 1, dtype=torch.float64)
     conditions = [world.steering(r, e, strength=s) for r, e, s in
                   ((1.5, 0.4, 0.5), (-0.5, 1.0, 2.0), (0.3, 0.7, 1.0))]
-    drawn = [steer.make_denoiser(world, context, context[:1], 1.0, order)(z_t, 501)
+    drawn = [make_denoiser(world, context, context[:1], 1.0, order)(z_t, 501)
              for order in itertools.permutations(conditions)]
     for each in drawn[1:]:
         torch.testing.assert_close(each, drawn[0])
@@ -118,7 +117,7 @@ def test_three_conditions_add_up_in_any_order():
 def test_a_window_without_timesteps_is_refused():
     context, window = torch.zeros(1, 1, 1), Gaussian().steering(1.5, 0.4, window=(0.0, 0.5))
     with pytest.raises(ValueError, match="give timesteps"):
-        steer.make_denoiser(None, context, context, 1.0, [window])
+        make_denoiser(None, context, context, 1.0, [window])
 
 
 # ---- maps, once a timestep -----------------------------------------------------------------
@@ -151,47 +150,40 @@ def run(unet, steering, prompts=1, steps=3):
     drawn = []
     for prompt in range(prompts):
         torch.manual_seed(prompt)
-        denoise = steer.make_denoiser(unet, torch.randn(1, 5, 24), torch.zeros(1, 5, 24), 3.0,
+        denoise = make_denoiser(unet, torch.randn(1, 5, 24), torch.zeros(1, 5, 24), 3.0,
                                       [steering])
         for seed in (0, 1):
-            for z in diffusion.sample(denoise, steer.draw_noise([seed], (4, 12, 8)), SCHEDULE,
+            for z in diffusion.sample(denoise, diffusion.draw_noise([seed], (4, 12, 8)), SCHEDULE,
                                       steps):
                 pass
             drawn.append(z)
     return torch.cat(drawn)
 
 
-def test_bps_runs_once_a_timestep_for_both_halves_all_seeds_and_all_prompts(unet):
+def test_bps_runs_once_per_timestep_for_both_passes_of_guidance_and_pictures_side_by_side(unet):
     bps, cond = CountedBPS(), torch.rand(1, 1, 48, 32)
-    kept = run(unet, steer.Steering(bps, unet, cond), prompts=2)
-    assert bps.calls == [1, 1, 1]               # three timesteps, four pictures
-    again = run(unet, steer.Steering(bps, unet, cond, cache_bytes=0), prompts=2)
-    assert len(bps.calls) == 3 + 12             # no room: each step of each picture anew
-    assert torch.equal(kept, again)             # bit for bit
+    steering, empty = Steering(bps, unet, cond), torch.zeros(1, 5, 24)
+    samplers = [diffusion.sample(make_denoiser(unet, torch.randn(1, 5, 24), empty, 3.0, [steering]),
+                                 diffusion.draw_noise([seed], (4, 12, 8)), SCHEDULE, 3)
+                for seed in (0, 1)]
+    for _ in zip(*samplers):
+        pass
+    assert bps.calls == [1, 1, 1]               # three timesteps, two pictures
 
 
-def test_maps_are_kept_as_far_as_there_is_room_and_the_last_ones_always(unet):
-    bps, cond = CountedBPS(), torch.rand(1, 1, 48, 32)
-    size = sum(r.nbytes for r in steer.Steering(bps, unet, cond)(500) if r is not None)
-    steering, calls = steer.Steering(bps, unet, cond, cache_bytes=2 * size), len(bps.calls)
-    for t in (900, 500, 100, 100, 900, 500, 100):
-        steering(t)
-    assert list(steering.kept) == [900, 500]
-    assert len(bps.calls) - calls == 3
-    steering.forget_last()
-    steering(100)
-    assert len(bps.calls) - calls == 4
-
-
-def test_a_batch_of_conditions_serves_both_halves(unet):
-    conds = torch.rand(2, 1, 48, 32)
-    residual = steer.Steering(CountedBPS(), unet, conds)(500, halves=2)[1]
-    assert len(residual) == 4 and torch.equal(residual[:2], residual[2:])
+def test_a_batch_of_conditions_serves_both_passes_of_guidance(unet):
+    conds, context = torch.rand(2, 1, 48, 32), torch.randn(2, 5, 24)
+    z, empty = torch.randn(2, 4, 12, 8), torch.zeros(1, 5, 24)
+    both = make_denoiser(unet, context, empty, 3.0, [Steering(CountedBPS(), unet, conds)])(z, 500)
+    for i in (0, 1):
+        alone = make_denoiser(unet, context[i:i + 1], empty, 3.0,
+                              [Steering(CountedBPS(), unet, conds[i:i + 1])])(z[i:i + 1], 500)
+        torch.testing.assert_close(both[i:i + 1], alone, atol=1e-4, rtol=1e-4)
 
 
 def test_the_scale_multiplies_the_maps(unet):
     cond = torch.rand(1, 1, 48, 32)
-    plain, scaled = (steer.Steering(CountedBPS(), unet, cond, scale=s)(500) for s in (1.0, 2.5))
+    plain, scaled = (Steering(CountedBPS(), unet, cond, scale=s)(500) for s in (1.0, 2.5))
     for a, b in zip(plain, scaled):
         assert (a is None) == (b is None)
         assert a is None or torch.allclose(2.5 * a, b)
@@ -200,15 +192,65 @@ def test_the_scale_multiplies_the_maps(unet):
 @pytest.mark.parametrize("nothing", [dict(scale=0.0), dict(strength=0.0)], ids=str)
 def test_what_steers_nothing_costs_nothing(unet, nothing):
     bps = CountedBPS()
-    run(unet, steer.Steering(bps, unet, torch.rand(1, 1, 48, 32), **nothing))
+    run(unet, Steering(bps, unet, torch.rand(1, 1, 48, 32), **nothing))
     assert bps.calls == []
 
 
-def test_a_window_is_a_share_of_the_steps(unet):
-    steering = steer.Steering(CountedBPS(), unet, torch.rand(1, 1, 48, 32), window=(0.25, 0.75))
-    timesteps = [801, 601, 401, 201]
+class Noted(Steering):
+    """A Steering that notes the timesteps at which it steers."""
+    steered = ()
+
+    def __call__(self, t):
+        self.steered += (t,)
+        return super().__call__(t)
+
+
+@pytest.mark.parametrize("timesteps, steered", [
+    ([801, 601, 401, 201], (601, 401)),
+    ([801, 401, 401, 201], (401, 401)),         # as Karras's levels, rounded
+    ([801, 801, 401, 401], (801, 401))], ids=str)
+def test_a_window_is_a_share_of_the_steps_duplicates_among_them(unet, timesteps, steered):
+    steering = Noted(CountedBPS(), unet, torch.rand(1, 1, 48, 32), window=(0.25, 0.75))
     empty = torch.zeros(1, 5, 24)
-    denoise = steer.make_denoiser(unet, empty, empty, 1.0, [steering], timesteps)
+    denoise = make_denoiser(unet, empty, empty, 1.0, [steering], timesteps)
     for t in timesteps:
         denoise(torch.zeros(1, 4, 12, 8), t)
-    assert list(steering.kept) == [601, 401]
+    assert steering.steered == steered
+
+
+def test_a_timestep_that_is_not_the_next_is_refused(unet):
+    empty = torch.zeros(1, 5, 24)
+    denoise = make_denoiser(unet, empty, empty, 1.0, timesteps=[801, 401])
+    denoise(torch.zeros(1, 4, 12, 8), 801)
+    with pytest.raises(ValueError, match="timestep 500, but the next of this run is 401"):
+        denoise(torch.zeros(1, 4, 12, 8), 500)
+
+
+def test_guidance_one_needs_no_empty_prompt(unet):
+    context, z = torch.randn(1, 5, 24), torch.randn(1, 4, 12, 8)
+    without = make_denoiser(unet, context, None, 1.0)(z, 500)
+    assert torch.equal(without, make_denoiser(unet, context, torch.zeros(1, 5, 24), 1.0)(z, 500))
+    torch.testing.assert_close(without, unet(z, torch.tensor([500]), context))
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.5, 1.0, 2.0])
+def test_a_power_is_reached_by_a_sampler_for_strengths_0_and_1_only(strength):
+    """Prior N(0, 1), a reading with noise r: the probability flow draws (r^2 / (1 + r^2))^s."""
+    r, noise = 1.0, torch.ones(1, 1, 1, 1, dtype=torch.float64)
+
+    def denoise(z_t, t):
+        alpha, sigma = SCHEDULE.signal_and_noise(torch.tensor([t]), z_t)
+        prior = sigma * z_t                                         # p_t is N(0, 1)
+        # a reading of 0: z_t | reading ~ N(0, alpha^2 r^2 / (1 + r^2) + sigma^2)
+        told = sigma * z_t / (alpha**2 * r**2 / (1 + r**2) + sigma**2)
+        return posterior(prior, [told], [strength])
+
+    *_, end = diffusion.sample(denoise, noise, SCHEDULE, 900)
+    first = torch.tensor([diffusion.sampler_steps(900, SCHEDULE)[0][0]])
+    # the flow is linear and keeps quantiles: from the noisy law's width to that of the end
+    alpha, sigma = SCHEDULE.signal_and_noise(first, noise)
+    start_variance = (alpha**2 * r**2 / (1 + r**2) + sigma**2).item() ** strength
+    drawn = end.item() ** 2 * start_variance
+    assert drawn == pytest.approx((r**2 / (1 + r**2)) ** strength, rel=0.02)
+    power = r**2 / (r**2 + strength)
+    assert (drawn == pytest.approx(power, rel=0.02)) == (strength in (0.0, 1.0))
