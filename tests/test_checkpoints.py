@@ -3,6 +3,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import references
@@ -13,6 +14,7 @@ from safetensors.torch import save_file as save_float32
 from inputs import options
 import diffusion
 from inputs import checkpoints
+from inputs.sample_options import picture_size
 import sample
 import weights
 from clip import load_clip
@@ -516,13 +518,13 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, draw, 
 
 
 def test_the_usual_size_is_what_the_base_was_trained_with(random_states, tmp_path):
-    unet, vae = load_unet(options.BASE), load_vae(options.BASE)
-    schedule = checkpoints.load_schedule(options.BASE)
-    assert sample.picture_size(None, None, unet, vae, schedule) == (64, 64)
-    assert sample.picture_size((32, 48), None, unet, vae, schedule) == (32, 48)
+    base = sample.load_base(options.BASE)
+    args = SimpleNamespace(size=None, clip_skip=1)
+    assert picture_size(args, [], base) == (64, 64)
+    assert picture_size(SimpleNamespace(size=(32, 48), clip_skip=1), [], base) == (32, 48)
     file = tmp_path / "all.safetensors"
     save_file(single_file(only(random_states("small2"), 0, 1)), file)
-    unet, vae = load_unet(file), load_vae(file)
     for kind, side in (("epsilon", 512), ("v_prediction", 768)):
-        schedule = checkpoints.load_schedule(file, kind)
-        assert sample.picture_size(None, None, unet, vae, schedule) == (side, side)
+        single = base._replace(unet=load_unet(file), vae=load_vae(file),
+                               schedule=checkpoints.load_schedule(file, kind))
+        assert picture_size(args, [], single) == (side, side)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from references import save_file, single_file, write_folder
+from test_checkpoints import save_file, single_file, write_folder
 
 from bps import BPS
 from inputs import options

@@ -18,6 +18,8 @@ from test_references import relative
 
 import clip
 import diffusion
+from inputs.options import BASE
+from sample import draw, load_base
 from unet import load_unet
 from vae import load_vae
 
@@ -144,3 +146,20 @@ def test_whole_trajectories_are_the_same(prediction_type, spacing):
         worst = max(worst, relative(found, wanted))
     print(f"\n{prediction_type}, {spacing}: {worst:.1e}")
     assert worst < 1e-4
+
+
+@torch.inference_mode()
+def test_diffusers_loads_the_embedded_base_and_draws_its_picture():
+    diffusers = pytest.importorskip("diffusers")
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
+    base, prompts = load_base(BASE), ["red apple, food, 3d style", "a cat, flat style", ""]
+    ids = base.tokenizer(prompts)
+    assert torch.equal(ids, pipe.tokenizer(prompts, padding="max_length", max_length=77,
+                                           return_tensors="pt").input_ids)
+    context = base.encode(prompts)
+    assert relative(context, pipe.text_encoder(ids)[0]) < 1e-5
+    noise = diffusion.draw_noise([0], (4, 16, 16))
+    drawn = draw(base, context[:1], context[2:], [0], 64, 50, 3.0).clamp(-1, 1) / 2 + 0.5
+    theirs = pipe(prompts[0], latents=noise, num_inference_steps=50, guidance_scale=3.0, height=64,
+                  width=64, output_type="pt").images
+    assert (drawn - theirs).abs().max() < 1 / 255
