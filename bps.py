@@ -397,7 +397,8 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
             bps = build_bps(BPSConfig(**migrate_config(header)))
         bps.metadata = json.loads(metadata["training"])
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, SafetensorError):
-        raise weights.UserError(f"{file}: not a BPS file; train.py writes bps.safetensors") from None
+        raise weights.UserError(f"{file}: not a BPS file; train.py writes "
+                                f"bps.safetensors") from None
     if "paths" in header:
         state = migrate_state(state, bps)
     return weights.load_strict(bps, weights.Checkpoint({}, state, str, file), dtype, device)

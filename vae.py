@@ -129,7 +129,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, H, W) to mean and log-variance (B, 8, H/f, W/f), before quant_conv mixes them."""
+    """Image (B, 3, H, W) to mean and log-variance (B, 8, H/f, W/f), not yet mixed."""
 
     def __init__(self, config):
         super().__init__()

@@ -4,7 +4,7 @@ Only headers are read at first: names and shapes decide whether a file fits, and
 is mapped from the file into its module. inputs/checkpoints.py knows what the names are. Nothing is
 fetched from a network.
 
-    checkpoint = checkpoints.read_unet("tiny/model")    # config, tensors, how keys are spelled there
+    checkpoint = checkpoints.read_unet("tiny/model")    # config and tensors
     unet = checkpoint.build(UNet, UNetConfig)
 """
 import hashlib

@@ -112,7 +112,8 @@ class VAEStage:
                             for pictures in self.pool[:2048].split(64)])
         config = model.config
         levels = len(config.channels)
-        save_part(model, self.args.out / "vae", lambda key: checkpoints.vae_folder_name(key, levels),
+        save_part(model, self.args.out / "vae",
+                  lambda key: checkpoints.vae_folder_name(key, levels),
                   dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3,
                        latent_channels=config.latent_channels, sample_size=world.SIZE,
                        block_out_channels=config.channels, act_fn="silu",
