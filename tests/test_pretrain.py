@@ -110,7 +110,7 @@ def test_every_name_is_learned_from_other_designers_and_tested_on_fluents_own_pi
 
 def test_min_snr_weights_count_clean_steps_less(tmp_path, monkeypatch):
     shutil.copytree(BASE, tmp_path / "model")
-    monkeypatch.setattr(pretrain, "make_pool", lambda split, count, seed: POOL_OF_EIGHT)
+    monkeypatch.setattr(pretrain.UNetStage, "encode", lambda *_: None)
     args = argparse.Namespace(out=tmp_path / "model", device="cpu", pool=8, seed=0, init=None)
     stage = pretrain.UNetStage(args)
     abar = stage.schedule.alphas_cumprod
