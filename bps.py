@@ -38,7 +38,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import nn
 
 import weights
@@ -396,7 +396,7 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
         with torch.device("meta"):
             bps = build_bps(BPSConfig(**migrate_config(header)))
         bps.metadata = json.loads(metadata["training"])
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, SafetensorError):
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         raise weights.UserError(f"{file}: not a BPS file; train.py writes "
                                 f"bps.safetensors") from None
     if "paths" in header:

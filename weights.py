@@ -10,6 +10,7 @@ fetched from a network.
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -20,11 +21,18 @@ from tqdm import tqdm
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 CONVERTED_AT_A_TIME = 16        # tensors, before their file is opened anew
+LARGEST_HEADER = 100_000_000    # bytes; the format's own limit
+LARGEST_SIZE = 1 << 20          # of a module: more than any model has
 NAMES_SHOWN = 8                 # of tensors that do not fit
 
 
 class UserError(ValueError):
     """Something that the user can mend; the message is one line that says what and how."""
+
+
+def first_line(error):
+    """Returns what an error says, without the lines that PyTorch adds."""
+    return str(error).partition("\n")[0]
 
 
 class Stored(NamedTuple):
@@ -45,10 +53,20 @@ class Checkpoint(NamedTuple):
     def build(self, Module, Config, dtype=torch.float32, device="cpu"):
         """Returns Module(Config(**config)) with the checkpoint's tensors, as load_strict does.
 
-        The module is made without memory of its own, which its tensors then bring.
+        The module is made without memory, which its tensors then bring. Errors: UserError where
+        the sizes do not go together or a tensor does not fit.
         """
-        with torch.device("meta"):
-            module = Module(Config(**self.config))
+        for key, value in self.config.items():
+            for number in value if isinstance(value, tuple) else (value,):
+                if type(number) is int and not 0 < number <= LARGEST_SIZE:
+                    raise UserError(f"{self.file}: {key} = {value}; allowed are sizes of 1 to "
+                                    f"{LARGEST_SIZE}")
+        try:
+            with torch.device("meta"):
+                module = Module(Config(**self.config))
+        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise UserError(f"{self.file}: no {Module.__name__} has its sizes "
+                            f"({first_line(error)})") from error
         return load_strict(module, self, dtype, device)
 
 
@@ -69,29 +87,31 @@ def read_header(file):
             f"weights_only=True); s.save_file(d.get('state_dict', d), 'model.safetensors')\"")
     if not file.is_file():
         raise UserError(f"{file}: no such file; nothing is downloaded")
+    with open(file, "rb") as f:
+        if f.read(8) == b"version ":
+            raise UserError(f"{file}: a Git-LFS pointer, not the weights; run `git lfs pull`")
+    try:
+        with safe_open(file, "pt") as f:
+            return {name: Stored(file, name, tuple(f.get_slice(name).get_shape()))
+                    for name in f.keys()}
+    except SafetensorError as error:
+        raise UserError(f"{file}: {_why_unreadable(file, error)}") from None
+
+
+def _why_unreadable(file, error):
+    """Returns what is wrong with a file that safetensors refuses; most are cut short."""
     size = file.stat().st_size
     with open(file, "rb") as f:
-        head = f.read(8)
-        if head == b"version ":
-            raise UserError(f"{file}: a Git-LFS pointer, not the weights; run `git lfs pull`")
-        length = int.from_bytes(head, "little")
-        if f.read(1) == b"{" and 8 + length > size:
-            raise UserError(f"{file}: {size} bytes, but its header alone has {8 + length}; copy "
-                               f"or download it again")
-        f.seek(8)
-        try:
-            header = json.loads(f.read(min(length, size)))
-            header.pop("__metadata__", None)
-            promised = 8 + length + max((entry["data_offsets"][1] for entry in header.values()),
-                                        default=0)
-            stored = {name: Stored(file, name, tuple(entry["shape"]))
-                      for name, entry in header.items()}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{file}: not a safetensors file") from None
-    if size != promised:
-        raise UserError(f"{file}: {size} bytes, but its header promises {promised}; "
-                           f"copy or download it again")
-    return stored
+        end_of_header = 8 + int.from_bytes(f.read(8), "little")
+        header = f.read(min(end_of_header, LARGEST_HEADER))
+    again = "copy or download it again"
+    if header.startswith(b"{") and end_of_header > size:
+        return f"{size} bytes, but its header alone has {end_of_header}; {again}"
+    ends = re.findall(rb'"data_offsets": *\[ *\d+ *, *(\d{1,18}) *\]', header)
+    promised = end_of_header + max(map(int, ends), default=0)
+    if ends and size != promised:
+        return f"{size} bytes, but its header promises {promised}; {again}"
+    return f"not a safetensors file ({error})"
 
 
 def read_tensors(stored, dtype, device):
@@ -99,19 +119,16 @@ def read_tensors(stored, dtype, device):
 
     What is read of a file stays in memory as long as the file is open; so it is opened anew once
     some tensors were converted. Convolutions are mapped apart from the rest: made channels_last
-    later, they leave nothing behind. Errors: UserError for a damaged file.
+    later, they leave nothing behind.
     """
     files, converted = {}, 0
     for entry in stored:
         is_convolution = len(entry.shape) == 4
-        try:
-            if (entry.file, is_convolution) not in files:
-                files[entry.file, is_convolution] = safe_open(entry.file, "pt")
-            found = files[entry.file, is_convolution].get_tensor(entry.name)
-        except SafetensorError as error:
-            raise UserError(f"{entry.file}: not a safetensors file ({error})") from None
-        tensor = (found if entry.rows is None else found[entry.rows]).to(device, dtype)
-        converted += tensor.data_ptr() != found.data_ptr()
+        if (entry.file, is_convolution) not in files:
+            files[entry.file, is_convolution] = safe_open(entry.file, "pt")
+        whole = files[entry.file, is_convolution].get_tensor(entry.name)
+        tensor = (whole if entry.rows is None else whole[entry.rows]).to(device, dtype)
+        converted += tensor.data_ptr() != whole.data_ptr()
         if converted == CONVERTED_AT_A_TIME:
             files, converted = {}, 0
         yield tensor
@@ -120,13 +137,13 @@ def read_tensors(stored, dtype, device):
 def read_json(file):
     """Returns the dict that a JSON file holds.
 
-    Errors: UserError where there is no such file or it holds something else.
+    Errors: UserError if there is no such file or it holds something else.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{file}: no such file") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: not JSON ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: not a JSON object")
@@ -168,7 +185,7 @@ def save_training(file, modules, trained, optimizer, facts):
 def load_training(file, modules, trained, optimizer):
     """Restores in place what save_training wrote with the same modules; returns its facts.
 
-    Errors: UserError where the file is damaged.
+    Errors: UserError if the file is damaged.
     """
     try:
         with safe_open(file, "pt") as f, torch.no_grad():
@@ -181,9 +198,9 @@ def load_training(file, modules, trained, optimizer):
                     step=torch.tensor(float(facts["step"])),
                     exp_avg=torch.empty_like(parameter).copy_(f.get_tensor(f"m.{key}")),
                     exp_avg_sq=torch.empty_like(parameter).copy_(f.get_tensor(f"v.{key}")))
-    except SafetensorError as error:
-        raise UserError(f"{file}: damaged ({error}); delete it to start this run "
-                           f"anew") from None
+    except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{file}: damaged ({first_line(error)}); delete it to start this run "
+                        f"anew") from None
     return facts
 
 
@@ -211,27 +228,26 @@ def load_strict(module, checkpoint, dtype=torch.float32, device="cpu"):
     copy. A linear layer may be stored as a 1x1 convolution and the other way round. Errors:
     UserError names every missing, unexpected and mis-shaped key.
     """
-    wanted = {checkpoint.spelling(key): (key, own.shape)
-              for key, own in module.state_dict().items()}
-    faults = [f"missing {name}" for name in wanted if name not in checkpoint.state]
-    faults += [f"unexpected {name}" for name in checkpoint.state if name not in wanted]
+    expected = {checkpoint.spelling(key): (key, tensor.shape)
+                for key, tensor in module.state_dict().items()}
+    faults = [f"missing {name}" for name in expected if name not in checkpoint.state]
+    faults += [f"unexpected {name}" for name in checkpoint.state if name not in expected]
     faults += [f"{name} is {checkpoint.state[name].shape}, not {tuple(shape)}"
-               for name, (_, shape) in wanted.items() if name in checkpoint.state
+               for name, (_, shape) in expected.items() if name in checkpoint.state
                and _squeezed(checkpoint.state[name].shape) != _squeezed(shape)]
     if faults:
         raise UserError(f"{checkpoint.file}: {len(faults)} keys do not fit a "
-                           f"{type(module).__name__} of this size: {shortened(faults)}")
-    tensors = read_tensors([checkpoint.state[name] for name in wanted], dtype, device)
-    state = {key: tensor.reshape(shape)
-             for (key, shape), tensor in zip(wanted.values(), tensors)}
-    module.load_state_dict(state, assign=True)
+                        f"{type(module).__name__} of this size: {shortened(faults)}")
+    tensors = read_tensors([checkpoint.state[name] for name in expected], dtype, device)
+    module.load_state_dict({key: tensor.reshape(shape) for (key, shape), tensor
+                            in zip(expected.values(), tensors)}, assign=True)
     return module.eval().requires_grad_(False)
 
 
 def shortened(names):
     """Returns the first names as one text, and how many more there are."""
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return "; ".join(names[:NAMES_SHOWN]) + more
+    left_out = len(names) - NAMES_SHOWN
+    return "; ".join(names[:NAMES_SHOWN]) + (f" and {left_out} more" if left_out > 0 else "")
 
 
 def _squeezed(shape):

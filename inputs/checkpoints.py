@@ -6,12 +6,21 @@ file's. A folder's config.json says the sizes; of a single file, the tensors' sh
 
     checkpoint = read_unet("tiny/model")        # config, tensors, and how keys are spelled there
 """
+import functools
 import re
 import warnings
 from pathlib import Path
 
 from diffusion import PREDICTION_TYPES, SPACINGS, NoiseSchedule
-from weights import PICKLES, Checkpoint, UserError, read_header, read_json, shortened
+from weights import (
+    PICKLES,
+    Checkpoint,
+    UserError,
+    first_line,
+    read_header,
+    read_json,
+    shortened,
+)
 
 UNET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"       # of weights files in a folder
 TAKES = "this program takes text-to-image models of SD 1.x and 2.x"
@@ -19,7 +28,7 @@ SDXL_WIDTHS = {2048: "an SD XL model", 1280: "an SD XL refiner"}
 SD2_TEXT_LAYERS = 23
 IN_CHANNELS_OF = {9: "an in-painting", 8: "an InstructPix2Pix", 7: "an up-scaler", 5: "a depth"}
 
-# Keys of a config.json that would change the graph, with the value that is implemented.
+# Keys of a config.json that would change the graph, with what is implemented of them.
 UNET_FIXED = dict(
     _class_name="UNet2DConditionModel", act_fn="silu", norm_eps=1e-5, downsample_padding=1,
     conv_in_kernel=3, conv_out_kernel=3, class_embed_type=None, num_class_embeds=None,
@@ -38,6 +47,57 @@ VAE_FIXED = dict(
     use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
     shift_factor=None, latents_mean=None, latents_std=None)
 TEXT_FIXED = dict(max_position_embeddings=77, layer_norm_eps=1e-5)
+SCHEDULE_FIXED = dict(beta_schedule="scaled_linear", trained_betas=None,
+                      rescale_betas_zero_snr=False, prediction_type=PREDICTION_TYPES,
+                      timestep_spacing=(None, *SPACINGS))
+
+
+# ---- refusing ------------------------------------------------------------------------------
+
+def as_user_error(read):
+    """Decorates a function that reads a path: content that makes no sense is a UserError too.
+
+    What is known to occur is refused by name before; this is for the rest, such as a number where
+    a list belongs or a tensor with too few dimensions.
+    """
+    @functools.wraps(read)
+    def guarded(path, *args):
+        """Reads the path; all errors name it."""
+        try:
+            return read(path, *args)
+        except UserError:
+            raise
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as error:
+            raise UserError(f"{path}: its names or sizes are not those of SD 1.x or 2.x "
+                            f"({type(error).__name__}: {first_line(error)}); {TAKES}") from error
+
+    return guarded
+
+
+def refuse_by_name(path, in_channels=None, context_dim=None):
+    """Raises UserError if a U-Net's sizes are those of a known model for another task."""
+    if context_dim in SDXL_WIDTHS:
+        raise UserError(f"{path}: text states of width {context_dim}, "
+                        f"{SDXL_WIDTHS[context_dim]}; {TAKES}")
+    if in_channels in IN_CHANNELS_OF:
+        raise UserError(f"{path}: {in_channels} input channels, {IN_CHANNELS_OF[in_channels]} "
+                        f"model; {TAKES}")
+
+
+def check_values(config, implemented, file):
+    """Raises UserError if a key has a value that would change the graph; absent keys are right.
+
+    implemented: {key: its value, or a tuple of them}. A list must hold nothing else.
+    """
+    for key, allowed in implemented.items():
+        allowed = allowed if isinstance(allowed, tuple) else (allowed,)
+        value = config.get(key, allowed[0])
+        values = value if isinstance(value, list) else [value]
+        if any((entry or None) not in [choice or None for choice in allowed]  # false is none is 0
+               for entry in values):
+            raise UserError(f"{file}: {key} = {value!r} is not implemented; allowed is "
+                            f"{' or '.join(map(repr, allowed))}")
 
 
 # ---- folders -------------------------------------------------------------------------------
@@ -50,12 +110,12 @@ def read_config(file):
 def find_weights(folder, stem):
     """Returns the weights files of a part's folder: exact name, else shards, fp16, or the only one.
 
-    A name that is not the exact one is warned of. Errors: UserError where there is none, only
+    A name that is not the exact one is warned of. Errors: UserError if there is none, only
     pickles, or a choice that cannot be made.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a Stable Diffusion folder has unet/, vae/, "
-                           f"text_encoder/ and tokenizer/")
+                        f"text_encoder/ and tokenizer/")
     if (folder / f"{stem}.safetensors").is_file():
         return [folder / f"{stem}.safetensors"]
     exact = f"{stem}.safetensors.index.json"
@@ -66,14 +126,14 @@ def find_weights(folder, stem):
             if index.name != exact:
                 warnings.warn(f"{folder}: no {stem}.safetensors; took the shards of {index.name}")
             return [folder / name for name in sorted(shards)]
-    found = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
     fp16 = folder / f"{stem}.fp16.safetensors"
-    if fp16 in found or len(found) == 1:
-        file = fp16 if fp16 in found else found[0]
+    if fp16 in files or len(files) == 1:
+        file = fp16 if fp16 in files else files[0]
         warnings.warn(f"{folder}: no {stem}.safetensors; took {file.name}")
         return [file]
-    if found:
-        names = ", ".join(file.name for file in found)
+    if files:
+        names = ", ".join(file.name for file in files)
         raise UserError(f"{folder}: which one? {names}; rename one to {stem}.safetensors")
     pickles = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in PICKLES]
     if pickles:
@@ -81,20 +141,15 @@ def find_weights(folder, stem):
     raise UserError(f"{folder}: no {stem}.safetensors in it")
 
 
-def read_folder(folder, stem, fixed):
+def read_folder(folder, stem, implemented):
     """Returns (config.json as a dict, {name: Stored}, first file) of one part of an SD folder.
 
-    fixed: {key: the only value of it that is implemented}; absent keys are right. Errors:
-    UserError.
+    implemented: as for check_values. Errors: UserError.
     """
     files = find_weights(folder, stem)
     config, state = read_config(folder / "config.json"), {}
-    for key, allowed in fixed.items():
-        value = config.get(key, allowed)
-        values = value if isinstance(value, list) else [value]
-        if any((entry or None) != (allowed or None) for entry in values):      # false is none is 0
-            raise UserError(f"{folder / 'config.json'}: {key} = {value!r} is not implemented; "
-                               f"allowed is {allowed!r}")
+    refuse_by_name(folder, config.get("in_channels"), config.get("cross_attention_dim"))
+    check_values(config, implemented, folder / "config.json")
     for file in files:
         state |= read_header(file)
     return config, state, files[0]
@@ -114,18 +169,18 @@ SINGLE_FILE_IGNORED = re.compile(
 def read_single_file(path, part):
     """Returns {name without the part's prefix: Stored} of a single file.
 
-    part: one of SINGLE_FILE_PARTS. Errors: UserError where the part is not there, the file
-    holds another model, or anything that is neither a part nor known to be of no use.
+    part: one of SINGLE_FILE_PARTS. Errors: UserError if the part is not there, or the file holds
+    another model or anything that is neither a part nor known to be of no use.
     """
     state = read_header(path)
     if any(name.startswith("conditioner.embedders.") for name in state):
         raise UserError(f"{path}: an SD XL model, or another with its names; {TAKES}")
     if CONV_IN in state:
-        check_in_channels(state[CONV_IN].shape[1], path)
+        refuse_by_name(path, state[CONV_IN].shape[1])
     if not any(name.startswith(tuple(SINGLE_FILE_PARTS)) for name in state):
         raise UserError(f"{path}: no tensor of it begins with "
-                           f"{' or '.join(SINGLE_FILE_PARTS)}; it is not a Stable Diffusion file, "
-                           f"but perhaps a LoRA or a part of one")
+                        f"{' or '.join(SINGLE_FILE_PARTS)}; it is not a Stable Diffusion file, "
+                        f"but perhaps a LoRA or a part of one")
     strange = [name for name in state if not name.startswith(tuple(SINGLE_FILE_PARTS))
                and not SINGLE_FILE_IGNORED.match(name)]
     if strange:
@@ -158,24 +213,23 @@ RES_NAMES = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "ti
 
 def unet_folder_name(key, blocks_per_level):
     """Returns what the folder layout calls a U-Net key of the single-file layout."""
-    for own, name in UNET_NAMES.items():
-        key = re.sub(rf"^{re.escape(own)}\.", f"{name}.", key)
+    for single, folder in UNET_NAMES.items():
+        key = re.sub(rf"^{re.escape(single)}\.", f"{folder}.", key)
     match = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.*)", key)
     if match:
-        path, rest = match[1], match[4]
-        block, layer = int(match[2]), int(match[3])
+        path, block, layer, rest = match.groups()
         # a level of either path is blocks_per_level + 1 entries; the input path starts at 1
-        level, i = divmod(block - (path == "input"), blocks_per_level + 1)
+        level, i = divmod(int(block) - (path == "input"), blocks_per_level + 1)
         side = "down_blocks" if path == "input" else "up_blocks"
         if rest.startswith("op."):
             key = f"{side}.{level}.downsamplers.0.conv.{rest[3:]}"
         elif rest.startswith("conv."):
             key = f"{side}.{level}.upsamplers.0.{rest}"
         else:
-            key = f"{side}.{level}.{'resnets' if layer == 0 else 'attentions'}.{i}.{rest}"
+            key = f"{side}.{level}.{'resnets' if layer == '0' else 'attentions'}.{i}.{rest}"
     if ".resnets." in key:
-        for own, name in RES_NAMES.items():
-            key = key.replace(f".{own}.", f".{name}.")
+        for single, folder in RES_NAMES.items():
+            key = key.replace(f".{single}.", f".{folder}.")
     return key
 
 
@@ -188,7 +242,7 @@ def unet_config_from_json(config, file):
     mirrored = ["CrossAttnUpBlock2D" if with_text else "UpBlock2D" for with_text in attention][::-1]
     if set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"} or list(up) != mirrored:
         raise UserError(f"{file}: block types {down + up}; allowed are (CrossAttn)DownBlock2D "
-                           f"and, mirrored, (CrossAttn)UpBlock2D")
+                        f"and, mirrored, (CrossAttn)UpBlock2D")
     # SD's configs say attention_head_dim where they mean the number of heads.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
@@ -199,7 +253,7 @@ def unet_config_from_json(config, file):
     if not len(heads) == len(channels) == len(attention) or \
             any(c % groups or c % head for c, head in zip(channels, heads)):
         raise UserError(f"{file}: block_out_channels {list(channels)}, {len(attention)} blocks, "
-                           f"heads {list(heads)} and {groups} norm groups do not go together")
+                        f"heads {list(heads)} and {groups} norm groups do not go together")
     return dict(channels=channels, attention=attention, heads=heads,
                 blocks_per_level=config.get("layers_per_block", 2),
                 context_dim=config.get("cross_attention_dim", 768),
@@ -224,8 +278,8 @@ def unet_config_from_shapes(state, path):
                            if name.endswith("attn2.to_k.weight"))
     except (KeyError, StopIteration):
         raise UserError(f"{path}: its U-Net's names are not those of SD 1.x or 2.x; "
-                           f"{TAKES}") from None
-    check_context_dim(context_dim, path)
+                        f"{TAKES}") from None
+    refuse_by_name(path, context_dim=context_dim)
     if context_dim not in (768, 1024):
         raise UserError(f"{path}: text states of width {context_dim}, an unknown model; {TAKES}")
     return dict(channels=channels, context_dim=context_dim, blocks_per_level=stride - 1,
@@ -241,42 +295,19 @@ def find_unet(path):
     return find_weights(path / "unet", UNET_STEM) if path.is_dir() else [path]
 
 
+@as_user_error
 def read_unet(path):
     """Returns the Checkpoint of the U-Net of an SD folder or single file."""
     path = Path(path)
-    if path.is_dir():
-        config_file = path / "unet" / "config.json"
-        config = read_config(config_file) if config_file.is_file() else {}
-        check_context_dim(config.get("cross_attention_dim"), path)      # first: they have names
-        check_in_channels(config.get("in_channels"), path)
-        config, state, file = read_folder(path / "unet", UNET_STEM, UNET_FIXED)
-        arguments = unet_config_from_json(config, config_file)
-        blocks = arguments["blocks_per_level"]
-        if "conv_in.weight" in state:
-            check_in_channels(state["conv_in.weight"].shape[1], path)
-
-        def spelling(key):
-            """Returns the folder's name of a key."""
-            return unet_folder_name(key, blocks)
-    else:
+    if not path.is_dir():
         state = read_single_file(path, "model.diffusion_model.")
-        arguments = unet_config_from_shapes(state, path)
-        file, spelling = path, str
+        return Checkpoint(unet_config_from_shapes(state, path), state, str, path)
+    config, state, file = read_folder(path / "unet", UNET_STEM, UNET_FIXED)
+    if "conv_in.weight" in state:
+        refuse_by_name(path, state["conv_in.weight"].shape[1])
+    arguments = unet_config_from_json(config, path / "unet" / "config.json")
+    spelling = functools.partial(unet_folder_name, blocks_per_level=arguments["blocks_per_level"])
     return Checkpoint(arguments, state, spelling, file)
-
-
-def check_context_dim(context_dim, path):
-    """Raises UserError where the width of the text states is that of SD XL."""
-    if context_dim in SDXL_WIDTHS:
-        raise UserError(f"{path}: text states of width {context_dim}, "
-                           f"{SDXL_WIDTHS[context_dim]}; {TAKES}")
-
-
-def check_in_channels(channels, path):
-    """Raises UserError where a U-Net's number of input channels is that of another task."""
-    if channels in IN_CHANNELS_OF:
-        raise UserError(f"{path}: {channels} input channels, {IN_CHANNELS_OF[channels]} model; "
-                           f"{TAKES}")
 
 
 # ---- autoencoder ---------------------------------------------------------------------------
@@ -300,8 +331,8 @@ def vae_attention_name(name):
 def vae_folder_name(key, levels):
     """Returns what the folder layout calls an autoencoder key of the single-file layout."""
     key = vae_attention_name(key)
-    for own, name in VAE_NAMES.items():
-        key = key.replace(own, name)
+    for single, folder in VAE_NAMES.items():
+        key = key.replace(single, folder)
     key = re.sub(r"\.down\.(\d+)\.", r".down_blocks.\1.", key)
     return re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", key)
 
@@ -312,9 +343,10 @@ def vae_config_from_json(config):
                 blocks_per_level=config.get("layers_per_block", 2),
                 latent_channels=config.get("latent_channels", 4),
                 norm_groups=config.get("norm_num_groups", 32),
-                scaling_factor=config.get("scaling_factor") or 0.18215)
+                scaling_factor=float(config.get("scaling_factor") or 0.18215))
 
 
+@as_user_error
 def read_vae(path):
     """Returns the Checkpoint of an autoencoder, from wherever one may lie.
 
@@ -322,9 +354,8 @@ def read_vae(path):
     """
     path = Path(path)
     if path.is_dir():
-        own = (path / "config.json").is_file() and not (path / "vae").is_dir()
-        folder = path if own else path / "vae"
-        config, state, file = read_folder(folder, UNET_STEM, VAE_FIXED)
+        is_vae = (path / "config.json").is_file() and not (path / "vae").is_dir()
+        config, state, file = read_folder(path if is_vae else path / "vae", UNET_STEM, VAE_FIXED)
         arguments = vae_config_from_json(config)
     else:
         state, file = read_header(path), path
@@ -364,8 +395,8 @@ OPENCLIP_NAMES = {"encoder.layers.": "transformer.resblocks.", ".self_attn.": ".
 
 def openclip_name(key):
     """Returns what an SD 2 single file calls a text encoder's key, with in_proj split in three."""
-    for own, name in OPENCLIP_NAMES.items():
-        key = key.replace(own, name)
+    for name, openclip in OPENCLIP_NAMES.items():
+        key = key.replace(name, openclip)
     return key
 
 
@@ -376,13 +407,14 @@ def split_in_proj(state, width):
         if ".attn.in_proj_" not in name:
             split[name] = stored
             continue
-        for i, own in enumerate("qkv"):
+        for i, letter in enumerate("qkv"):
             rows = slice(i * width, (i + 1) * width)
-            split[name.replace("in_proj_", f"{own}_proj.")] = stored._replace(
+            split[name.replace("in_proj_", f"{letter}_proj.")] = stored._replace(
                 shape=(width, *stored.shape[1:]), rows=rows)
     return split
 
 
+@as_user_error
 def read_text(path):
     """Returns the Checkpoint of the CLIP text encoder of an SD folder or single file."""
     path = Path(path)
@@ -473,29 +505,24 @@ def check_text(checkpoint, folder, largest_id, activations):
 
 # ---- noise schedule ------------------------------------------------------------------------
 
+@as_user_error
 def load_schedule(path, prediction_type=None):
     """Returns the NoiseSchedule of an SD folder; a single file has Stable Diffusion's.
 
-    prediction_type: overrules the folder's. Errors: UserError where scheduler_config.json asks
-    for what is not implemented, or nothing tells what an SD 2 model predicts.
+    prediction_type: overrules the folder's. Errors: UserError if scheduler_config.json asks for
+    what is not implemented, or nothing tells what an SD 2 model predicts.
     """
     file = Path(path) / "scheduler" / "scheduler_config.json"
     config = read_config(file) if file.is_file() else {}
-    if not config and prediction_type is None and read_unet(path).config["context_dim"] == 1024:
+    if prediction_type:
+        config["prediction_type"] = prediction_type
+    if not config and read_unet(path).config["context_dim"] == 1024:
         raise UserError(f"{path}: does not say what its SD 2 model predicts; give "
-                           f"--prediction-type epsilon (512 px models) or v_prediction (768 px)")
-    schedule = dict(prediction_type=prediction_type or config.get("prediction_type", "epsilon"),
-                    spacing=config.get("timestep_spacing"))
-    for key, value, allowed in (
-            ("beta_schedule", config.get("beta_schedule", "scaled_linear"), ("scaled_linear",)),
-            ("trained_betas", config.get("trained_betas"), (None,)),
-            ("rescale_betas_zero_snr", config.get("rescale_betas_zero_snr", False), (False,)),
-            ("prediction_type", schedule["prediction_type"], PREDICTION_TYPES),
-            ("timestep_spacing", schedule["spacing"], (*SPACINGS, None))):
-        if value not in allowed:
-            raise UserError(f"{file}: {key} = {value!r} is not implemented; allowed is "
-                               f"{' or '.join(repr(entry) for entry in allowed)}")
+                        f"--prediction-type epsilon (512 px models) or v_prediction (768 px)")
+    check_values(config, SCHEDULE_FIXED, file)
     return NoiseSchedule(config.get("beta_start", 0.00085), config.get("beta_end", 0.012),
-                         config.get("num_train_timesteps", 1000), **schedule,
+                         config.get("num_train_timesteps", 1000),
+                         prediction_type=config.get("prediction_type", "epsilon"),
+                         spacing=config.get("timestep_spacing"),
                          steps_offset=config.get("steps_offset", 1),
                          set_alpha_to_one=config.get("set_alpha_to_one", False))

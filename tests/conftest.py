@@ -28,7 +28,27 @@ def random_states():
     """A function of a small model's name: random state dicts of its U-Net, VAE and text encoder."""
     @functools.cache
     def states(name):
-        modules = references.own_modules(references.MODELS[name], meta=True)
+        modules = references.our_modules(references.MODELS[name], meta=True)
         return [references.random_weights(module, seed) for seed, module in enumerate(modules)]
 
     return states
+
+
+@pytest.fixture(scope="session")
+def sd_folder(random_states, tmp_path_factory):
+    """A function of a small model's name: its SD folder, which tests only read."""
+    path = tmp_path_factory.mktemp("folders")
+    return functools.cache(lambda name: references.write_folder(path / name, name,
+                                                                random_states(name)))
+
+
+@pytest.fixture(scope="session")
+def sd_file(random_states, tmp_path_factory):
+    """A function of a small model's name: its single file, which tests only read."""
+    @functools.cache
+    def file(name):
+        path = tmp_path_factory.mktemp("files") / f"{name}.safetensors"
+        references.save_file(references.single_file(random_states(name)), path)
+        return path
+
+    return file

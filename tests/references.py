@@ -12,11 +12,21 @@ import gzip
 import itertools
 import json
 import random
+import struct
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import save_file as save_float32
 
+import clip
+import unet
+import vae
+from inputs import checkpoints
+from inputs.options import BASE
+
+PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
+         "text_encoder": "model"}          # folders of a checkpoint and their files' stems
 DATA = Path(__file__).parent / "data"
 TENSORS, FACTS = DATA / "references.safetensors", DATA / "references.json.gz"
 
@@ -73,6 +83,7 @@ SCHEDULERS = {
     "k-diffusion": dict(OLD, _class_name="EulerDiscreteScheduler", steps_offset=1,
                         interpolation_type="linear", use_karras_sigmas=False),
 }
+SCHEDULE = dict(OLD, _class_name="PNDMScheduler")     # of the folders written below
 
 
 # ---- what needs neither package ------------------------------------------------------------
@@ -89,10 +100,10 @@ def random_weights(module, seed):
     numbers that fp16 holds exactly.
     """
     state = {}
-    for i, (key, own) in enumerate(sorted(module.state_dict().items())):
-        values = numbers(seed * 10_000 + i, *own.shape)
-        if own.dim() > 1:
-            values = values / own[0].numel() ** 0.5
+    for i, (key, tensor) in enumerate(sorted(module.state_dict().items())):
+        values = numbers(seed * 10_000 + i, *tensor.shape)
+        if tensor.dim() > 1:
+            values = values / tensor[0].numel() ** 0.5
         else:
             values = 0.1 * values + (1.0 if key.endswith("weight") else 0.0)
         state[key] = values.half().float()
@@ -159,6 +170,66 @@ def read_facts():
     return json.loads(gzip.decompress(FACTS.read_bytes()))
 
 
+# ---- written checkpoints -------------------------------------------------------------------
+
+def save_file(state, file):
+    """Writes tensors in fp16, which loses nothing of the random ones and halves the work."""
+    save_float32({name: tensor.half() for name, tensor in state.items()}, file)
+
+
+def write_zeros(file, shapes):
+    """Writes a sparse fp16 safetensors file of zeros with the given names and shapes."""
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + 2 * torch.Size(shape).numel()
+        header[name] = dict(dtype="F16", shape=shape, data_offsets=[begin, end])
+    text = json.dumps(header).encode()
+    with open(file, "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text)
+        f.truncate(8 + len(text) + end)
+
+
+def folder_states(states):
+    """Returns {part: {folder name: tensor}}; the autoencoder's attention has today's names."""
+    unet, vae, text = states
+    return {"unet": {checkpoints.unet_folder_name(key, 2): tensor for key, tensor in unet.items()},
+            "vae": {checkpoints.vae_folder_name(key, 4): tensor for key, tensor in vae.items()},
+            "text_encoder": {f"text_model.{key}": tensor for key, tensor in text.items()}}
+
+
+def write_folder(path, name, states):
+    """Writes an SD folder with the embedded base's tokenizer and an old scheduler config."""
+    parts, model = folder_states(states), MODELS[name]
+    for part, config in (("unet", model["unet"]), ("vae", model["vae"]),
+                         ("text_encoder", model["text"]), ("scheduler", SCHEDULE)):
+        (path / part).mkdir(parents=True)
+        file = "scheduler_config.json" if part == "scheduler" else "config.json"
+        (path / part / file).write_text(json.dumps(config))
+    for part, stem in PARTS.items():
+        save_file(parts[part], path / part / f"{stem}.safetensors")
+    (path / "tokenizer").symlink_to(BASE / "tokenizer")
+    (path / "model_index.json").write_text("{}")
+    return path
+
+
+def single_file_of(states):
+    """Returns {name with its prefix: tensor} of our state dicts (U-Net, autoencoder, text)."""
+    return {f"{prefix}{key}": tensor for prefix, state in zip(PREFIXES, states)
+            for key, tensor in state.items()}
+
+
+def single_file(states, text_prefix=PREFIXES[2]):
+    """Returns {name: tensor} of a single file, with what training leaves in one."""
+    state = single_file_of(states[:2])
+    state |= {f"{text_prefix}{key}": tensor for key, tensor in states[2].items()}
+    return state | {name: torch.zeros(1) for name in (
+        "model_ema.decay", "model_ema.diffusion_modelout2bias", "model_ema.num_updates", "betas",
+        "alphas_cumprod_prev", "sqrt_recipm1_alphas_cumprod", "log_one_minus_alphas_cumprod",
+        "posterior_mean_coef1", "logvar", "lvlb_weights", "scale_factor",
+        "first_stage_model.loss.logvar",
+        "first_stage_model.model_ema.decay", f"{text_prefix}embeddings.position_ids")}
+
+
 # ---- what needs them -----------------------------------------------------------------------
 
 def peer_modules(model, meta=False):
@@ -189,12 +260,6 @@ def to_folder_names(single, model):
                        if "position_ids" not in name}
 
 
-def single_file_of(states):
-    """Returns {name with its prefix: tensor} of our state dicts (U-Net, autoencoder, text)."""
-    return {f"{prefix}{key}": tensor for prefix, state in zip(PREFIXES, states)
-            for key, tensor in state.items()}
-
-
 def openclip_names(blocks):
     """Returns the names of OpenCLIP's text tower, as SD 2 single files have them."""
     block = ["ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias", "attn.in_proj_weight",
@@ -207,7 +272,7 @@ def openclip_names(blocks):
 
 def name_tables():
     """Returns {part: {name in a single file: name(s) in a folder}} by diffusers' own rules."""
-    ours, model = own_modules(MODELS["sd15"], meta=True), MODELS["sd15"]
+    ours, model = our_modules(MODELS["sd15"], meta=True), MODELS["sd15"]
     single = single_file_of([module.state_dict() for module in ours])
     tagged = {name: torch.tensor(i) for i, name in enumerate(single)}
     names = list(single)
@@ -227,12 +292,8 @@ def name_tables():
     return tables
 
 
-def own_modules(model, meta=False):
+def our_modules(model, meta=False):
     """Returns our U-Net, autoencoder and text encoder of a MODELS entry."""
-    import clip
-    from inputs import checkpoints
-    import unet
-    import vae
     text = model["text"]
     with torch.device("meta" if meta else "cpu"):
         return (unet.UNet(unet.UNetConfig(**checkpoints.unet_config_from_json(model["unet"], ""))),
@@ -246,11 +307,11 @@ def small_peers(name):
     """Returns diffusers' and transformers' small models, with random_weights put in by their rules.
     """
     model = MODELS[name]
-    ours, theirs = own_modules(model, meta=True), peer_modules(model)
+    ours, theirs = our_modules(model, meta=True), peer_modules(model)
     single = single_file_of([random_weights(module, seed) for seed, module in enumerate(ours)])
     for module, state in zip(theirs, to_folder_names(single, model)):
-        own = module.state_dict()
-        module.load_state_dict({key: value.reshape(own[key].shape) for key, value in state.items()})
+        shapes = {key: tensor.shape for key, tensor in module.state_dict().items()}
+        module.load_state_dict({key: value.reshape(shapes[key]) for key, value in state.items()})
     return theirs
 
 
@@ -296,7 +357,6 @@ def main():
     """Writes both files."""
     import diffusers
     import transformers
-    from safetensors.torch import save_file
     tensors, timesteps = {}, {}
     for name in ("small1", "small2"):
         for what, value in outputs(small_peers(name), MODELS[name]).items():
@@ -307,7 +367,7 @@ def main():
                                             numbers(6, 1, 2, 1, 2).double())
         tensors[f"{config}.{sampler}"] = trajectory
         timesteps[f"{config}.{sampler}"] = steps
-    folder = Path(__file__).parent.parent / "tiny" / "model" / "tokenizer"
+    folder = BASE / "tokenizer"
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     merges = [tuple(line.split()) for line in
               (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]]
@@ -317,7 +377,7 @@ def main():
         tokens[pad] = tokenizer(texts(300, words_of(vocab)), padding="max_length", max_length=77,
                                 truncation=True).input_ids
     versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
-    save_file(tensors, TENSORS, versions)
+    save_float32(tensors, TENSORS, versions)
     # as saved today, with every key; tests hold the official ones, which have fewer
     configs = {name: {part: json.loads(module.to_json_string() if part != "text" else
                                        module.config.to_json_string())

@@ -238,6 +238,16 @@ def test_a_saved_bps_comes_back_with_its_config_and_facts(parts, tmp_path):
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
+@pytest.mark.parametrize("size", [dict(norm_groups=0), dict(cond_channels=-1)], ids=str)
+def test_a_bps_file_of_senseless_sizes_is_refused_in_one_line(size, parts, tmp_path):
+    from safetensors.torch import save_file
+    config = json.dumps(dataclasses.asdict(parts[1].config) | size)
+    save_file(parts[1].state_dict(), tmp_path / "bad.safetensors", dict(config=config,
+                                                                        training="{}"))
+    with pytest.raises(UserError, match="bad.safetensors: not a BPS file"):
+        load_bps(tmp_path / "bad.safetensors")
+
+
 def test_a_file_that_is_no_bps_is_refused(tmp_path):
     from safetensors.torch import save_file
     save_file(dict(a=torch.zeros(2)), tmp_path / "other.safetensors")

@@ -1,6 +1,7 @@
 """Every way in which SD 1.x and 2.x weights are stored gives the very same tensors."""
 import functools
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,22 +10,18 @@ import pytest
 import references
 import torch
 from PIL import Image
+from references import PARTS, SCHEDULE, folder_states, save_file, single_file, write_folder
 from safetensors.torch import save_file as save_float32
 
-from inputs import options
-import diffusion
-from inputs import checkpoints
-from inputs.sample_options import picture_size
 import sample
 import weights
 from clip import load_clip
+from inputs import checkpoints, options
+from inputs.sample_options import picture_size
 from unet import load_unet
 from vae import load_vae
 
-PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
-         "text_encoder": "model"}
 CONFIGS = references.read_facts()["configs"]
-SCHEDULE = dict(references.OLD, _class_name="PNDMScheduler")
 
 
 @pytest.fixture(params=["small1", "small2"])
@@ -33,44 +30,10 @@ def name(request):
     return request.param
 
 
-def save_file(state, file):
-    """Writes tensors in fp16, which loses nothing of the random ones and halves the work."""
-    save_float32({name: tensor.half() for name, tensor in state.items()}, file)
-
-
-def folder_states(states):
-    """Returns {part: {folder name: tensor}}; the autoencoder's attention has today's names."""
-    unet, vae, text = states
-    return {"unet": {checkpoints.unet_folder_name(key, 2): tensor for key, tensor in unet.items()},
-            "vae": {checkpoints.vae_folder_name(key, 4): tensor for key, tensor in vae.items()},
-            "text_encoder": {f"text_model.{key}": tensor for key, tensor in text.items()}}
-
-
-def write_folder(path, name, states):
-    """Writes an SD folder with the embedded base's tokenizer and an old scheduler config."""
-    parts, model = folder_states(states), references.MODELS[name]
-    for part, config in (("unet", model["unet"]), ("vae", model["vae"]),
-                         ("text_encoder", model["text"]), ("scheduler", SCHEDULE)):
-        (path / part).mkdir(parents=True)
-        file = "scheduler_config.json" if part == "scheduler" else "config.json"
-        (path / part / file).write_text(json.dumps(config))
-    for part, stem in PARTS.items():
-        save_file(parts[part], path / part / f"{stem}.safetensors")
-    (path / "tokenizer").symlink_to(options.BASE / "tokenizer")
-    (path / "model_index.json").write_text("{}")
-    return path
-
-
-def single_file(states, text_prefix=references.PREFIXES[2]):
-    """Returns {name: tensor} of a single file, with what training leaves in one."""
-    state = references.single_file_of(states[:2])
-    state |= {f"{text_prefix}{key}": tensor for key, tensor in states[2].items()}
-    return state | {name: torch.zeros(1) for name in (
-        "model_ema.decay", "model_ema.diffusion_modelout2bias", "model_ema.num_updates", "betas",
-        "alphas_cumprod_prev", "sqrt_recipm1_alphas_cumprod", "log_one_minus_alphas_cumprod",
-        "posterior_mean_coef1", "logvar", "lvlb_weights", "scale_factor",
-        "first_stage_model.loss.logvar",
-        "first_stage_model.model_ema.decay", f"{text_prefix}embeddings.position_ids")}
+@pytest.fixture
+def copied(sd_folder, tmp_path):
+    """A function of a small model's name: a copy of its SD folder, which a test may change."""
+    return lambda name="small1": shutil.copytree(sd_folder(name), tmp_path / "sd", symlinks=True)
 
 
 def only(states, *parts):
@@ -86,13 +49,11 @@ def assert_same(module, state):
         assert torch.equal(loaded[key], tensor.reshape(loaded[key].shape)), key
 
 
-def test_a_folder_and_a_single_file_give_the_same_tensors(name, random_states, tmp_path):
-    states = random_states(name)
-    folder, file = write_folder(tmp_path / "folder", name, states), tmp_path / "all.safetensors"
-    save_file(single_file(states), file)
-    for path, tokenizer in ((folder, None), (file, options.BASE)):
+def test_a_folder_and_a_single_file_give_the_same_tensors(name, random_states, sd_folder,
+                                                          sd_file):
+    for path, tokenizer in ((sd_folder(name), None), (sd_file(name), options.BASE)):
         unet, vae, (_, text) = load_unet(path), load_vae(path), load_clip(path, tokenizer)
-        for module, state in zip((unet, vae, text), states):
+        for module, state in zip((unet, vae, text), random_states(name)):
             assert_same(module, state)
         heads = (8,) * 4 if name == "small1" else (1, 2, 2, 2)
         assert unet.config.heads == heads and unet.config.blocks_per_level == 2
@@ -102,31 +63,29 @@ def test_a_folder_and_a_single_file_give_the_same_tensors(name, random_states, t
         assert vae.config.scaling_factor == 0.18215
 
 
-def test_fp16_variants_are_taken_where_there_is_nothing_else(random_states, tmp_path):
-    states = only(random_states("small1"), 0, 1)
-    path = write_folder(tmp_path / "sd", "small1", states)
-    for part, stem in PARTS.items():
-        save_file(folder_states(states)[part], path / part / f"{stem}.fp16.safetensors")
-        save_file({"wrong": torch.zeros(1)}, path / part / f"{stem}.non_ema.safetensors")
-    assert_same(load_unet(path), states[0])         # the exact name wins
-    for part, stem in PARTS.items():
-        (path / part / f"{stem}.safetensors").unlink()
+def test_fp16_variants_are_taken_where_there_is_nothing_else(copied, random_states):
+    path, unet = copied(), random_states("small1")[0]
+    exact, fp16, other, any_name = (path / "unet" / f"{stem}.safetensors" for stem in (
+        "diffusion_pytorch_model", "diffusion_pytorch_model.fp16",
+        "diffusion_pytorch_model.non_ema", "anything"))
+    for file in (fp16, other):
+        save_file({"wrong": torch.zeros(1)}, file)
+    assert_same(load_unet(path), unet)              # the exact name wins
+    exact.rename(fp16)
     with pytest.warns(UserWarning, match="took diffusion_pytorch_model.fp16.safetensors"):
-        assert_same(load_unet(path), states[0])
-    file = path / "unet" / "diffusion_pytorch_model.fp16.safetensors"
-    file.rename(file.with_name("anything.safetensors"))
+        assert_same(load_unet(path), unet)
+    fp16.rename(any_name)
     with pytest.raises(weights.UserError, match="which one"):
         load_unet(path)
-    (path / "unet" / "diffusion_pytorch_model.non_ema.safetensors").unlink()
+    other.unlink()
     with pytest.warns(UserWarning, match="took anything.safetensors"):
-        load_unet(path)
+        assert_same(load_unet(path), unet)
 
 
 @pytest.mark.parametrize("index", ["{}.safetensors.index.json", "{}.safetensors.index.fp16.json"])
 @pytest.mark.filterwarnings("ignore:.*took the shards")
-def test_shards_are_read_by_their_index(index, random_states, tmp_path):
-    states = random_states("small1")
-    path = write_folder(tmp_path / "sd", "small1", states)
+def test_shards_are_read_by_their_index(index, copied, random_states):
+    path, states = copied(), random_states("small1")
     for part, stem in PARTS.items():
         (path / part / f"{stem}.safetensors").unlink()
         state = folder_states(states)[part]
@@ -148,8 +107,8 @@ def test_the_exact_index_wins_over_other_variants(tmp_path):
     for name in ("m.non_ema.safetensors.index.json", "m.safetensors.index.json",
                  "m.safetensors.index.fp16.json", "m.fp16.safetensors.index.json"):
         (tmp_path / name).write_text(json.dumps(dict(weight_map=dict(a=f"{name}.safetensors"))))
-    [found] = checkpoints.find_weights(tmp_path, "m")
-    assert found.name == "m.safetensors.index.json.safetensors"
+    [file] = checkpoints.find_weights(tmp_path, "m")
+    assert file.name == "m.safetensors.index.json.safetensors"
     (tmp_path / "m.safetensors.index.json").unlink()
     with pytest.warns(UserWarning, match="took the shards of m.fp16.safetensors.index.json"):
         checkpoints.find_weights(tmp_path, "m")
@@ -192,9 +151,9 @@ def test_a_file_is_opened_anew_once_sixteen_tensors_were_converted(random_states
     save_file(single_file(only(random_states("small1"), 0)), file)
     monkeypatch.setattr(weights, "safe_open", lambda *a: opened.append(a) or safe_open(*a))
     load_unet(file, torch.float16)
-    assert len(opened) == 2                     # as it lies there: once for convolutions, once not
+    assert len(opened) == 3         # the header; as it lies there once for convolutions, once not
     load_unet(file, torch.float32)
-    assert len(opened) > 2 + 686 / 16
+    assert len(opened) > 3 + 686 / 16
 
 
 # as the official repositories have them; a key without a comment there is a size
@@ -211,18 +170,19 @@ OFFICIAL_VAE = dict(references.MODELS["sd15"]["vae"], _class_name="AutoencoderKL
 @pytest.mark.parametrize("unet, vae, text", [
     (OFFICIAL_UNET, OFFICIAL_VAE, CONFIGS["sd15"]["text"]),
     *[tuple(CONFIGS[name].values()) for name in ("sd15", "sd21")]])
-def test_configs_with_every_key_are_taken(unet, vae, text, random_states, tmp_path):
-    path = write_folder(tmp_path / "sd", "small1", random_states("small1"))
-    for part, config, fixed in (("unet", unet, checkpoints.UNET_FIXED), ("vae", vae, checkpoints.VAE_FIXED),
+def test_configs_with_every_key_are_taken(unet, vae, text, copied):
+    path = copied()
+    for part, config, fixed in (("unet", unet, checkpoints.UNET_FIXED),
+                                ("vae", vae, checkpoints.VAE_FIXED),
                                 ("text_encoder", text, checkpoints.TEXT_FIXED)):
         (path / part / "config.json").write_text(json.dumps(config))
         stem = checkpoints.TEXT_STEM if part == "text_encoder" else checkpoints.UNET_STEM
         taken, *_ = checkpoints.read_folder(path / part, stem, fixed)
         assert taken == {key: value for key, value in config.items() if value is not None}
         unet = taken if part == "unet" else unet
-    found = checkpoints.unet_config_from_json(unet, "")
-    assert found["channels"] == (320, 640, 1280, 1280)
-    assert found["context_dim"] == text["hidden_size"]
+    arguments = checkpoints.unet_config_from_json(unet, "")
+    assert arguments["channels"] == (320, 640, 1280, 1280)
+    assert arguments["context_dim"] == text["hidden_size"]
     assert checkpoints.vae_config_from_json(vae)["scaling_factor"] == 0.18215
 
 
@@ -239,17 +199,17 @@ def test_the_autoencoders_attention_loads_in_every_spelling(spelling, rank, rand
                                                             tmp_path):
     vae, renamed = random_states("small1")[1], {}
     for key, tensor in vae.items():
-        for own, other in zip(SPELLINGS["old"], SPELLINGS[spelling]):
-            if f".attn_1.{own}." in key:
-                if own != "norm" and key.endswith("weight"):
+        for old, new in zip(SPELLINGS["old"], SPELLINGS[spelling]):
+            if f".attn_1.{old}." in key:
+                if old != "norm" and key.endswith("weight"):
                     tensor = tensor.reshape(*tensor.shape[:2], *[1] * (rank - 2))
-                key = key.replace(f".attn_1.{own}.", f".attn_1.{other}.")
+                key = key.replace(f".attn_1.{old}.", f".attn_1.{new}.")
                 break
         renamed[key] = tensor
     file = tmp_path / "single.safetensors"
     save_file({f"first_stage_model.{key}": tensor for key, tensor in renamed.items()}, file)
     assert_same(load_vae(file), vae)
-    save_float32(renamed, file)                                     # an autoencoder's own file
+    save_float32(renamed, file)             # an autoencoder alone, as a file and as a folder
     assert_same(load_vae(file), vae)
     folder = tmp_path / "vae"
     folder.mkdir()
@@ -257,7 +217,7 @@ def test_the_autoencoders_attention_loads_in_every_spelling(spelling, rank, rand
     save_file({checkpoints.vae_folder_name(key, 4): tensor
                for key, tensor in renamed.items()},
               folder / "diffusion_pytorch_model.safetensors")
-    assert_same(load_vae(folder), vae)                              # an autoencoder's own folder
+    assert_same(load_vae(folder), vae)
     assert_same(load_vae(tmp_path), vae)
 
 
@@ -297,16 +257,16 @@ def test_the_text_encoder_loads_under_every_prefix(prefix, random_states, tmp_pa
 
 
 def test_an_sd2_single_files_openclip_tower_loads_without_its_last_block(random_states, tmp_path):
-    own = random_states("small2")[2]
-    tower = {"positional_embedding": own["embeddings.position_embedding.weight"],
-             "token_embedding.weight": own["embeddings.token_embedding.weight"],
+    states = random_states("small2")[2]
+    tower = {"positional_embedding": states["embeddings.position_embedding.weight"],
+             "token_embedding.weight": states["embeddings.token_embedding.weight"],
              "text_projection": torch.zeros(4, 4), "logit_scale": torch.zeros(()),
              "attn_mask": torch.zeros(4, 4), "visual.proj": torch.zeros(4, 4)}
     for kind in ("weight", "bias"):
-        tower[f"ln_final.{kind}"] = own[f"final_layer_norm.{kind}"]
+        tower[f"ln_final.{kind}"] = states[f"final_layer_norm.{kind}"]
         for i in range(3):
             block = {key.removeprefix(f"encoder.layers.{i % 2}."): tensor * (1 if i < 2 else 0)
-                     for key, tensor in own.items() if f"layers.{i % 2}." in key}
+                     for key, tensor in states.items() if f"layers.{i % 2}." in key}
             name = f"transformer.resblocks.{i}"
             tower |= {f"{name}.ln_1.{kind}": block[f"layer_norm1.{kind}"],
                       f"{name}.ln_2.{kind}": block[f"layer_norm2.{kind}"],
@@ -318,7 +278,7 @@ def test_an_sd2_single_files_openclip_tower_loads_without_its_last_block(random_
     file = tmp_path / "sd2.safetensors"
     save_file({f"cond_stage_model.model.{key}": tensor for key, tensor in tower.items()}, file)
     text_model = load_clip(file, options.BASE)[1]
-    assert_same(text_model, own)
+    assert_same(text_model, states)
     assert text_model.config.layers == 2 and text_model.config.activation == "gelu"
 
 
@@ -345,9 +305,10 @@ TO_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.w
 ])
 def test_a_single_file_of_another_model_is_refused_by_name(change, message, random_states,
                                                            tmp_path):
-    file = tmp_path / "all.safetensors"
-    save_file(single_file(only(random_states("small1"), 0)) |
-              {key: torch.zeros(shape) for key, shape in change.items()}, file)
+    """Names and shapes decide, so all tensors are zeros that take no disk."""
+    file, unet = tmp_path / "all.safetensors", random_states("small1")[0]
+    shapes = {f"{references.PREFIXES[0]}{key}": tensor.shape for key, tensor in unet.items()}
+    references.write_zeros(file, shapes | change)
     with pytest.raises(weights.UserError, match=message):
         load_unet(file)
 
@@ -368,16 +329,19 @@ def test_a_single_file_of_another_model_is_refused_by_name(change, message, rand
     (dict(attention_head_dim=[8, 8]), "do not go together"),
     (dict(norm_num_groups=48), "48 norm groups do not go together"),
 ])
-def test_a_folder_of_another_model_is_refused_by_name(change, message, random_states, tmp_path):
-    path = write_folder(tmp_path / "sd", "small1", only(random_states("small1"), 0))
-    config = references.MODELS["small1"]["unet"] | change
-    (path / "unet" / "config.json").write_text(json.dumps(config))
+def test_a_folder_of_another_model_is_refused_by_name(change, message, tmp_path):
+    """Its config decides, so the weights are hardly there."""
+    config, folder = references.MODELS["small1"]["unet"] | change, tmp_path / "unet"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    references.write_zeros(folder / "diffusion_pytorch_model.safetensors",
+                           {"conv_in.weight": (32, 4, 3, 3)})
     with pytest.raises(weights.UserError, match=message):
-        load_unet(path)
+        load_unet(tmp_path)
 
 
-def test_values_that_mean_nothing_in_a_config_are_ignored(random_states, tmp_path):
-    path = write_folder(tmp_path / "sd", "small1", only(random_states("small1"), 0))
+def test_values_that_mean_nothing_in_a_config_are_ignored(random_states, copied):
+    path = copied()
     config = references.MODELS["small1"]["unet"] | dict(
         in_channels=4, out_channels=4, upcast_attention=True, only_cross_attention=False,
         mid_block_only_cross_attention=None, transformer_layers_per_block=[1, 1, 1, 1],
@@ -393,18 +357,17 @@ def test_values_that_mean_nothing_in_a_config_are_ignored(random_states, tmp_pat
     ("text_encoder", dict(max_position_embeddings=248), "max_position_embeddings"),
     ("text_encoder", dict(hidden_act="relu"), "activation 'relu'"),
 ])
-def test_other_autoencoders_and_text_encoders_are_refused(part, change, message, random_states,
-                                                          tmp_path):
-    path = write_folder(tmp_path / "sd", "small1", random_states("small1"))
+def test_other_autoencoders_and_text_encoders_are_refused(part, change, message, copied):
+    path = copied()
     file = path / part / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
     with pytest.raises(weights.UserError, match=message):
         load_vae(path) if part == "vae" else load_clip(path)
 
 
-def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states, tmp_path):
-    states, file = random_states(name), tmp_path / "all.safetensors"
-    save_file(single_file(states), file)
+def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states, sd_file,
+                                                             tmp_path):
+    states, file = random_states(name), sd_file(name)
     if name == "small2":
         with pytest.raises(weights.UserError, match="--prediction-type epsilon"):
             sample.load_base(file, options.BASE)
@@ -412,16 +375,13 @@ def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states
     assert schedule.prediction_type == "v_prediction"
     with pytest.raises(weights.UserError, match="holds no tokenizer; give --tokenizer"):
         sample.load_base(file, prediction_type="epsilon")
-    state = {key: tensor for key, tensor in single_file(states).items()
-             if not key.startswith("first_stage_model.")}
-    save_file(state, file)
+    file, vae = tmp_path / "no_vae.safetensors", tmp_path / "vae.safetensors"
+    save_file(single_file([states[0], {}, states[2]]), file)
     with pytest.raises(weights.UserError, match="holds no autoencoder; give one with --vae"):
         sample.load_base(file, options.BASE, prediction_type="epsilon")
-    (tmp_path / "vae").mkdir()
-    own = tmp_path / "vae.safetensors"
-    save_file(states[1], own)
-    base = sample.load_base(file, options.BASE, vae_path=own, prediction_type="epsilon")
-    assert_same(base[1], states[1])
+    save_file(states[1], vae)
+    base = sample.load_base(file, options.BASE, vae_path=vae, prediction_type="epsilon")
+    assert_same(base.vae, states[1])
 
 
 @pytest.mark.parametrize("change, message", [
@@ -443,20 +403,27 @@ def test_a_name_of_a_hub_is_refused():
         sample.load_base("someone/model")
 
 
-def test_parts_of_different_models_are_refused(random_states, tmp_path):
-    states = random_states("small1")[:2] + random_states("small2")[2:]
-    path = write_folder(tmp_path / "sd", "small1", states)
-    (path / "text_encoder" / "config.json").write_text(
-        json.dumps(references.MODELS["small2"]["text"]))
+def test_parts_of_different_models_are_refused(sd_folder, copied):
+    path = copied("small1")
+    shutil.rmtree(path / "text_encoder")
+    shutil.copytree(sd_folder("small2") / "text_encoder", path / "text_encoder")
     with pytest.raises(weights.UserError, match="text states of width 1024.*takes 768"):
         sample.load_base(path)
 
 
 # ---- drawing with them ---------------------------------------------------------------------
 
+@pytest.fixture(scope="module")
+def load_once():
+    """sample.load_base, which gives the same base again for the same options."""
+    return functools.cache(sample.load_base)
+
+
 @pytest.fixture
-def draw(tmp_path, monkeypatch):
+def draw(tmp_path, monkeypatch, load_once):
     """Runs sample.py with arguments, on the CPU, two steps, one picture; returns the picture."""
+    monkeypatch.setattr(sample, "load_base", load_once)
+
     def run(*arguments):
         out = tmp_path / "pictures"
         before = set(out.glob("*.png"))
@@ -469,11 +436,8 @@ def draw(tmp_path, monkeypatch):
     return run
 
 
-def test_a_base_alone_is_a_plain_sampler(random_states, tmp_path, draw, monkeypatch):
-    monkeypatch.setattr(sample, "load_base", functools.cache(sample.load_base))
-    states, file = random_states("small1"), tmp_path / "all.safetensors"
-    save_file(single_file(states), file)
-    folder = write_folder(tmp_path / "sd", "small1", states)
+def test_a_base_alone_is_a_plain_sampler(sd_folder, sd_file, draw):
+    folder, file = sd_folder("small1"), sd_file("small1")
     options = ("--size", "40x24")           # a latent of 3 x 5
     one = draw("--base", folder, *options)
     assert one.size == (40, 24) and "bps" not in one.text and one.text["guidance"] == "7.5"
@@ -493,11 +457,9 @@ def test_a_base_alone_is_a_plain_sampler(random_states, tmp_path, draw, monkeypa
     (("--clip-skip", "9"), "--clip-skip 9: allowed are 1 to 2"),
     (("--clip-skip", "0"), "--clip-skip 0: allowed are 1 to 2"),
 ])
-def test_a_wrong_option_is_refused_with_what_is_allowed(arguments, message, random_states,
-                                                        tmp_path, draw):
-    folder = write_folder(tmp_path / "sd", "small1", random_states("small1"))
+def test_a_wrong_option_is_refused_with_what_is_allowed(arguments, message, sd_folder, draw):
     with pytest.raises(weights.UserError, match=message):
-        draw("--base", folder, *arguments)
+        draw("--base", sd_folder("small1"), *arguments)
 
 
 @pytest.mark.parametrize("arguments, message", [
@@ -517,14 +479,13 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, draw, 
     assert message in capsys.readouterr().err
 
 
-def test_the_usual_size_is_what_the_base_was_trained_with(random_states, tmp_path):
+def test_the_usual_size_is_what_the_base_was_trained_with(sd_file):
     base = sample.load_base(options.BASE)
     args = SimpleNamespace(size=None, clip_skip=1)
     assert picture_size(args, [], base) == (64, 64)
     assert picture_size(SimpleNamespace(size=(32, 48), clip_skip=1), [], base) == (32, 48)
-    file = tmp_path / "all.safetensors"
-    save_file(single_file(only(random_states("small2"), 0, 1)), file)
+    file = sd_file("small2")
+    base = base._replace(unet=load_unet(file), vae=load_vae(file))
     for kind, side in (("epsilon", 512), ("v_prediction", 768)):
-        single = base._replace(unet=load_unet(file), vae=load_vae(file),
-                               schedule=checkpoints.load_schedule(file, kind))
+        single = base._replace(schedule=checkpoints.load_schedule(file, kind))
         assert picture_size(args, [], single) == (side, side)

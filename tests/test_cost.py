@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_checkpoints import save_file, single_file, write_folder
 
 from bps import BPS
 from inputs import options
@@ -12,11 +11,10 @@ from measure import cost
 
 
 @pytest.fixture
-def args(tmp_path, random_states, monkeypatch):
+def args(tmp_path, sd_folder, sd_file, monkeypatch):
     """The options of a run on a base as make_base writes it, with a small model; nothing forks."""
-    states = random_states("small1")
-    write_folder(tmp_path / "sd15", "small1", states)
-    save_file(single_file(states), tmp_path / "sd15.safetensors")
+    (tmp_path / "sd15").symlink_to(sd_folder("small1"))
+    (tmp_path / "sd15.safetensors").symlink_to(sd_file("small1"))
     monkeypatch.setattr(cost, "PROGRAMS", ("ours",))
     monkeypatch.setattr(cost, "in_a_process", lambda name, *words: getattr(cost, name)(*words))
     return SimpleNamespace(base=tmp_path, repeat=1, device="cpu")

@@ -83,17 +83,17 @@ def write_tokenizer(folder, vocab, merges, pad):
 def test_the_networks_are_exact(peers):
     name, folder, theirs = peers
     model = references.MODELS[name]
-    wanted = references.outputs(theirs, model)
+    expected = references.outputs(theirs, model)
     vocab = {token: i for i, token in enumerate(
         [f"t{i}" for i in range(model["text"]["vocab_size"] - 2)] + [clip.BEGIN, clip.END])}
     write_tokenizer(folder / "tokenizer", vocab, [], clip.END)
     unet, vae, (_, text) = load_unet(folder), load_vae(folder), clip.load_clip(folder)
     x, z = references.vae_inputs()
     latent, ids = vae.encode(x), references.text_ids(model["text"]["vocab_size"])
-    found = dict(eps=unet(*references.unet_inputs(model["unet"])), mean=latent.mean,
-                 std=latent.std, x=vae.decode(z), context=text(ids),
-                 context_skip2=text(ids, clip_skip=2))
-    differences = {what: relative(value, wanted[what]) for what, value in found.items()}
+    outputs = dict(eps=unet(*references.unet_inputs(model["unet"])), mean=latent.mean,
+                   std=latent.std, x=vae.decode(z), context=text(ids),
+                   context_skip2=text(ids, clip_skip=2))
+    differences = {what: relative(value, expected[what]) for what, value in outputs.items()}
     print(f"\n{name}:", ", ".join(f"{what} {value:.1e}" for what, value in differences.items()))
     for what, value in differences.items():
         assert value < (5e-5 if what == "eps" else 1e-5), what
@@ -108,9 +108,10 @@ def test_a_single_file_is_converted_by_diffusers_as_by_us(peers, tmp_path):
     save_file(single, tmp_path / "all.safetensors")
     unet_and_vae = references.to_folder_names(single, references.MODELS[name])[:2]
     for state, module in zip(unet_and_vae, theirs):
-        own = module.state_dict()
-        assert state.keys() == own.keys()
-        assert all(torch.equal(state[key].reshape(own[key].shape), own[key]) for key in own)
+        saved = module.state_dict()
+        assert state.keys() == saved.keys()
+        assert all(torch.equal(state[key].reshape(tensor.shape), tensor)
+                   for key, tensor in saved.items())
     assert torch.equal(load_unet(tmp_path / "all.safetensors").out[2].weight, ours[0].out[2].weight)
 
 
@@ -140,10 +141,10 @@ def test_whole_trajectories_are_the_same(prediction_type, spacing):
     for sampler, steps in itertools.product(references.SAMPLERS, (1, 2, 5, 10, 20, 30, 50)):
         if sampler == "ddim" and (spacing == "linspace" or (spacing, steps) == ("trailing", 30)):
             continue        # diffusers takes the previous t from t - 1000 // n, not from its list
-        _, wanted = references.peer_trajectory(config, sampler, steps, start)
-        found = torch.cat(list(diffusion.sample(references.predict, start, schedule, steps,
-                                                sampler)))
-        worst = max(worst, relative(found, wanted))
+        _, theirs = references.peer_trajectory(config, sampler, steps, start)
+        ours = torch.cat(list(diffusion.sample(references.predict, start, schedule, steps,
+                                               sampler)))
+        worst = max(worst, relative(ours, theirs))
     print(f"\n{prediction_type}, {spacing}: {worst:.1e}")
     assert worst < 1e-4
 

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_checkpoints import save_file, single_file, write_folder
 
 import bps
 import sample
@@ -56,13 +55,10 @@ def test_a_command_of_the_readme_has_arguments_that_its_script_takes(command, mo
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "sample.py" in c])
-def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, random_states):
+def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, sd_folder,
+                                                sd_file):
     _, arguments = split(command)
-    tiny, small, single = options.BASE.parent, tmp_path / "sd", tmp_path / "model.safetensors"
-    if "SD_FOLDER" in arguments:
-        write_folder(small, "small1", random_states("small1"))
-    if "MODEL.safetensors" in arguments:
-        save_file(single_file(random_states("small1")), single)
+    tiny = options.BASE.parent
     if "DRAWINGS" in arguments:
         (tmp_path / "drawings").mkdir()
         shutil.copy(tiny / "drawing.png", tmp_path / "drawings")
@@ -77,8 +73,8 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
                  "b.png": drawing, "drawing.png": drawing, "768x512": "96x64",
                  "DRAWINGS": tmp_path / "drawings",
                  "pictures/0000.png": tmp_path / "first/0000.png",
-                 "SD_FOLDER": options.BASE if "--bps" in arguments else small,
-                 "MODEL.safetensors": single}
+                 "SD_FOLDER": options.BASE if "--bps" in arguments else sd_folder("small1"),
+                 "MODEL.safetensors": sd_file("small1")}
     arguments = [str(stand_ins.get(word, word)) for word in arguments]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["sample.py", *arguments, "--steps", "2", "--n", "1",

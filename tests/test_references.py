@@ -8,34 +8,34 @@ from safetensors.torch import load_file
 
 import clip
 import diffusion
-from inputs import checkpoints
 import weights
+from inputs import checkpoints
 from inputs.options import BASE
 
 RECORDED = load_file(references.TENSORS)
 FACTS = references.read_facts()
 
 
-def relative(found, wanted):
+def relative(ours, theirs):
     """Returns the largest difference relative to the largest value."""
-    assert found.shape == wanted.shape
-    return ((found - wanted).abs().max() / wanted.abs().max()).item()
+    assert ours.shape == theirs.shape
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 @pytest.mark.parametrize("name", ["small1", "small2"])
 @torch.inference_mode()
 def test_the_networks_give_the_recorded_outputs(name, random_states):
     model = references.MODELS[name]
-    unet, vae, text = references.own_modules(model, meta=True)
+    unet, vae, text = references.our_modules(model, meta=True)
     for module, state in zip((unet, vae, text), random_states(name)):
         module.load_state_dict(state, assign=True)
         module.eval()
     x, z = references.vae_inputs()
     latent, ids = vae.encode(x), references.text_ids(model["text"]["vocab_size"])
-    found = dict(eps=unet(*references.unet_inputs(model["unet"])), mean=latent.mean,
-                 std=latent.std, x=vae.decode(z), context=text(ids)[:, ::19],
-                 context_skip2=text(ids, clip_skip=2)[:, ::19])
-    for what, value in found.items():
+    outputs = dict(eps=unet(*references.unet_inputs(model["unet"])), mean=latent.mean,
+                   std=latent.std, x=vae.decode(z), context=text(ids)[:, ::19],
+                   context_skip2=text(ids, clip_skip=2)[:, ::19])
+    for what, value in outputs.items():
         assert relative(value, RECORDED[f"{name}.{what}"]) < (5e-5 if what == "eps" else 1e-5), what
 
 
@@ -76,8 +76,8 @@ def test_300_prompts_of_every_kind_give_the_recorded_ids(pad, tmp_path):
     vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
     prompts = references.texts(300, references.words_of(vocab))
     ids = clip.load_tokenizer(tmp_path)(prompts).tolist()
-    different = [prompt for prompt, found, wanted in zip(prompts, ids, FACTS["tokens"][pad])
-                 if found != wanted]
+    different = [prompt for prompt, ours, theirs in zip(prompts, ids, FACTS["tokens"][pad])
+                 if ours != theirs]
     assert not different
 
 

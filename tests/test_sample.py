@@ -125,7 +125,7 @@ def test_a_bps_trained_to_steer_another_prediction_is_refused(draw, tmp_path, bp
 def test_a_damaged_bps_file_is_refused(draw, tmp_path, bps_file):
     file = tmp_path / "bad.safetensors"
     file.write_bytes(bps_file.read_bytes().replace(b'"F16"', b'"F99"'))
-    with pytest.raises(UserError, match="bad.safetensors: not a BPS file"):
+    with pytest.raises(UserError, match="bad.safetensors: not a safetensors file"):
         draw("--bps", file)
 
 

@@ -1,14 +1,17 @@
 """Checkpoints in both layouts load to the same model, and every fault is named."""
 import json
+import random
+import shutil
 import struct
 
 import pytest
+import references
 import torch
 from safetensors.torch import load_file, save_file
 
-from inputs import checkpoints
 import weights
 from clip import CLIPTextConfig, CLIPTextModel
+from inputs import checkpoints
 from tiny.pretrain import save_part
 from unet import UNet, UNetConfig, load_unet
 from vae import AutoencoderKL, VAEConfig, load_vae
@@ -25,19 +28,26 @@ VAE_JSON = dict(block_out_channels=[8, 16, 16], layers_per_block=1, norm_num_gro
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
-@pytest.fixture
-def folder(tmp_path):
-    """An SD folder with a random U-Net and autoencoder, and the U-Net itself (rounded to fp16)."""
+@pytest.fixture(scope="session")
+def written(tmp_path_factory):
+    """An SD folder with a random U-Net and autoencoder, and the two (rounded to fp16)."""
+    path = tmp_path_factory.mktemp("written")
     torch.manual_seed(0)
     unet = UNet(UNET).half().float().eval()
-    save_part(unet, tmp_path / "unet", lambda key: checkpoints.unet_folder_name(key, 2), UNET_JSON)
+    save_part(unet, path / "unet", lambda key: checkpoints.unet_folder_name(key, 2), UNET_JSON)
     vae = AutoencoderKL(VAE).half().float().eval()
-    save_part(vae, tmp_path / "vae", lambda key: checkpoints.vae_folder_name(key, 3), VAE_JSON)
-    return tmp_path, unet, vae
+    save_part(vae, path / "vae", lambda key: checkpoints.vae_folder_name(key, 3), VAE_JSON)
+    return path, unet, vae
 
 
-def test_a_folder_gives_back_the_unet_and_the_autoencoder(folder):
-    path, unet, vae = folder
+@pytest.fixture
+def folder(written, tmp_path):
+    """A copy of that folder, which a test may change."""
+    return shutil.copytree(written[0], tmp_path, dirs_exist_ok=True)
+
+
+def test_a_folder_gives_back_the_unet_and_the_autoencoder(written):
+    path, unet, vae = written
     loaded = load_unet(path)
     assert loaded.config == UNET
     inputs = torch.randn(2, 4, 8, 12), torch.tensor([3, 900]), torch.randn(2, 5, 24)
@@ -48,14 +58,13 @@ def test_a_folder_gives_back_the_unet_and_the_autoencoder(folder):
 
 
 def test_every_missing_unexpected_and_misshaped_key_is_named(folder):
-    path, *_ = folder
-    state = load_file(path / "unet" / WEIGHTS)
+    state = load_file(folder / "unet" / WEIGHTS)
     del state["conv_in.bias"], state["time_embedding.linear_2.weight"]
     state["surprise.weight"] = torch.zeros(1)
     state["conv_out.bias"] = torch.zeros(7)
-    save_file(state, path / "unet" / WEIGHTS)
+    save_file(state, folder / "unet" / WEIGHTS)
     with pytest.raises(weights.UserError) as error:
-        load_unet(path)
+        load_unet(folder)
     for part in ("4 keys", "missing conv_in.bias", "missing time_embedding.linear_2.weight",
                  "unexpected surprise.weight", "conv_out.bias is (7,), not (4,)", WEIGHTS):
         assert part in str(error.value)
@@ -71,7 +80,7 @@ def test_a_single_file_of_sd15_sizes_loads_by_its_prefixes(tmp_path):
         ) for key, tensor in module.state_dict().items()}
     shapes["model_ema.decay"] = shapes["betas"] = [1]
     file = tmp_path / "sd15.safetensors"
-    write_zeros(file, shapes)
+    references.write_zeros(file, shapes)
     checkpoint = checkpoints.read_unet(file)
     with torch.device("meta"):
         unet = UNet(UNetConfig(**checkpoint.config))
@@ -84,18 +93,6 @@ def test_a_single_file_of_sd15_sizes_loads_by_its_prefixes(tmp_path):
 def test_absent_keys_of_a_config_are_sd15s():
     assert UNetConfig(**checkpoints.unet_config_from_json({}, "config.json")) == UNetConfig()
     assert VAEConfig(**checkpoints.vae_config_from_json({})) == VAEConfig()
-
-
-def write_zeros(file, shapes):
-    """Writes a sparse fp16 safetensors file of zeros with the given names and shapes."""
-    header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * torch.Size(shape).numel()
-        header[name] = dict(dtype="F16", shape=shape, data_offsets=[begin, end])
-    text = json.dumps(header).encode()
-    with open(file, "wb") as f:
-        f.write(struct.pack("<Q", len(text)) + text)
-        f.truncate(8 + len(text) + end)
 
 
 @pytest.mark.parametrize("spoil, message", [
@@ -114,12 +111,126 @@ def write_zeros(file, shapes):
      "class_embed_type"),
 ])
 def test_a_faulty_file_is_refused_with_the_reason(folder, spoil, message):
-    path, *_ = folder
-    spoil(path / "unet" / WEIGHTS)
+    spoil(folder / "unet" / WEIGHTS)
     with pytest.raises(weights.UserError, match=message):
-        load_unet(path)
+        load_unet(folder)
 
 
 def test_a_missing_path_is_named(tmp_path):
     with pytest.raises(weights.UserError, match="nowhere"):
         load_unet(tmp_path / "nowhere")
+
+
+# ---- damaged at random ---------------------------------------------------------------------
+
+NONSENSE = (None, True, -1, 0, 1, 7, 1.5, 2**70, "x", [], {}, [0], [None], [1, 2, 3], ["x", 64])
+
+
+def loads_or_is_refused(read, path):
+    """Returns whether a file loads; any error but a UserError of one line fails the test."""
+    try:
+        read(path)
+    except weights.UserError as error:
+        assert "\n" not in str(error) and path.name in str(error)
+        return False
+    return True
+
+
+def load_text(path):
+    """Returns the text encoder of a path, without the tokenizer that a single file lacks."""
+    return checkpoints.read_text(path).build(CLIPTextModel, CLIPTextConfig)
+
+
+def small_shapes():
+    """Returns {name: shape} of a single file that is as small as one can be."""
+    with torch.device("meta"):
+        modules = (UNet(UNetConfig(channels=(32,), attention=(True,), heads=(8,),
+                                   blocks_per_level=1)),
+                   AutoencoderKL(VAEConfig(channels=(32,), blocks_per_level=1)),
+                   CLIPTextModel(CLIPTextConfig(width=64, layers=1, heads=1, vocab_size=9)))
+    return {name: list(tensor.shape) for name, tensor in references.single_file_of(
+        [module.state_dict() for module in modules]).items()}
+
+
+def damaged(header, pick):
+    """Changes one thing in the header of a safetensors file, a dict, in place."""
+    name = pick.choice(list(header))
+    entry, kind = header[name], pick.choice(("drop", "name", "entry", "key", "value", "number"))
+    if kind == "drop":
+        del header[name]
+    elif kind == "name":
+        header[name + pick.choice((".", "x", "0.weight"))] = header.pop(name)
+    elif kind == "entry":
+        header[name] = pick.choice(NONSENSE)
+    elif kind == "key":
+        del entry[pick.choice(list(entry))]
+    elif kind == "value":
+        entry[pick.choice(list(entry))] = pick.choice(NONSENSE)
+    else:
+        numbers = entry[pick.choice(("shape", "data_offsets"))]
+        numbers[pick.randrange(len(numbers))] = pick.choice(NONSENSE)
+
+
+def test_a_header_damaged_at_random_loads_or_is_refused_in_one_line(tmp_path):
+    pick, file, shapes = random.Random(0), tmp_path / "damaged.safetensors", small_shapes()
+    references.write_zeros(file, shapes)
+    whole = file.read_bytes()
+    length = struct.unpack("<Q", whole[:8])[0]
+    readers = (load_unet, load_vae, load_text)
+    assert all(loads_or_is_refused(read, file) for read in readers)
+    refused = 0
+    for i in range(300):
+        header = json.loads(whole[8:8 + length])
+        damaged(header, pick)
+        text = json.dumps(header).encode()
+        content = struct.pack("<Q", len(text)) + text + whole[8 + length:]
+        if i % 3 == 0:                                          # a byte, rather than a value
+            position = pick.randrange(8 + length)
+            content = whole[:position] + bytes([pick.randrange(256)]) + whole[position + 1:]
+        file.write_bytes(content)
+        refused += not all([loads_or_is_refused(read, file) for read in readers])
+    assert refused > 250
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("read, prefix", [*zip((load_unet, load_vae, load_text),
+                                               references.PREFIXES)])
+def test_a_sound_header_of_senseless_shapes_loads_or_is_refused_in_one_line(read, prefix,
+                                                                            tmp_path):
+    pick, file, shapes = random.Random(0), tmp_path / "senseless.safetensors", small_shapes()
+    names = [name for name in shapes if name.startswith(prefix)]
+    for _ in range(60):
+        changed = dict(shapes)
+        for name in pick.sample(names, pick.choice((1, 1, 9))):
+            shape = list(shapes[name])
+            shape[pick.randrange(len(shape))] = pick.choice((0, 1, 3, 33, 64))
+            changed[name] = pick.choice(([], [0], shape, shape[:1], [*shape, 2]))
+        references.write_zeros(file, changed)
+        loads_or_is_refused(read, file)
+
+
+@pytest.mark.parametrize("part, read", [("unet", load_unet), ("vae", load_vae)])
+def test_a_config_of_senseless_values_loads_or_is_refused_in_one_line(part, read, folder):
+    file = folder / part / "config.json"
+    config = json.loads(file.read_text())
+    for key in config:
+        for value in NONSENSE:
+            file.write_text(json.dumps(config | {key: value}))
+            loads_or_is_refused(read, folder)
+
+
+def test_a_senseless_index_of_shards_is_refused_in_one_line(folder):
+    (folder / "unet" / WEIGHTS).unlink()
+    index = folder / "unet" / f"{WEIGHTS}.index.json"
+    for value in (*NONSENSE, {"a": 1}, {"a": "b.bin"}, {"a": "none.safetensors"}):
+        index.write_text(json.dumps(dict(weight_map=value)))
+        assert not loads_or_is_refused(load_unet, folder)
+
+
+def test_a_senseless_noise_schedule_is_refused_in_one_line(tmp_path):
+    file = tmp_path / "scheduler" / "scheduler_config.json"
+    file.parent.mkdir()
+    for key in (*references.OLD, *checkpoints.SCHEDULE_FIXED, "steps_offset"):
+        for value in NONSENSE:
+            file.write_text(json.dumps(references.OLD | {key: value}))
+            loads_or_is_refused(checkpoints.load_schedule, tmp_path)
