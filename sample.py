@@ -38,6 +38,7 @@ from inputs.conditions import (
 from inputs.options import run
 from inputs.sample_options import (
     DTYPES,
+    check_clip_skip,
     check_drawn_with,
     check_fit,
     command_line,
@@ -198,6 +199,7 @@ def main():
     for file, bps in networks.items():
         check_fit(bps, file, base, args.base)
     args.conditions = [default_condition(c, networks[c.bps].metadata) for c in args.conditions]
+    check_clip_skip(args.clip_skip, base.text_model)
     size = picture_size(args, [bps.metadata for bps in networks.values()], base)
     jobs = list_jobs(args.conditions, args.prompt)
     read = {c: read_condition(c.cond, networks[c.bps].metadata["task"], *size,

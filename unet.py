@@ -12,6 +12,7 @@ C_h = C / heads.
 """
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -213,8 +214,7 @@ class UNet(nn.Module):
         base, levels = config.channels[0], len(config.channels)
         t_emb_dim = base * 4
 
-        def res_block(channels_in, channels):
-            return ResBlock(channels_in, channels, t_emb_dim, config.norm_groups)
+        res_block = partial(ResBlock, t_emb_dim=t_emb_dim, norm_groups=config.norm_groups)
 
         def transformer(level):
             return SpatialTransformer(config.channels[level], config.context_dim,

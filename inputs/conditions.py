@@ -242,7 +242,11 @@ def open_label_map(file):
     Grey ones of 8 bits hold class numbers; they get the palette of distinct_colours. Errors:
     UserError if classes cannot be told.
     """
-    image = load_image(file)
+    return to_label_map(load_image(file), file)
+
+
+def to_label_map(image, file):
+    """Returns the image of a file as open_label_map does."""
     if image.format not in LOSSLESS:
         raise UserError(f"{file}: a {image.format} file blurs where classes meet; save label maps "
                         f"as palette PNG")
@@ -264,7 +268,7 @@ def open_boxes(file):
     """
     image = load_image(file)
     if image.format not in LOSSLESS or image.mode in ("L", "P"):
-        return open_label_map(file)
+        return to_label_map(image, file)
     colours, index = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0,
                                return_inverse=True)
     if len(colours) > MAX_CLASSES:

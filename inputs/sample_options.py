@@ -137,12 +137,10 @@ def join_conditions(parser, args, is_embedded):
         if others:
             parser.error(f"--bps {others[0]}: beside --bps none; leave one of them out")
         for name in ("cond", "scale", "strength", "window"):
-            if getattr(args, name) not in (None, parser.get_default(name)) or (
-                    name == "cond" and conds and args.picture is None):
-                value = getattr(args, name)[0]
-                reason = "needs --bps, not none" if args.bps else \
-                    "needs --bps, a file that train.py wrote for this base"
-                parser.error(f"--{name} {value}: {reason}")
+            values = getattr(args, name)
+            if values != parser.get_default(name):
+                reason = "not none" if args.bps else "a file that train.py wrote for this base"
+                parser.error(f"--{name} {values[0]}: needs --bps, {reason}")
         return []
     if len(files) > 1 and not conds:
         parser.error(f"--bps {files[0]}: without --cond; of several, each needs its own")
@@ -226,15 +224,18 @@ def default_condition(condition, metadata):
     return condition._replace(cond=DEFAULT_DRAWING)
 
 
+def check_clip_skip(clip_skip, text_model):
+    """Raises UserError if --clip-skip asks for a layer that the text encoder does not have."""
+    layers = text_model.config.layers
+    if not 1 <= clip_skip <= layers:
+        raise UserError(f"--clip-skip {clip_skip}: allowed are 1 to {layers}")
+
+
 def picture_size(args, metadata, base):
     """Returns (width, height) in pixels: --size, else what BPS or the base was trained with.
 
-    Errors: UserError if a side is not a multiple of the autoencoder's factor, or if --clip-skip
-    asks for more layers than there are.
+    Errors: UserError if a side is not a multiple of the autoencoder's factor.
     """
-    layers = base.text_model.config.layers
-    if not 1 <= args.clip_skip <= layers:
-        raise UserError(f"--clip-skip {args.clip_skip}: allowed are 1 to {layers}")
     # a single file does not say it: SD 2.x predicts v at 768 px, all others are for 512 px
     at_768 = (base.unet.config.context_dim == 1024
               and base.schedule.prediction_type == "v_prediction")

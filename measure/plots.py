@@ -59,6 +59,7 @@ class Axes:
     def paint_plane(self):
         """Draws dots and arrows over [-2.6, 2.6] squared, y upwards."""
         def to_panel(points):
+            """Returns panel pixels (n, 2) of points in the plane."""
             return (np.array([1, -1]) * points / 5.2 + 0.5) * SIDE
 
         for kind, points, extra in self.layers:
@@ -94,6 +95,7 @@ class Axes:
         x_low, x_high = x[0] - 0.1, x[-1] + 0.1
 
         def to_panel(x, y):
+            """Returns panel pixels (.., 2) of values on the axes."""
             x = EDGE + (x - x_low) / (x_high - x_low) * (SIDE - EDGE - NAMES)
             return np.stack([x, SIDE - 20 - (y - low) / (high - low) * (SIDE - 30)], axis=-1)
 

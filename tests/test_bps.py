@@ -284,7 +284,8 @@ def test_a_file_of_before_with_few_paths_loads_with_weights_of_0(parts, tmp_path
     bps = build_bps(config_for(SMALL, 2, FACTOR, weights_of(("contracting",))))
     # ports of weight 0 were built and saved
     state = bps.state_dict() | {"zero_blocks.4.weight": torch.zeros(64, 64, 3, 3)}
-    for names, loads in ((bps.state_dict(), True), (state, True), (state | {"odd": torch.ones(2)}, False)):
+    odd = state | {"odd": torch.ones(2)}
+    for names, loads in ((bps.state_dict(), True), (state, True), (odd, False)):
         save_file(names, tmp_path / "old.safetensors", dict(config=old_config(
             bps, ("contracting",)), training="{}"))
         if loads:

@@ -283,7 +283,8 @@ def test_a_label_map_in_jpeg_or_in_shades_is_refused(tmp_path):
     assert open_boxes(tmp_path / "boxes.png").mode == "P"
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
-    with pytest.raises(UserError, match="noise.png: 1,[0-9]+ colours; a label map has one per class"):
+    message = "noise.png: 1,[0-9]+ colours; a label map has one per class"
+    with pytest.raises(UserError, match=message):
         open_boxes(tmp_path / "noise.png")
 
 
