@@ -229,6 +229,10 @@ class BPS(nn.Module):
         port = self.zero_blocks[i]
         return None if port is None else self.port_weights[i] * port(h)
 
+    def expansive_modules(self):
+        """Returns for each output block a tuple of the modules that make its map."""
+        return [(entry,) for entry in self.output_blocks]
+
     def expansive_path(self, h, skips):
         """Returns the residuals of the output blocks.
 
@@ -453,6 +457,11 @@ class LightBPS(BPS):
             channels_in = narrow
         return entries
 
+    def expansive_modules(self):
+        """Returns each output block's port; a level's first one brings the shared layer along."""
+        return [(port, shared) if i == 0 else (port,) for shared, ports in self.output_blocks
+                for i, port in enumerate(ports)]
+
     def expansive_path(self, h, skips):
         """Returns the residuals of the output blocks, from the map that each level ends with."""
         residuals, level_length = [], self.config.blocks_per_level + 1
@@ -477,34 +486,24 @@ def port_table(bps, side):
     side: of the latent at the outermost level. parameters: those of the block and its port, which
     add up to the network's. Where there is no port, side, channels and weight are "-".
     """
-    config, level_length = bps.config, bps.config.blocks_per_level + 1
-    device = next(bps.parameters()).device
-    cond = torch.zeros(1, config.cond_channels, side * config.factor, side * config.factor,
-                       device=device)
-    residuals = bps(cond, torch.zeros(1, config.channels[0] * 4, device=device))
+    config, device = bps.config, next(bps.parameters()).device
+    pixels = side * config.factor
+    residuals = bps(torch.zeros(1, config.cond_channels, pixels, pixels, device=device),
+                    torch.zeros(1, config.channels[0] * 4, device=device))
     inputs = len(bps.input_blocks)
-    output_weights = [config.output_weight] * (len(residuals) - inputs - 1)
+    outputs = len(residuals) - inputs - 1
+    blocks = [(f"input {i}", "contracting") for i in range(inputs)] + [("middle", "transition")]
+    blocks += [(f"output {i}", "expansive") for i in range(outputs)]
+    modules = [*zip(bps.input_blocks, bps.zero_blocks), (bps.middle_block, bps.zero_blocks[-1])]
+    modules += bps.expansive_modules() or [()] * outputs
+    port_weights = bps.port_weights + [config.output_weight] * outputs
     rows = []
-    for i, (residual, weight) in enumerate(zip(residuals, bps.port_weights + output_weights)):
-        number = i - inputs - 1                             # of the output block
-        if i < inputs:
-            block, path = f"input {i}", "contracting"
-            prefixes = (f"input_blocks.{i}.", f"zero_blocks.{i}.")
-        elif i == inputs:
-            block, path = "middle", "transition"
-            prefixes = ("middle_block.", f"zero_blocks.{i}.")
-        else:
-            block, path = f"output {number}", "expansive"
-            prefixes = (f"output_blocks.{number}.",)
-            if config.foot == "light":
-                level, port = divmod(number, level_length)  # the first port brings its level along
-                prefixes = (f"output_blocks.{level}.1.{port}.",)
-                prefixes += (f"output_blocks.{level}.0.",) if port == 0 else ()
-        count = sum(parameter.numel() for name, parameter in bps.named_parameters()
-                    if name.startswith(prefixes))
-        shape = ("-", "-", "-") if residual is None else (
+    for block, residual, weight, parts in zip(blocks, residuals, port_weights, modules):
+        count = sum(parameter.numel() for part in parts if part is not None
+                    for parameter in part.parameters())
+        port = ("-", "-", "-") if residual is None else (
             residual.shape[-1], residual.shape[1], weight)
-        rows.append((block, path, *shape, count))
+        rows.append((*block, *port, count))
     return rows
 
 
