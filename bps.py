@@ -198,7 +198,7 @@ class BPS(nn.Module):
         return entries
 
     def forward(self, cond, t_emb):
-        """Returns residuals: one map (B, C, H, W) per U-Net block, None where there is no port.
+        """Returns residuals: one map (B, C, H, W) per U-Net block, None if it has no port.
 
         cond: (B, C_cond, f H, f W) in [0, 1]. t_emb: (B or 1, 4 * base channels), the frozen
         U-Net's time_embedding(t). The order is input blocks, middle, output blocks. At SD 1.5's
@@ -484,7 +484,7 @@ def port_table(bps, side):
     """Returns rows (block, path, latent side, channels, weight, parameters) of all U-Net blocks.
 
     side: of the latent at the outermost level. parameters: those of the block and its port, which
-    add up to the network's. Where there is no port, side, channels and weight are "-".
+    add up to the network's. Without a port, side, channels and weight are "-".
     """
     config, device = bps.config, next(bps.parameters()).device
     pixels = side * config.factor

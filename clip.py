@@ -63,7 +63,7 @@ class Tokenizer:
                                       continuing_subword_prefix="", fuse_unk=False)
         self.bpe = tokenizers.Tokenizer(model)
         self.bpe.normalizer, self.bpe.pre_tokenizer = split_words()
-        self.bpe.add_special_tokens([BEGIN, END, pad_token])    # whole, where a text spells them
+        self.bpe.add_special_tokens([BEGIN, END, pad_token])    # whole, if a text spells them
         self.begin, self.end, self.pad = vocab[BEGIN], vocab[END], vocab[pad_token]
         self.largest = max(vocab.values())
 

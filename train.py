@@ -77,21 +77,21 @@ def train(bps, optimizer, base, cache, args, start, on_save):
 
 # ---- the run's folder ----------------------------------------------------------------------
 
-def choose_out(wanted, facts):
-    """Returns the run's folder: `wanted` if new or an unfinished run of the same facts.
+def choose_out(folder, facts):
+    """Returns the run's folder: `folder` if new or an unfinished run of the same facts.
 
-    Otherwise the first free one of wanted-2, wanted-3 ..: a finished run is never overwritten.
+    Otherwise the first free one of folder-2, folder-3 ..: a finished run is never overwritten.
     facts: the arguments, and the base's fingerprint. Errors: UserError for a damaged args.json.
     """
-    wanted = wanted if wanted.name else wanted.resolve()        # "." has no name to count up
+    folder = folder if folder.name else folder.resolve()        # "." has no name to count up
     for number in range(1, 10_000):
-        out = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        out = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         if not (out / "args.json").is_file():
             return out
         finished = (out / "bps.safetensors").exists() and not (out / CHECKPOINT).exists()
         if not finished and weights.read_json(out / "args.json") == facts:
             return out
-    raise UserError(f"{wanted}: 10,000 runs beside it; give another --out")
+    raise UserError(f"{folder}: 10,000 runs beside it; give another --out")
 
 
 def run_facts(args, splits):

@@ -275,7 +275,7 @@ class UNet(nn.Module):
         residuals = [None] * blocks if residuals is None else residuals
         if len(residuals) != blocks:
             raise ValueError(f"{len(residuals)} residuals for a U-Net of {blocks} blocks; "
-                             f"pass one entry per block, None where there is no port")
+                             f"pass one entry per block, None if it has no port")
         t_emb = self.time_embedding(t)
         residual = iter(residuals)
 

@@ -115,7 +115,7 @@ def _why_unreadable(file, error):
 
 
 def read_tensors(stored, dtype, device):
-    """Yields the tensors of a list of Stored: mapped from the file, or converted where need be.
+    """Yields the tensors of a list of Stored: mapped from the file, or converted.
 
     What is read of a file stays in memory as long as the file is open; so it is opened anew once
     some tensors were converted. Convolutions are mapped apart from the rest: made channels_last

@@ -243,7 +243,7 @@ def unet_config_from_json(config, file):
     if set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"} or list(up) != mirrored:
         raise UserError(f"{file}: block types {down + up}; allowed are (CrossAttn)DownBlock2D "
                         f"and, mirrored, (CrossAttn)UpBlock2D")
-    # SD's configs say attention_head_dim where they mean the number of heads.
+    # SD's configs say attention_head_dim but mean the number of heads.
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
     for key in ("layers_per_block", "cross_attention_dim", "norm_num_groups", "sample_size"):

@@ -224,13 +224,16 @@ def soft_lines(x):
     return (ridge * (slope * max(1, sigma) - FAINT) / (FULL_INK - FAINT)).clamp(0, 1)[:, None]
 
 
-def line_f1(found, wanted):
-    """Returns the F1 score (B,) of lines found against lines wanted, (B, H, W) bool, 1 px apart."""
-    def near(lines):
-        return F.max_pool2d(lines.float(), 3, 1, 1) > 0
+def line_f1(lines, reference):
+    """Returns the F1 score (B,) of lines against those of a reference, (B, H, W) bool.
 
-    precision = (found & near(wanted)).sum((1, 2)) / found.sum((1, 2)).clamp(min=1)
-    recall = (wanted & near(found)).sum((1, 2)) / wanted.sum((1, 2)).clamp(min=1)
+    A line pixel counts if the other has one at most 1 px away.
+    """
+    def near(mask):
+        return F.max_pool2d(mask.float(), 3, 1, 1) > 0
+
+    precision = (lines & near(reference)).sum((1, 2)) / lines.sum((1, 2)).clamp(min=1)
+    recall = (reference & near(lines)).sum((1, 2)) / reference.sum((1, 2)).clamp(min=1)
     return 2 * precision * recall / (precision + recall).clamp(min=1e-9)
 
 

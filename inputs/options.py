@@ -29,7 +29,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
     def check_out(self, out):
-        """Ends the script where --out, or a folder it would lie in, is a file or write-protected.
+        """Ends the script if --out, or a folder it would lie in, is a file or write-protected.
         """
         for folder in (out, *out.absolute().parents):
             if folder.is_file():
@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
                 return
 
     def add_device(self):
-        """Adds --device: the GPU where there is one, else the CPU."""
+        """Adds --device: the GPU if there is one, else the CPU."""
         self.add_argument("--device", type=usable_device,
                           default="cuda" if torch.cuda.is_available() else "cpu",
                           help="(default: %(default)s)")
@@ -50,11 +50,11 @@ class Parser(argparse.ArgumentParser):
         add = self.add_argument
         add("--base", type=Path, default=BASE, help="Stable Diffusion 1.x or 2.x: a folder, or a "
             ".safetensors file (default: tiny/model)")
-        add("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, where --base is "
+        add("--tokenizer", type=Path, help="folder with vocab.json and merges.txt, if --base is "
             "a single file")
         add("--vae", type=Path, help="folder or file of another autoencoder than the base's own")
-        add("--prediction-type", choices=diffusion.PREDICTION_TYPES, help="where --base does not "
-            "say it: v_prediction for SD 2.x at 768 px")
+        add("--prediction-type", choices=diffusion.PREDICTION_TYPES, help="if --base does not say "
+            "it: v_prediction for SD 2.x at 768 px")
 
 
 def add_port_options(parser):
@@ -94,7 +94,7 @@ def usable_device(name):
 
 
 def check_pixels(width, height):
-    """Raises UserError where a picture would be too large for any of these models."""
+    """Raises UserError if a picture would be too large for any of these models."""
     if width * height > MOST_PIXELS:
         raise UserError(f"--size {width}x{height}: at most {MOST_PIXELS:,} pixels")
 

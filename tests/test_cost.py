@@ -38,6 +38,7 @@ def test_a_prediction_is_timed_in_turns_with_what_is_installed(args, monkeypatch
     assert turns == ["ours", "theirs"] * 3                  # the first turn warms up
 
 
+@pytest.mark.slow
 def test_without_diffusers_only_our_own_figures_are_printed(args, monkeypatch, capsys):
     monkeypatch.setattr(cost, "SIDE", 8)
     monkeypatch.setattr(cost, "DTYPES", dict(fp32=torch.float32, bf16=torch.bfloat16))
@@ -61,11 +62,13 @@ def test_the_rounding_of_narrower_dtypes_is_in_its_table(args, monkeypatch, caps
         assert 0 < float(half) < float(brain) < 0.5         # bf16 keeps three bits fewer
 
 
+@pytest.mark.slow
 def test_a_child_process_that_fails_says_why():
     with pytest.raises(RuntimeError, match="no such file"):
         cost.in_a_process("measure_load", "ours", options.BASE / "nowhere", "fp32")
 
 
+@pytest.mark.slow
 def test_steering_is_timed_naive_and_amortised(args, monkeypatch, capsys):
     monkeypatch.setattr(cost, "PICTURES", (2,))
     monkeypatch.setattr(cost, "SIDE", 8)

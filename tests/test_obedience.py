@@ -66,6 +66,7 @@ def test_layout_counts_boxes(scenes):
     assert asked[0].shape == (boxes, 3, 64, 64)
 
 
+@pytest.mark.slow
 def test_the_small_clip_knows_true_scenes_from_shuffled_ones(scenes):
     pictures, conds = scenes
     for task in ("segmentation", "layout"):
@@ -75,6 +76,7 @@ def test_the_small_clip_knows_true_scenes_from_shuffled_ones(scenes):
             assert right[what] > wrong[what] + 0.15, what
 
 
+@pytest.mark.slow
 def test_the_classifier_names_categories_of_the_picture(scenes):
     rows = world.records("train", ("3d",))[::40]
     x = torch.stack([to_x(world.on_ground(world.picture("3d", row["name"]))) for row in rows])

@@ -370,6 +370,7 @@ def test_a_check_of_label_maps_tells_classes_and_palettes_that_differ(check, fol
     (["--weights", "a,b"], "a,b: allowed are head-heavy, flat"),
     (["--weights", "0,0"], "0,0: allowed are head-heavy, flat, or numbers from 0 to 10,000, not"),
     (["--paths", "up"], "unrecognized arguments: --paths up"),
+    (["--lr", "-1"], "--lr -1.0: allowed is"), (["--task", "nonsense"], "'nonsense' (choose"),
     (["--foot", "none"], "'none'")])
 def test_a_wrong_option_of_training_is_one_line(arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["train.py", *arguments])

@@ -31,6 +31,7 @@ def small_batches(monkeypatch):
         monkeypatch.setattr(stage, "batch", 4)
 
 
+@pytest.mark.slow
 def test_each_stage_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     for stage in STAGES:
@@ -48,6 +49,7 @@ def test_each_stage_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypa
     assert base.vae.config.scaling_factor > 0 and (whole / "model" / "model_index.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_unet_can_go_on_from_given_weights(tmp_path, monkeypatch):
     shutil.copytree(BASE, tmp_path / "model")
     file = "unet/diffusion_pytorch_model.safetensors"
@@ -77,6 +79,7 @@ def digest(row):
     return hashlib.sha256(world.picture(row["style"], row["name"]).tobytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_no_training_pool_opens_a_held_out_picture(tmp_path, monkeypatch):
     held_out = {digest(row) for row in world.records(None, ("3d", "flat", "line"))
                 if row["split"] != "train"}

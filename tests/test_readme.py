@@ -102,6 +102,7 @@ def test_every_file_that_the_readme_links_to_exists():
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
+@pytest.mark.slow
 def test_the_evaluation_of_the_base_prints_its_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(base, "STEPS", 1)
     monkeypatch.setattr(base, "SHOWN", 3)

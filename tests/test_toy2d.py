@@ -72,6 +72,7 @@ def test_steering_is_finite_in_float32_where_one_component_is_all_that_is_left()
                                rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_steering_is_the_covariance_of_the_noise_and_w_by_monte_carlo(world):
     # z_0 given z_t, by importance from the large space; what c_add says is decided by z_0 alone
     z_t, alpha, sigma, log_p_cond = some_points(world, 700)
@@ -149,6 +150,7 @@ def test_composition_is_exact_where_the_conditions_speak_of_independent_coordina
     assert apart[0] < 1e-12 and apart[1] > 0.01
 
 
+@pytest.mark.slow
 def test_a_tempered_law_is_the_large_space_at_0_and_the_small_one_at_1():
     world = toy2d.pinwheel()
     held_out = toy2d.HeldOut(world, 0)
@@ -299,6 +301,7 @@ def test_only_what_a_method_learns_is_changed_and_only_scratch_starts_anew(monke
         assert any(seen["trained"][:len(of_prior)]) == (method != "steered"), method
 
 
+@pytest.mark.slow
 def test_a_short_training_steers_and_leaves_the_prior_as_it_was():
     world = toy2d.pinwheel()
     short_prior, held_out = toy2d.train_prior(world, 0, samples=50_000), toy2d.HeldOut(world, 0)
@@ -391,7 +394,8 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_another(compared, r
 
 @pytest.mark.parametrize("study, names", (
     ("compare", ["toy2d.md", "toy2d.png", "steering.png"]), ("modes", ["modes.md", "modes.png"]),
-    ("robustness", ["robustness.md", "robustness.png"]), ("rates", ["rates.md"]),
+    ("robustness", ["robustness.md", "robustness.png"]),
+    pytest.param("rates", ["rates.md"], marks=pytest.mark.slow),
     ("algebra", ["algebra.md", "algebra.png"])))
 def test_a_run_writes_its_table_and_its_figures(study, names, run_toy, compared, modes_run):
     out = dict(compare=compared, modes=modes_run[0]).get(study) or run_toy(study)

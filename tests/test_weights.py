@@ -171,6 +171,7 @@ def damaged(header, pick):
         numbers[pick.randrange(len(numbers))] = pick.choice(NONSENSE)
 
 
+@pytest.mark.slow
 def test_a_header_damaged_at_random_loads_or_is_refused_in_one_line(tmp_path):
     pick, file, shapes = random.Random(0), tmp_path / "damaged.safetensors", small_shapes()
     references.write_zeros(file, shapes)
