@@ -8,6 +8,8 @@ width.
     cond, z, context = cache.batch(16, generator)
 """
 import hashlib
+import os
+import warnings
 from typing import Callable, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from inputs.conditions import TASKS, class_colours, crop, images_at_a_time, open_image, to_x
-from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
+from inputs.pairs import CAPTION_KEYS, find_pairs, group_pairs, same_shape, shape_fault
 from tiny.tasks import embedded_pairs
 from weights import UserError
 
@@ -30,6 +32,7 @@ class Pair(NamedTuple):
     open_cond: Callable[[], Image.Image]
     open_image: Callable[[], Image.Image]
     prompts: tuple              # the first is the one to validate with
+    files: tuple = ()           # of condition and image, if they are a user's own
 
 
 # ---- pairs ---------------------------------------------------------------------------------
@@ -39,7 +42,7 @@ def split_names(names):
 
     At least one pair is held out for each of val and test.
     """
-    order = sorted(set(names), key=lambda name: hashlib.sha256(name.encode()).digest())
+    order = sorted(set(names), key=lambda name: hashlib.sha256(os.fsencode(name)).digest())
     test = max(1, round(TEST_SHARE * len(order)))
     val = test + max(1, round(VAL_SHARE * len(order)))
     return {name: "test" if i < test else "val" if i < val else "train"
@@ -50,11 +53,12 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
     """Returns the pairs of a split: of the embedded data, or of a user's folder.
 
     extract: the images' own lines are the conditions. default_prompt: the prompt of a picture that
-    has no caption. Errors: UserError names the file at fault, or says that there are too few.
+    has no caption. Warns of files that are not read and of captions that most pairs lack.
+    Errors: UserError names the file at fault, or says that there are too few.
     """
     if folder is None:
         return [Pair(*pair) for pair in embedded_pairs(task, split)]
-    files, problems = find_pairs(folder, extract)
+    files, problems, unused = find_pairs(folder, extract)
     if problems:
         others = f" (and {len(problems) - 1} more: see --check-data)" if problems[1:] else ""
         raise UserError(problems[0] + others)
@@ -63,9 +67,18 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
     if len(sides) < MIN_PAIRS:
         raise UserError(f"{folder}: {len(sides)} pairs; at least {MIN_PAIRS} are needed to "
                         f"train, to validate and to test")
+    if unused:
+        warnings.warn(f"{folder}: {len(unused)} files belong to no pair, such as {unused[0]}; "
+                      f"--check-data names them")
+    bare = sum(not pair.prompts for pair in files)
+    if bare > len(files) / 2 and not default_prompt:
+        warnings.warn(f"{folder}: {bare} of {len(files)} pairs have no caption and train on an "
+                      f"empty prompt; give --default-prompt, or captions as NAME.txt or NAME.caption "
+                      f"beside the image, or in a listing as {', '.join(CAPTION_KEYS)}")
     open_cond = open_image if extract else TASKS[task].open
     return [Pair(str(pair.cond), lambda file=pair.cond: open_cond(file),
-                 lambda file=pair.image: open_image(file), pair.prompts or (default_prompt,))
+                 lambda file=pair.image: open_image(file), pair.prompts or (default_prompt,),
+                 (pair.cond, pair.image))
             for pair, group in zip(files, groups) if sides[group] == split]
 
 

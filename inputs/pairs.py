@@ -4,23 +4,29 @@
     metadata.jsonl      per line {"file_name", "text", "conditioning_image"}, as in imagefolder
     images/, conditions/        files of the same names, with captions in images/NAME.txt
 
-A prompt or text may be a list, and a .txt may have several lines: these are several captions of one
-picture, and so are several lines of a listing for one pair. If conditions are extracted from the
-images, conditions need not be there, and images may also lie in the folder itself.
+Keys may be in any case, and a caption under any of CAPTION_KEYS. A caption may be a list, and a
+file of captions may have several lines: these are several captions of one picture, and so are
+several lines of a listing for one pair. If conditions are extracted from the images, conditions
+need not be there, and images may also lie in the folder itself. Sub-folders and links are followed.
 
-    pairs, problems = find_pairs("my_pairs")
+    pairs, problems, unused = find_pairs("my_pairs")
 """
 import json
 import os
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
 from weights import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
-LISTINGS = {"prompt.json": (("source",), "target", "prompt"),
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif",
+                  ".tiff", ".avif")
+CAPTION_SUFFIXES = (".txt", ".caption")
+LISTINGS = {"prompt.json": (("source",), "target"),
             "metadata.jsonl": (("conditioning_image", "conditioning_image_file_name"),
-                               "file_name", "text")}    # keys of condition, image, caption
+                               "file_name")}            # keys of condition and image
+CAPTION_KEYS = ("text", "prompt", "caption", "description")
+LEFT_BY_SYSTEMS = (".", "__macosx", "thumbs.db", "desktop.ini")     # beginnings of names
 SAME_SHAPE = 0.02               # how far the aspect ratios of a pair may differ
 
 
@@ -31,12 +37,43 @@ class PairFiles(NamedTuple):
     prompts: tuple
 
 
+class FolderFiles(NamedTuple):
+    """What lies in a folder of images, by name: the path in it without suffix, accents composed."""
+    images: dict                # {name: file}
+    captions: dict              # {name: files}
+    problems: list
+
+
 def check_folder(folder):
     """Raises UserError if there is no such folder of pairs."""
     if folder.suffix.lower() == ".zip" and folder.is_file():
         raise UserError(f"{folder}: a .zip is not read; unpack it and give the folder")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; --data takes a folder of pairs")
+
+
+def walk(folder, parents=()):
+    """Yields the files in a folder and its sub-folders, sorted; links are followed, loops end.
+
+    parents: the folders, without links, that this one lies in.
+    """
+    real = os.path.realpath(folder)
+    if not folder.is_dir() or real in parents:
+        return
+    for entry in sorted(folder.iterdir()):
+        if entry.is_dir():
+            if not entry.name.lower().startswith(LEFT_BY_SYSTEMS):
+                yield from walk(entry, (*parents, real))
+        elif not entry.name.lower().startswith(LEFT_BY_SYSTEMS):
+            yield entry
+
+
+def name_in(folder, file):
+    """Returns a file's path in a folder as text, with accents composed.
+
+    Systems differ in whether an accent is part of its letter or a character that follows it.
+    """
+    return unicodedata.normalize("NFC", file.relative_to(folder).as_posix())
 
 
 def read_text(file):
@@ -48,101 +85,122 @@ def read_text(file):
         raise UserError(f"{file}: not UTF-8 ({error}); save it as UTF-8") from None
 
 
-def read_captions(image):
-    """Returns the captions of an image: the lines of NAME.txt beside it that are not blank."""
-    file = image.with_suffix(".txt")
-    lines = read_text(file).splitlines() if file.is_file() else []
-    return tuple(line.strip() for line in lines if line.strip())
+def read_captions(files):
+    """Returns the captions in files of an image: their lines that are not blank."""
+    lines = [line.strip() for file in files for line in read_text(file).split("\n")]
+    return tuple(dict.fromkeys(line for line in lines if line))
 
 
-def list_images(folder):
-    """Returns ({name without suffix: file} of the images in a folder, problems)."""
-    files, problems = {}, []
-    for file in sorted(folder.iterdir()) if folder.is_dir() else ():
-        if file.suffix.lower() not in IMAGE_SUFFIXES or file.name.startswith("."):
-            continue
-        if file.stem in files:
-            problems.append(f"{files[file.stem]} and {file.name}: which one? names must differ in "
-                            f"more than the suffix")
-        files[file.stem] = file
-    return files, problems
+def list_files(folder):
+    """Returns the FolderFiles of a folder; there may be none."""
+    images, captions, problems = {}, {}, []
+    for file in walk(folder):
+        name = name_in(folder, file.with_suffix(""))
+        if file.suffix.lower() in CAPTION_SUFFIXES:
+            captions.setdefault(name, []).append(file)
+        elif file.suffix.lower() in IMAGE_SUFFIXES:
+            if name in images:
+                problems.append(f"{images[name]} and {file.name}: which one? names must differ in "
+                                f"more than the suffix")
+            images[name] = file
+    return FolderFiles(images, captions, problems)
 
 
 def find_pairs(folder, extract=False):
-    """Returns (pairs, problems): a list of PairFiles, and a line for each thing that is wrong."""
+    """Returns (pairs, problems, unused) of a folder.
+
+    pairs: a list of PairFiles. problems: a line for each thing that is wrong. unused: the files in
+    the folder that belong to no pair. Errors: UserError if there is no such folder.
+    """
     folder = Path(folder)
     check_folder(folder)
-    for listing, keys in LISTINGS.items():
-        if (folder / listing).is_file():
-            return _listed_pairs(folder, listing, keys, extract)
-    images, problems = list_images(folder / "images")
-    if extract and not images:
-        images, problems = list_images(folder)
-    conds, cond_problems = (images, []) if extract else list_images(folder / "conditions")
-    problems += cond_problems
-    pairs = []
-    for stem in sorted(conds.keys() | images.keys()):
-        for files, part in ((conds, "conditions"), (images, "images")):
-            if stem not in files:
-                problems.append(f"{folder / part}/{stem}.*: missing, so that {stem} is not in both "
+    listing = next((name for name in LISTINGS if (folder / name).is_file()), None)
+    if listing:
+        pairs, problems = _listed_pairs(folder, listing, extract)
+        captions = [folder / listing]
+    else:
+        pairs, problems, captions = _named_pairs(folder, extract)
+    read = {file for pair in pairs for file in (pair.cond, pair.image)}.union(captions)
+    return pairs, problems, [file for file in walk(folder) if file not in read]
+
+
+def _named_pairs(folder, extract):
+    """Returns (pairs, problems, files of captions) of images/ and conditions/ of the same names."""
+    files = list_files(folder / "images")
+    if extract and not files.images:
+        files = list_files(folder)
+    images, conds, problems = files.images, files.images, list(files.problems)
+    if not extract:
+        conds, _, cond_problems = list_files(folder / "conditions")
+        problems += cond_problems
+    pairs, captions = [], []
+    for name in sorted(conds.keys() | images.keys()):
+        for part, part_files in (("conditions", conds), ("images", images)):
+            if name not in part_files:
+                problems.append(f"{folder / part}/{name}.*: missing, so that {name} is not in both "
                                 f"conditions/ and images/; read are {', '.join(IMAGE_SUFFIXES)}")
-        if stem in conds and stem in images:
-            prompts = ()
+        if name in conds and name in images:
+            prompts, caption_files = (), files.captions.get(name, [])
+            captions += caption_files
             try:
-                prompts = read_captions(images[stem])
+                prompts = read_captions(caption_files)
             except UserError as error:
                 problems.append(str(error))
-            pairs.append(PairFiles(conds[stem], images[stem], prompts))
+            pairs.append(PairFiles(conds[name], images[name], prompts))
     if not pairs and not problems:
         problems.append(f"{folder}: no pairs; allowed are prompt.json (fill50k), metadata.jsonl "
                         f"(imagefolder) or the folders images/ and conditions/; with --extract, "
                         f"images alone")
-    return pairs, problems
+    return pairs, problems, captions
 
 
-def _listed_pairs(folder, listing, keys, extract):
+def _listed_pairs(folder, listing, extract):
     """Returns the pairs of a file with one JSON object per line, and its problems by line."""
     captions, problems = {}, []
     text = read_text(folder / listing)
     if text.lstrip().startswith("["):
-        return [], [f"{folder / listing}: a JSON array; wanted is one object per line, without "
+        return [], [f"{folder / listing}: a JSON array; it must be one object per line, without "
                     f"brackets and commas around"]
+    files = {name_in(folder, file): file for file in walk(folder)}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         place = f"{folder / listing}, line {number}"
+        cond_keys, image_key = LISTINGS[listing]
         try:
-            names, prompts = _read_row(json.loads(line), keys, extract)
+            names, prompts = _read_row(json.loads(line), cond_keys, image_key, extract)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            problems.append(f"{place}: not a JSON object with the keys "
-                            f"{keys[0][0]}, {keys[1]}, {keys[2]} ({error})")
+            problems.append(f"{place}: not a JSON object with the keys {cond_keys[0]}, "
+                            f"{image_key}, {' or '.join(CAPTION_KEYS)} ({error})")
             continue
-        faults = [fault for fault in (_fault(folder, name) for name in names) if fault]
+        faults = [fault for fault in (_fault(folder, name, files) for name in names) if fault]
         problems += [f"{place}: {fault}" for fault in faults]
         if not faults:
-            captions.setdefault((names[0], names[-1]), []).extend(prompts)
+            pair = tuple(files.get(unicodedata.normalize("NFC", name), folder / name)
+                         for name in (names[0], names[-1]))
+            captions.setdefault(pair, []).extend(prompts)
     if not captions and not problems:
         problems.append(f"{folder / listing}: no pairs in it")
-    return [PairFiles(folder / cond, folder / image, tuple(dict.fromkeys(prompts)))
+    return [PairFiles(cond, image, tuple(dict.fromkeys(prompts)))
             for (cond, image), prompts in captions.items()], problems
 
 
-def _fault(folder, name):
+def _fault(folder, name, files):
     """Returns what is wrong with a file name of a listing, or None."""
     if name.startswith(("../", "/")) or name[1:2] == ":":
         return f"{name} leaves the folder; only files in it are read"
-    if not (folder / name).is_file():
+    if unicodedata.normalize("NFC", name) not in files and not (folder / name).is_file():
         return f"{folder / name} does not exist"
     return None
 
 
-def _read_row(row, keys, extract):
+def _read_row(row, cond_keys, image_key, extract):
     """Returns (names of condition, unless extracted, and image; captions) of a listing's line."""
-    cond_keys, image_key, text_key = keys
+    row = {key.lower(): value for key, value in row.items()}
     names = [row[image_key]]
     if not extract:
         names.insert(0, row[next((key for key in cond_keys if key in row), cond_keys[0])])
-    prompts = row.get(text_key) or ()
+    prompts = next((row[key] for key in CAPTION_KEYS if row.get(key)), ())
     prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
     for text in (*names, *prompts):
         if not isinstance(text, str):
@@ -158,7 +216,7 @@ def group_pairs(folder, pairs):
     leaders = {}
 
     def leader(file):
-        name = file.relative_to(folder).as_posix()
+        name = name_in(folder, file)
         while leaders.setdefault(name, name) != name:
             name = leaders[name]
         return name

@@ -16,7 +16,7 @@ import diffusion
 from inputs.checkpoints import find_unet, read_text, read_vae
 from inputs.conditions import TASKS, load_image
 from inputs.options import BASE, HERE, Parser, check_pixels, seed_number
-from inputs.pairs import list_images, read_captions
+from inputs.pairs import list_files, read_captions
 from weights import UserError
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
@@ -252,24 +252,26 @@ def list_jobs(conditions, prompt):
 
     Errors: UserError if folders don't have the same names.
     """
-    folders = {}
+    folders, all_captions = {}, {}
     for condition in conditions:
         if condition.cond.is_dir():
-            folders[condition.cond], problems = list_images(condition.cond)
-            if problems or not folders[condition.cond]:
+            images, captions, problems = list_files(condition.cond)
+            if problems or not images:
                 raise UserError(problems[0] if problems else
                                 f"--cond {condition.cond}: no image in it")
+            folders[condition.cond] = images
+            all_captions = captions | all_captions          # those of the first folder win
     if not folders:
         return [Job("", conditions, prompt)]
-    first, files = next(iter(folders.items()))
+    first, images = next(iter(folders.items()))
     for folder, others in folders.items():
-        for stem in sorted(others.keys() ^ files.keys()):
-            raise UserError(f"--cond {folder} and {first}: only one of them has {stem}; folders "
+        for name in sorted(others.keys() ^ images.keys()):
+            raise UserError(f"--cond {folder} and {first}: only one of them has {name}; folders "
                             f"of conditions are joined by name")
-    return [Job(f"{stem}-",
-                [condition._replace(cond=folders.get(condition.cond, {}).get(stem, condition.cond))
+    return [Job(f"{name.replace('/', '-')}-",
+                [condition._replace(cond=folders.get(condition.cond, {}).get(name, condition.cond))
                  for condition in conditions],
-                (*read_captions(file), prompt)[0]) for stem, file in files.items()]
+                (*read_captions(all_captions.get(name, [])), prompt)[0]) for name in images]
 
 
 # ---- what a picture remembers --------------------------------------------------------------

@@ -103,7 +103,7 @@ def check_captions(pairs, tokenizer, default_prompt):
 
 def check_data(args):
     """Prints what is in --data and writes a sheet of it; all that is wrong ends in exit code 2."""
-    pairs, problems = find_pairs(args.data, args.extract)
+    pairs, problems, unused = find_pairs(args.data, args.extract)
     survey = Survey(args.task)
     for pair in tqdm(pairs, desc="check", leave=False):
         image = survey.look("image", pair.image)
@@ -115,6 +115,8 @@ def check_data(args):
     counts = Counter(side_of[group] for group in groups)
     print(f"pairs: {len(pairs)}, of which " + ", ".join(
         f"{counts[side]} {side}" for side in ("train", "val", "test")))
+    for file in unused:
+        print(f"belongs to no pair: {file}")
     survey.show(args.data)
     check_captions(pairs, load_clip(args.base, args.tokenizer)[0], args.default_prompt)
     problems += survey.problems

@@ -36,7 +36,7 @@ def folder(tmp_path):
 
 def found(path, extract=False):
     """Returns the pairs of a path that has no problems."""
-    pairs, problems = find_pairs(path, extract)
+    pairs, problems, _ = find_pairs(path, extract)
     assert problems == []
     return pairs
 
@@ -125,7 +125,7 @@ def test_a_path_that_leaves_the_folder_is_refused_by_file_and_line(folder, name)
 
 
 @pytest.mark.parametrize("line, words", [
-    ("nonsense", "line 2: not a JSON object with the keys source, target, prompt"),
+    ("nonsense", "line 2: not a JSON object with the keys source, target, text or prompt"),
     ("[1, 2]", "line 2: not a JSON object"), ('{"source": "a.png"}', "line 2: not a JSON object"),
     ('{"source": 3, "target": "images/00.png"}', "line 2: not a JSON object"),
     ('{"source": "conditions/00.png", "target": "images/00.png", "prompt": [1]}', "line 2: not"),
@@ -200,6 +200,91 @@ def test_pairs_in_folders_of_their_own_are_told_apart(tmp_path):
     listing(tmp_path, rows)
     sides = [len(load_pairs("sketch", side, tmp_path)) for side in ("train", "val", "test")]
     assert sides == [9, 1, 2]
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".jfif", ".jpe", ".tif", ".TIFF", ".avif", ".gif"])
+def test_images_of_every_suffix_that_pillow_reads_are_used(folder, suffix):
+    if suffix.lower() not in Image.registered_extensions():
+        pytest.skip(f"this Pillow reads no {suffix}")
+    for kind in ("images", "conditions"):
+        Image.open(folder / kind / "03.png").save(folder / kind / f"03{suffix}")
+        (folder / kind / "03.png").unlink()
+    pairs, problems, unused = find_pairs(folder)
+    assert (len(pairs), problems, unused) == (12, [], [])
+    images = [pair.open_image() for split in ("train", "val", "test")
+              for pair in load_pairs("sketch", split, folder) if pair.name.endswith(suffix)]
+    assert [image.size for image in images] == [(35, 35)]
+
+
+def test_images_in_subfolders_are_used_and_what_is_not_used_is_told(folder, check, capsys):
+    for kind in ("images", "conditions"):
+        (folder / kind / "more").mkdir()
+        (folder / kind / "03.png").rename(folder / kind / "more" / "03.png")
+    (folder / "images" / "more" / "03.Caption").write_text("three")
+    assert len(found(folder)) == 12
+    assert [pair.prompts for pair in found(folder) if "more" in str(pair.cond)] == [("three",)]
+    for name in ("images/12.psd", "images/99.txt", "notes.docx"):
+        (folder / name).write_text("")
+    assert [str(file.relative_to(folder)) for file in find_pairs(folder)[2]] == [
+        "images/12.psd", "images/99.txt", "notes.docx"]
+    with pytest.warns(UserWarning, match="3 files belong to no pair, such as .*images/12.psd"):
+        load_pairs("sketch", "train", folder)
+    check()
+    assert f"belongs to no pair: {folder}/images/12.psd" in capsys.readouterr().out
+
+
+def test_links_are_followed_and_loops_end(folder, tmp_path):
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for kind in ("images", "conditions"):
+        (linked / kind).symlink_to(folder / kind)
+    assert len(found(linked)) == 12
+    (folder / "images" / "round").symlink_to(linked)            # linked/images/round is linked
+    (folder / "conditions" / "round").symlink_to(linked)
+    (folder / "images" / "self").symlink_to("self")             # a link to itself is no image
+    assert {pair.image.name for pair in find_pairs(linked)[0]} >= {f"{i:02d}.png"
+                                                                   for i in range(12)}
+    row = dict(source="conditions/00.png", target="images/00.png", text="a ring")
+    listing(linked, [row])
+    assert [pair.prompts for pair in found(linked)] == [("a ring",)]
+
+
+@pytest.mark.parametrize("key", ["caption", "Prompt", "TEXT", "Description"])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_caption_is_read_under_any_of_its_keys(folder, name, key):
+    cond, image, _ = LAYOUTS[name]
+    listing(folder, [{cond.upper(): f"conditions/{i:02d}.png", image: f"images/{i:02d}.png",
+                      key: f"thing {i}", "width": 3} for i in range(12)], name)
+    assert [pair.prompts for pair in found(folder)] == [(f"thing {i}",) for i in range(12)]
+
+
+@pytest.mark.parametrize("suffix", [".caption", ".TXT", ".Caption"])
+def test_a_caption_file_may_have_either_suffix_in_any_case(folder, suffix):
+    (folder / "images" / f"03{suffix}").write_text("three\r\nand a half\x0cor so\u2028or more\r\n",
+                                                   encoding="utf-8")
+    assert found(folder)[3].prompts == ("three", "and a half\x0cor so\u2028or more")
+
+
+def test_pairs_without_captions_are_told_once_unless_there_is_a_default(folder, recwarn):
+    load_pairs("sketch", "train", folder)
+    line, = [str(warning.message) for warning in recwarn.list]
+    assert "12 of 12 pairs have no caption" in line and "--default-prompt" in line
+    load_pairs("sketch", "train", folder, default_prompt="a ring")
+    for i in range(6):
+        (folder / "images" / f"{i:02d}.txt").write_text("a ring")
+    load_pairs("sketch", "train", folder)
+    assert len(recwarn.list) == 1
+
+
+def test_an_accent_is_one_letter_however_it_is_spelled(folder):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    (folder / "images" / "03.png").rename(folder / "images" / f"{composed}.png")
+    (folder / "conditions" / "03.png").rename(folder / "conditions" / f"{decomposed}.png")
+    (folder / "images" / f"{decomposed}.txt").write_text("coffee")
+    assert len(found(folder)) == 12 and found(folder)[-1].prompts == ("coffee",)
+    listing(folder, [dict(source=f"conditions/{composed}.png", target=f"images/{decomposed}.png")])
+    pair, = found(folder)
+    assert pair.cond.is_file() and pair.image.is_file()
 
 
 def test_a_huge_and_an_unreadable_file_are_refused_by_name(folder, monkeypatch):
