@@ -16,7 +16,16 @@ import torch
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from inputs.conditions import TASKS, class_colours, crop, images_at_a_time, open_image, to_x
+from inputs.conditions import (
+    TASKS,
+    class_colours,
+    crop,
+    images_at_a_time,
+    is_blank,
+    open_image,
+    palette_fault,
+    to_x,
+)
 from inputs.pairs import CAPTION_KEYS, find_pairs, group_pairs, same_shape, shape_fault
 from tiny.tasks import embedded_pairs
 from weights import UserError
@@ -85,14 +94,14 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
 # ---- the cache -----------------------------------------------------------------------------
 
 def open_pair(pair, task, size, extract=False, flip=False):
-    """Returns (cond uint8 (C, size, size), x (3, size, size), label map's colours) of a pair.
+    """Returns (cond uint8 (C, size, size), x (3, size, size), {colour: number} of a label map).
 
     Condition and image are cropped, and flipped, alike. Errors: UserError if shapes differ.
     """
     kind, cond, image = TASKS[task], pair.open_cond(), pair.open_image()
     if not same_shape(cond, image):
         raise UserError(shape_fault(pair.name, cond, image))
-    colours = set(class_colours(cond)) if kind.has_labels else set()
+    colours = class_colours(cond) if kind.has_labels else {}
     cond, image = crop(cond, size, size), crop(image, size, size)
     if flip:
         cond, image = ImageOps.mirror(cond), ImageOps.mirror(image)
@@ -104,8 +113,8 @@ class LatentCache:
     """Everything a training step needs of some pairs, computed once: latents and text states.
 
     With mirror, every pair is there a second time, flipped left to right. Latents and text states
-    are kept in fp16, conditions in 8 bits. Attribute classes: the set of label maps' colours, as
-    in "#1f77b4".
+    are kept in fp16, conditions in 8 bits. Attribute maps_of_class: {number: {colour as in
+    "#1f77b4": name of a pair in which the class has it}} of label maps.
     """
 
     def __init__(self, pairs, task, size, base, mirror=False, extract=False):
@@ -113,7 +122,7 @@ class LatentCache:
 
         extract: conditions are made from the images' own lines.
         """
-        self.pairs, self.size, self.classes = pairs, size, set()
+        self.pairs, self.size, self.maps_of_class = pairs, size, {}
         device = next(base.vae.parameters()).device
         conds, means, stds = [], [], []
         for flip in (False, True) if mirror else (False,):
@@ -121,9 +130,10 @@ class LatentCache:
             for i in tqdm(parts, desc="latents", leave=False):
                 opened = [open_pair(pair, task, size, extract, flip)
                           for pair in pairs[i:i + parts.step]]
-                for cond, _, classes in opened:
+                for pair, (cond, _, colours) in zip(pairs[i:], opened):
                     conds.append(cond)
-                    self.classes |= classes
+                    for colour, number in colours.items():
+                        self.maps_of_class.setdefault(number, {}).setdefault(colour, pair.name)
                 x = torch.stack([x for _, x, _ in opened]).to(device)
                 with torch.inference_mode():
                     mean, std = base.vae.encode(x.contiguous(memory_format=torch.channels_last))
@@ -168,3 +178,22 @@ class LatentCache:
             captions = self.pairs[i % len(self.pairs)].prompts
             prompts.append("" if u < empty_share else captions[int(v * len(captions))])
         return self.cond(indices), z, self.context(prompts)
+
+
+def check_conditions(caches, task):
+    """Warns of conditions that say nothing; raises UserError if all are so or palettes differ."""
+    conds = [(pair.name, cond) for cache in caches for pair, cond in zip(cache.pairs, cache.conds)]
+    blank = [name for name, cond in conds if is_blank(cond / 255)]
+    if len(blank) == len(conds):
+        raise UserError(f"{blank[0]}: blank, and so are all other conditions; a drawing needs ink, "
+                        f"a label map two classes")
+    if blank:
+        warnings.warn(f"{len(blank)} of {len(conds)} conditions are blank, such as {blank[0]}; "
+                      f"--check-data names them")
+    maps_of_class = {}
+    for cache in caches:
+        for number, maps in cache.maps_of_class.items():
+            maps_of_class[number] = maps | maps_of_class.get(number, {})
+    fault = palette_fault(maps_of_class)
+    if fault and task == "segmentation":
+        raise UserError(fault)

@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 import weights
 from bps import build_bps, config_for, save_bps
-from data import EMPTY_SHARE, LatentCache, load_pairs
+from data import EMPTY_SHARE, LatentCache, check_conditions, load_pairs
 from inputs import checkpoints
-from inputs.conditions import TASKS, cond_to_x, to_image
+from inputs.conditions import TASKS, class_names, cond_to_x, to_image
 from inputs.options import BASE, Parser, add_port_options, check_pixels, run, seed_number
 from measure.dataset import check_data
 from measure.obedience import meter_for
@@ -104,13 +104,15 @@ def run_facts(args, splits):
 
 def bps_metadata(args, facts, base, cache):
     """Returns what a sampler has to know of a trained BPS, beside its sizes."""
-    # only the embedded label maps' classes have names
-    names = {} if args.data else {colour: name for name, colour in CLASSES.items()}
+    numbers = {colour: number for number, maps in cache.maps_of_class.items() for colour in maps}
+    names = class_names(numbers)            # those of grey maps have numbers, and
+    if not args.data:                       # those of the embedded maps have words
+        names = {colour: word for word, colour in CLASSES.items() if colour in numbers}
     return dict(task=args.task, base=facts["base_sha256"],
                 context_dim=base.unet.config.context_dim,
                 prediction_type=base.schedule.prediction_type, size=args.size, steps=args.steps,
                 batch=args.batch, lr=args.lr, seed=args.seed, extracted=args.extract,
-                classes={colour: names.get(colour, "") for colour in sorted(cache.classes)})
+                classes=dict(sorted(names.items())))
 
 
 def example_condition(task, cache):
@@ -208,6 +210,7 @@ def main():
     cache, val_cache, test_cache = (
         LatentCache(pairs, args.task, args.size, base, mirror=split == "train",
                     extract=args.extract) for split, pairs in splits.items())
+    check_conditions((cache, val_cache, test_cache), args.task)
     print(f"{len(cache.pairs)} training, {len(val_cache.pairs)} validation and "
           f"{len(test_cache.pairs)} test pairs; latents and text states are cached")
 

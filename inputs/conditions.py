@@ -9,14 +9,16 @@
 
 Shapes: B batch, C channels, H W rows and columns of the image.
 """
+import contextlib
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 
 from weights import UserError
 
@@ -24,35 +26,67 @@ LINE_CONTRAST = 0.1             # slope of x per pixel from which an edge counts
 FAINT, FULL_INK = 0.05, 0.25    # slopes from which a soft line is there, and is drawn in full
 FAINTEST_INK = 0.1              # of the darkest line of a drawing that has lines
 UNIFORM = 0.97                  # share of one tone in a line of pixels that is frame or margin
+HIDDEN = 2                      # times the contrast on black is of that on white: white hides ink
 RARE_LIGHT = 0.3                # share of light pixels up to which a dark-sided drawing is chalk
 SMOOTHED = 256                  # pixels a side above which pictures are smoothed for soft lines
 COLOUR_CELLS = 8                # of a colour reference, along the shorter side
 MAX_CLASSES = 256               # what a palette holds
-LOSSLESS = ("PNG", "BMP", "GIF")
+INSIDES = (1, 255)              # numbers that grey masks have for inside; 0 is outside
+LOSSLESS = ("PNG", "BMP", "GIF", "TIFF")
+LARGEST_NOTE = 1 << 28          # bytes of text or colour profile in a PNG
+ORIENTATION = 0x0112            # the EXIF tag
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}              # what makes each orientation upright
 PIXELS_AT_A_TIME = 48 * 64**2   # through a network outside of training: 48 pictures of 64 px
 
 
 # ---- images --------------------------------------------------------------------------------
 
+@contextlib.contextmanager
+def naming(file):
+    """Turns whatever Pillow raises for a file into a UserError that names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise UserError(f"{file}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be meant "
+                        f"to fill the memory; scale it down") from None
+    except Exception as error:          # each decoder has its own
+        raise UserError(f"{file}: cannot be read as an image ({error or type(error).__name__}); "
+                        f"allowed are PNG, JPEG, WebP, TIFF and BMP") from None
+
+
 def load_image(file):
-    """Returns a PIL image as it lies in a file.
+    """Returns the PIL image in a file, upright.
 
     Errors: UserError if it is not there, cannot be read, or is too large to be meant.
     """
     if not Path(file).is_file():
         raise UserError(f"{file}: no such file")
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = LARGEST_NOTE
+    with naming(file), warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        image = Image.open(file)
+        image.load()
+        return upright(image)
+
+
+def upright(image):
+    """Returns the image turned as its EXIF says; EXIF that cannot be read says nothing."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(file)
-            image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{file}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be meant "
-                        f"to fill the memory; scale it down") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{file}: cannot be read as an image ({error}); allowed are PNG, JPEG, "
-                        f"WebP and BMP") from None
-    return image
+            warnings.simplefilter("ignore")
+            turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:                   # viewers show such pictures, too
+        turn = None
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    turned.format = image.format
+    return turned
 
 
 def open_image(file):
@@ -60,19 +94,25 @@ def open_image(file):
 
     Errors: UserError, as load_image has them.
     """
-    return to_rgb(ImageOps.exif_transpose(load_image(file)))
+    image = load_image(file)
+    with naming(file):
+        return to_rgb(image)
 
 
-def to_rgb(image):
-    """Returns the image in mode RGB: 16-bit greys scaled to 8 bits, transparency over white."""
+def has_alpha(image):
+    """Returns whether parts of an image may be transparent."""
+    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+
+
+def to_rgb(image, ground="white"):
+    """Returns the image in mode RGB: 16-bit greys scaled to 8 bits, transparency over a ground."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, np.float64)
+        values = np.nan_to_num(np.asarray(image, np.float64))
         values = values / 257 if values.max() > 255 else values
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if has_alpha(image):
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     return image.convert("RGB")
 
 
@@ -147,9 +187,14 @@ def is_light_on_dark(image):
     return bool(ground)
 
 
+def tone_range(grey):
+    """Returns the darkest and the lightest tone, 0 to 255, of a picture (H, W), but for noise."""
+    return np.percentile(grey, (0.1, 99.9))
+
+
 def middle_tone(grey):
     """Returns the tone, 0 to 255, that separates dark from light in a picture (H, W)."""
-    darkest, lightest = np.percentile(grey, (0.1, 99.9))    # not single pixels of noise
+    darkest, lightest = tone_range(grey)
     return (darkest + lightest) / 2 if lightest > darkest else 128
 
 
@@ -166,9 +211,24 @@ def level_drawing(image):
     return Image.fromarray(levelled).convert("RGB")
 
 
+def drawing_to_rgb(image):
+    """Returns a drawing in mode RGB; what is transparent is white, or black if white hides the ink.
+    """
+    on_white = to_rgb(image)
+    if has_alpha(image):
+        on_black = to_rgb(image, "black")
+        on_white_contrast, on_black_contrast = (
+            np.ptp(tone_range(np.asarray(picture.convert("L")))) for picture in (on_white, on_black))
+        if on_black_contrast > HIDDEN * on_white_contrast:
+            return on_black
+    return on_white
+
+
 def open_drawing(file):
     """Returns a drawing file as dark lines on white paper, RGB. Errors: UserError."""
-    return level_drawing(open_image(file))
+    image = load_image(file)
+    with naming(file):
+        return level_drawing(drawing_to_rgb(image))
 
 
 def drawing_to_cond(image):
@@ -250,9 +310,13 @@ def open_label_map(file):
 
 def to_label_map(image, file):
     """Returns the image of a file as open_label_map does."""
-    if image.format not in LOSSLESS:
+    if image.format not in LOSSLESS or image.info.get("compression") == "jpeg":
         raise UserError(f"{file}: a {image.format} file blurs where classes meet; save label maps "
                         f"as palette PNG")
+    if image.mode == "1":
+        image = image.convert("L")                          # 0 and 255
+    if image.mode.startswith("I") and np.asarray(image).max() < MAX_CLASSES:
+        image = Image.fromarray(np.asarray(image).astype(np.uint8))
     if image.mode == "L":
         image.putpalette(distinct_colours())
     if image.mode != "P":
@@ -270,7 +334,7 @@ def open_boxes(file):
     Errors: UserError as open_label_map has them, and if there are too many colours.
     """
     image = load_image(file)
-    if image.format not in LOSSLESS or image.mode in ("L", "P"):
+    if image.format not in LOSSLESS or image.mode[0] in "1LPI" and not has_alpha(image):
         return to_label_map(image, file)
     colours, index = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0,
                                return_inverse=True)
@@ -298,6 +362,49 @@ def class_colours(labels):
     """Returns {colour, as in "#1f77b4": palette index} of the classes that a palette image has."""
     palette = labels.getpalette("RGB") + [0] * 3 * MAX_CLASSES      # it may be cut short
     return {"#%02x%02x%02x" % tuple(palette[3 * i:3 * i + 3]): i for _, i in labels.getcolors()}
+
+
+def class_names(colours):
+    """Returns {colour: how to call the class} of {colour: index}: by its number in grey maps.
+
+    These have the palette of distinct_colours; of other palettes the colours say more.
+    """
+    palette = distinct_colours()
+    numbered = all(colour == f"#{palette[3 * i:3 * i + 3].hex()}" for colour, i in colours.items())
+    return {colour: str(i) if numbered else colour for colour, i in colours.items()}
+
+
+def palette_fault(maps_of_class):
+    """Returns what is wrong with palettes that differ, or None.
+
+    maps_of_class: {index: {colour: a map in which the class has it}}. Colours under other numbers
+    are the same classes to BPS, which sees colours. What is wrong is one number of two colours
+    that have no other number.
+    """
+    numbers = Counter(colour for maps in maps_of_class.values() for colour in maps)
+    for index, maps in sorted(maps_of_class.items()):
+        if len(maps) > 1 and all(numbers[colour] == 1 for colour in maps):
+            places = ", ".join(f"{colour} in {file}" for colour, file in maps.items())
+            return (f"palettes differ: class {index} is {places}; save all maps with one palette")
+    return None
+
+
+def match_mask(labels, classes):
+    """Returns a mask with the colour that a BPS, trained on masks, knows for inside.
+
+    Inside may be number 1 or 255 of a grey map, or white: these mean the same. labels: any label
+    map; all but masks are returned as they are. classes: {colour: name} that BPS was trained on.
+    """
+    palette = distinct_colours()
+    outside, *insides = (f"#{palette[3 * i:3 * i + 3].hex()}" for i in (0, *INSIDES))
+    insides.append("#ffffff")
+    colours, known = class_colours(labels), [colour for colour in classes if colour != outside]
+    if any(colours.keys() <= {outside, inside} for inside in insides) \
+            and len(known) == 1 and known[0] in insides:
+        mask = Image.fromarray((np.asarray(labels) != colours.get(outside)).astype(np.uint8))
+        mask.putpalette(bytes.fromhex(f"{outside}{known[0]}".replace("#", "")))
+        return mask
+    return labels
 
 
 def coarse_colours(x):
@@ -361,6 +468,12 @@ def cond_to_x(cond):
     return (2 * colours * (1 - ink) - 1).expand(-1, 3, -1, -1)
 
 
+def is_blank(cond):
+    """Returns whether a condition (C, H, W) in [0, 1] is the same all over, so that it says nothing.
+    """
+    return bool((cond.amax((1, 2)) - cond.amin((1, 2))).max() < FAINTEST_INK)
+
+
 def read_condition(file, task, width, height, classes=None):
     """Returns (cond (C, height, width), picture of it) of any file that a user may draw with.
 
@@ -372,10 +485,11 @@ def read_condition(file, task, width, height, classes=None):
     # any map of few colours can be drawn with, whatever its mode: nothing is learned from it
     image = open_boxes(file) if kind.has_labels else kind.open(file)
     if kind.has_labels and classes:
+        image = match_mask(image, classes)
         check_classes(file, image, classes)
     cond = kind.to_cond(kind.fit(image, width, height))
     if kind.open is open_drawing:
-        if cond.max() < FAINTEST_INK:
+        if is_blank(cond):
             raise UserError(f"{file}: no line in it; a drawing is dark on light or light on dark")
         cond = cond / cond.max()
     return cond, to_image(cond_to_x(cond[None])[0])
@@ -383,8 +497,8 @@ def read_condition(file, task, width, height, classes=None):
 
 def check_classes(file, labels, classes):
     """Raises UserError if a label map has a class that is not in classes, {colour: name}."""
-    for colour, index in class_colours(labels).items():
+    for colour, name in class_names(class_colours(labels)).items():
         if colour not in classes:
-            known = ", ".join(" ".join(entry).strip() for entry in classes.items())
-            raise UserError(f"{file}: class {index}, {colour}, is unknown; this BPS was trained "
-                            f"on {known}")
+            known = ", ".join(name if name.isdecimal() or name == colour else
+                              f"{colour} {name}".strip() for colour, name in classes.items())
+            raise UserError(f"{file}: class {name} is unknown; this BPS was trained on {known}")

@@ -6,7 +6,6 @@ import hashlib
 from collections import Counter
 
 import torch
-from PIL import ImageOps
 from tqdm import tqdm
 
 from clip import load_clip
@@ -14,11 +13,16 @@ from data import load_pairs, open_pair, split_names
 from inputs.conditions import (
     TASKS,
     class_colours,
+    class_names,
     cond_to_x,
+    crop,
+    drawing_to_rgb,
+    is_blank,
     is_light_on_dark,
     load_image,
     open_drawing,
     open_image,
+    palette_fault,
 )
 from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
 from measure.report import SHEET_ROWS, contact_sheet
@@ -31,8 +35,9 @@ ENTRIES_SHOWN = 8
 class Survey:
     """Collects what the files of some pairs are, and what is wrong with them."""
 
-    def __init__(self, task):
-        self.kind, self.problems = TASKS[task], []
+    def __init__(self, task, extract, size):
+        self.kind, self.extract, self.size = TASKS[task], extract, size
+        self.problems, self.blank = [], []
         self.sizes, self.modes, self.classes = Counter(), Counter(), Counter()
         self.files_of_digest = {}                   # (role, SHA-256): files
         self.maps_of_class = {}                     # palette index: {colour: a map that has it}
@@ -41,9 +46,9 @@ class Survey:
     def look(self, role, file):
         """Returns the image of a file and counts it; None if it cannot be used."""
         try:
-            image = ImageOps.exif_transpose(load_image(file))
-            if role == "condition":
-                self.look_at_condition(file)
+            image = load_image(file)
+            if role == "condition" or self.extract:
+                self.look_at_condition(file, image)
             digest = hashlib.sha256(file.read_bytes()).digest()
         except (UserError, OSError) as error:
             self.problems.append(str(error))
@@ -53,29 +58,41 @@ class Survey:
         self.files_of_digest.setdefault((role, digest), set()).add(file)
         return image
 
-    def look_at_condition(self, file):
-        """Counts the classes of a label map, and drawings that are light on dark."""
+    def look_at_condition(self, file, image):
+        """Counts classes of label maps, drawings that are light on dark, and blank conditions."""
+        picture = open_image(file) if self.extract else self.kind.open(file)
+        to_cond = self.kind.extract if self.extract else self.kind.to_cond
+        if is_blank(to_cond(crop(picture, self.size, self.size))):
+            self.blank.append(file)
         if self.kind.has_labels:
-            for colour, index in class_colours(self.kind.open(file)).items():
+            for colour, index in class_colours(picture).items():
                 self.classes[colour] += 1
                 self.maps_of_class.setdefault(index, {}).setdefault(colour, file)
-        elif self.kind.open is open_drawing:
-            self.turned += is_light_on_dark(open_image(file))
+        elif self.kind.open is open_drawing and not self.extract:
+            self.turned += is_light_on_dark(drawing_to_rgb(image))
 
-    def show(self, folder):
-        """Prints sizes, modes, classes and duplicates; palettes that differ are a problem."""
+    def show(self, folder, number_of_pairs):
+        """Prints sizes, modes, classes, blank conditions and duplicates.
+
+        Palettes that differ are a problem, and conditions that are all blank.
+        """
         for what, counts in (("sizes", self.sizes), ("modes", self.modes)):
             shown = [f"{entry} ({n})" for entry, n in counts.most_common(ENTRIES_SHOWN)]
             rest = len(counts) - len(shown)
             print(f"{what}: {', '.join(shown)}" + (f" and {rest} more" if rest else ""))
         if self.kind.has_labels:
-            print("classes: " + ", ".join(f"{colour} in {n} maps"
+            names = class_names({colour: number for number, maps in self.maps_of_class.items()
+                                 for colour in maps})
+            print("classes: " + ", ".join(f"{names[colour]} in {n} maps"
                                           for colour, n in sorted(self.classes.items())))
-        for index, maps in sorted(self.maps_of_class.items()):
-            if len(maps) > 1 and self.kind is TASKS["segmentation"]:
-                places = ", ".join(f"{colour} in {file}" for colour, file in maps.items())
-                self.problems.append(f"{folder}: palettes differ: class {index} is {places}; save "
-                                     f"all maps with one palette")
+        fault = palette_fault(self.maps_of_class)
+        if fault and self.kind is TASKS["segmentation"]:
+            self.problems.append(f"{folder}: {fault}")
+        for file in self.blank:
+            print(f"blank condition: {file}")
+        if self.blank and len(self.blank) == number_of_pairs:
+            self.problems.append(f"{folder}: all conditions are blank; a drawing needs ink, a label "
+                                 f"map two classes")
         if self.kind.open is open_drawing:
             print(f"drawings that are light on dark, and are turned: {self.turned}")
             if "condition P" in self.modes:
@@ -104,7 +121,7 @@ def check_captions(pairs, tokenizer, default_prompt):
 def check_data(args):
     """Prints what is in --data and writes a sheet of it; all that is wrong ends in exit code 2."""
     pairs, problems, unused = find_pairs(args.data, args.extract)
-    survey = Survey(args.task)
+    survey = Survey(args.task, args.extract, args.size)
     for pair in tqdm(pairs, desc="check", leave=False):
         image = survey.look("image", pair.image)
         cond = image if args.extract else survey.look("condition", pair.cond)
@@ -117,7 +134,7 @@ def check_data(args):
         f"{counts[side]} {side}" for side in ("train", "val", "test")))
     for file in unused:
         print(f"belongs to no pair: {file}")
-    survey.show(args.data)
+    survey.show(args.data, len(pairs))
     check_captions(pairs, load_clip(args.base, args.tokenizer)[0], args.default_prompt)
     problems += survey.problems
     if problems:

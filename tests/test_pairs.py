@@ -1,7 +1,10 @@
 """A user's own pairs: three layouts of a folder, and all that can be wrong there."""
+import io
 import json
 import shutil
+import struct
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -9,9 +12,19 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 import train
-from data import load_pairs, open_pair
-from inputs.conditions import open_boxes, open_label_map, read_condition
+from data import LatentCache, check_conditions, load_pairs, open_pair
+from inputs import options
+from inputs.conditions import (
+    class_colours,
+    class_names,
+    open_boxes,
+    open_drawing,
+    open_image,
+    open_label_map,
+    read_condition,
+)
 from inputs.pairs import PairFiles, find_pairs, group_pairs
+from sample import load_base
 from weights import UserError
 
 
@@ -319,7 +332,7 @@ def test_a_label_map_keeps_its_colours_and_nothing_between(folder):
         label_map(32 + i).convert("RGB").save(folder / "images" / f"{i:02d}.png")   # lopsided
     pair = load_pairs("segmentation", "train", folder)[0]
     cond, x, colours = open_pair(pair, "segmentation", 48)
-    assert colours == {"#0a141e", "#c86432"}
+    assert colours == {"#0a141e": 0, "#c86432": 7}
     values = set(map(tuple, cond.flatten(1).T.tolist()))
     assert values == {(10, 20, 30), (200, 100, 50)}
     flipped, x_flipped, _ = open_pair(pair, "segmentation", 48, flip=True)
@@ -344,6 +357,68 @@ def test_grey_class_numbers_are_the_same_condition_in_training_and_sampling(fold
     drawn, _ = read_condition(tmp_path / "grey.png", "segmentation", 48, 48,
                               dict.fromkeys(colours, ""))
     assert torch.equal((drawn * 255).round().byte(), trained)
+
+
+def mask(mode, inside):
+    """The same half in one bit, in grey as 0 and `inside`, or in a palette of black and white."""
+    array = np.zeros((48, 48), np.uint8)
+    array[:, 24:] = inside
+    image = Image.fromarray(array)
+    if mode == "1":
+        return image.point(lambda value: 255 * (value > 0)).convert("1")
+    return image.convert("RGB").quantize(2) if mode == "P" else image.convert(mode)
+
+
+MASKS = (("1", 1), ("L", 255), ("L", 1), ("P", 255), ("I;16", 1), ("RGB", 255))
+
+
+@pytest.mark.parametrize("trained", MASKS[:4], ids=str)
+@pytest.mark.parametrize("drawn", MASKS, ids=str)
+def test_a_mask_is_the_same_in_one_bit_in_grey_and_in_black_and_white(tmp_path, trained, drawn):
+    mask(*trained).save(tmp_path / "trained.png")
+    mask(*drawn).save(tmp_path / "drawn.png")
+    colours = class_names(class_colours(open_label_map(tmp_path / "trained.png")))
+    expected, _ = read_condition(tmp_path / "trained.png", "segmentation", 48, 48, colours)
+    cond, _ = read_condition(tmp_path / "drawn.png", "segmentation", 48, 48, colours)
+    assert torch.equal(cond, expected) and cond[:, :, 24:].amax() > 0.4
+    label_map(mode="L").save(tmp_path / "seven.png")
+    with pytest.raises(UserError, match="seven.png: class 7 is unknown"):
+        read_condition(tmp_path / "seven.png", "segmentation", 48, 48, colours)
+
+
+def test_grey_maps_are_spoken_of_by_number(tmp_path, folder, check, capsys):
+    for i in range(12):
+        label_map(48, "L").save(folder / "conditions" / f"{i:02d}.png")
+        ring(48, 48).save(folder / "images" / f"{i:02d}.png")
+    check("--task", "segmentation")
+    assert "classes: 0 in 12 maps, 7 in 12 maps" in capsys.readouterr().out
+    classes = class_names(class_colours(open_label_map(folder / "conditions" / "00.png")))
+    Image.fromarray(np.full((48, 48), 9, np.uint8)).save(tmp_path / "nine.png")
+    with pytest.raises(UserError, match="nine.png: class 9 is unknown; .* trained on 0, 7$"):
+        read_condition(tmp_path / "nine.png", "segmentation", 48, 48, classes)
+
+
+def test_palettes_may_number_the_same_colours_differently(folder):
+    colours = [(10, 20, 30), (200, 100, 50), (0, 0, 255)]
+    for i in range(12):
+        image = Image.fromarray(np.repeat(np.arange(3, dtype=np.uint8), 16)[None].repeat(48, 0))
+        image.putpalette([value for k in range(3) for value in colours[(k + i) % 3]])
+        image.save(folder / "conditions" / f"{i:02d}.png")
+        ring(48, 48).save(folder / "images" / f"{i:02d}.png")
+    base = load_base(options.BASE)
+    caches = [LatentCache(load_pairs("segmentation", split, folder), "segmentation", 48, base)
+              for split in ("train", "val", "test")]
+    check_conditions(caches, "segmentation")
+    other = label_map(48)
+    other.putpalette([0, 255, 0] * 7 + [255, 0, 255])           # the numbers 0 and 7
+    another = label_map(48)
+    another.putpalette([0, 255, 255] * 7 + [255, 255, 0])
+    other.save(folder / "conditions" / "00.png")
+    another.save(folder / "conditions" / "01.png")
+    caches = [LatentCache(load_pairs("segmentation", split, folder), "segmentation", 48, base)
+              for split in ("train", "val", "test")]
+    with pytest.raises(UserError, match="palettes differ: class 7 is #ff.*, #ff"):
+        check_conditions(caches, "segmentation")
 
 
 def test_class_numbers_in_grey_get_a_palette_of_distinct_colours(tmp_path):
@@ -371,6 +446,109 @@ def test_a_label_map_in_jpeg_or_in_shades_is_refused(tmp_path):
     message = "noise.png: 1,[0-9]+ colours; a label map has one per class"
     with pytest.raises(UserError, match=message):
         open_boxes(tmp_path / "noise.png")
+
+
+# ---- blank conditions ----------------------------------------------------------------------
+
+def ink_on_transparency(ink, paper=None):
+    """A ring of a colour on transparency, its middle filled if a paper is given."""
+    image = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    ImageDraw.Draw(image).ellipse((13, 13, 51, 51), fill=paper, outline=ink, width=4)
+    return image
+
+
+@pytest.mark.parametrize("ink, paper", [
+    ("white", None), ("yellow", None), ("black", None), ("grey", None), ("black", "white"),
+    ("white", "black")], ids=str)
+def test_ink_on_transparency_is_seen_whatever_its_colour(tmp_path, ink, paper):
+    ink_on_transparency(ink, paper).save(tmp_path / "a.png")
+    cond, _ = read_condition(tmp_path / "a.png", "sketch", 64, 64)
+    assert cond[0, :10].max() < 0.1 and cond[0, 10:20, 28:36].max() > 0.9
+    opened = np.asarray(open_drawing(tmp_path / "a.png").convert("L"))      # training reads it so
+    assert opened[0, 0] == 255 and opened.min() < 160
+
+
+def test_blank_conditions_are_named_and_refused_if_there_is_nothing_else(folder, check, capsys):
+    Image.new("RGB", (35, 35), "white").save(folder / "conditions" / "03.png")
+    check()
+    assert f"blank condition: {folder}/conditions/03.png" in capsys.readouterr().out
+    base = load_base(options.BASE)
+
+    def caches():
+        return [LatentCache(load_pairs("sketch", split, folder), "sketch", 48, base)
+                for split in ("train", "val", "test")]
+
+    with pytest.warns(UserWarning, match="1 of 12 conditions are blank, such as .*03.png"):
+        check_conditions(caches(), "sketch")
+    for i in range(12):
+        Image.new("RGB", (32 + i, 32 + i), "white").save(folder / "conditions" / f"{i:02d}.png")
+    with pytest.raises(UserError, match="blank, and so are all other conditions"):
+        check_conditions(caches(), "sketch")
+    with pytest.raises(UserError, match="problems, each named above: 1"):
+        check()
+    assert "all conditions are blank" in capsys.readouterr().out
+
+
+# ---- pictures that Pillow trips over -------------------------------------------------------
+
+def png_with(chunk):
+    """The bytes of a PNG that has one more chunk, (kind, data), behind its header."""
+    file = io.BytesIO()
+    ring(64, 64).save(file, "PNG")
+    kind, data = chunk
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return file.getvalue()[:33] + chunk + file.getvalue()[33:]
+
+
+def jpeg_with_tags(*tags):
+    """The bytes of a JPEG whose EXIF has tags (number, type, value)."""
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(tags)) + b"".join(
+        struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags) + bytes(4)
+    file = io.BytesIO()
+    ring(64, 64).save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
+ODD_PICTURES = {
+    "long.jpg": jpeg_with_tags((0x0103, 4, 0xFFFFFFFF), (0x0112, 3, 6)),
+    "orientation.jpg": jpeg_with_tags((0x0112, 3, 99)),
+    "offset.jpg": jpeg_with_tags((0x0112, 2, 0xFFFF)),
+    "exif.png": png_with((b"eXIf", b"not a TIFF header")),
+    "hex.png": png_with((b"zTXt", b"Raw profile type exif\0\0"
+                         + zlib.compress(b"\nexif\n  20\nzz\n"))),
+    "profile.png": png_with((b"iCCP", b"large\0\0" + zlib.compress(bytes(3_000_000)))),
+    "text.png": png_with((b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 3_000_000))),
+    "international.png": png_with((b"iTXt", b"XML\0\1\0\0\0" + zlib.compress(b"a" * 3_000_000))),
+}
+
+
+@pytest.mark.parametrize("name", ODD_PICTURES)
+def test_a_picture_with_odd_notes_is_read_as_viewers_show_it(tmp_path, name):
+    (tmp_path / name).write_bytes(ODD_PICTURES[name])
+    picture = np.asarray(open_image(tmp_path / name), float)
+    assert picture.shape == (64, 64, 3) and np.abs(picture - np.asarray(ring(64, 64))).mean() < 3
+
+
+def test_every_orientation_is_turned_upright(tmp_path):
+    image = Image.new("RGB", (6, 4), "white")
+    image.putpixel((1, 0), (0, 0, 0))
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        file = tmp_path / f"{orientation}.png"
+        image.save(file, exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(file)).convert("RGB")
+        assert np.array_equal(np.asarray(open_image(file)), np.asarray(expected))
+
+
+def test_whatever_a_decoder_raises_is_one_line_with_the_file(tmp_path, monkeypatch):
+    ring(32, 32).save(tmp_path / "a.png")
+    for error in (IndexError("x"), struct.error("x"), MemoryError(), RuntimeError("x")):
+        def fail(*_, error=error):
+            raise error
+        monkeypatch.setattr(Image.Image, "convert", fail)
+        with pytest.raises(UserError, match="a.png: cannot be read as an image"):
+            open_image(tmp_path / "a.png")
 
 
 # ---- --check-data --------------------------------------------------------------------------

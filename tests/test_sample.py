@@ -297,7 +297,7 @@ def test_a_label_map_with_a_class_that_was_not_trained_on_is_refused(draw, tmp_p
     assert colours == {(0, 0, 0), (255, 0, 0)}                  # scaled, and none in between
     image.putpixel((5, 5), (0, 0, 255))
     image.save(tmp_path / "a.png")
-    with pytest.raises(UserError, match="a.png: .*#0000ff, is unknown; .* #000000 ground, #ff0000"):
+    with pytest.raises(UserError, match="a.png: class #0000ff is unknown; .* #000000 ground, #ff0000"):
         draw("--bps", tmp_path / "boxes.safetensors", "--cond", tmp_path / "a.png")
     image.save(tmp_path / "a.jpg")
     with pytest.raises(UserError, match="a.jpg: a JPEG file blurs"):
