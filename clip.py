@@ -57,15 +57,20 @@ def split_words():
 class Tokenizer:
     """CLIP's byte-level BPE: texts to ids, all of length 77."""
 
-    def __init__(self, vocab, merges, pad_token=END):
-        """vocab: {token: id}; merges: [(left, right)] in order; pad_token fills up to 77."""
+    def __init__(self, vocab, merges, pad_token=END, added=()):
+        """vocab: {token: id}; merges: [(left, right)] in order; pad_token fills up to 77.
+
+        added: {token of vocab that stays whole: whether it is looked for after lower-casing}.
+        """
         model = tokenizers.models.BPE(vocab, merges, unk_token=END, end_of_word_suffix="</w>",
                                       continuing_subword_prefix="", fuse_unk=False)
         self.bpe = tokenizers.Tokenizer(model)
         self.bpe.normalizer, self.bpe.pre_tokenizer = split_words()
         self.bpe.add_special_tokens([BEGIN, END, pad_token])    # whole, if a text spells them
+        self.bpe.add_tokens([tokenizers.AddedToken(token, normalized=added[token])
+                             for token in added if token not in (BEGIN, END, pad_token)])
         self.begin, self.end, self.pad = vocab[BEGIN], vocab[END], vocab[pad_token]
-        self.largest = max(vocab.values())
+        self.vocab = vocab
 
     def __call__(self, texts):
         """Returns ids (B, 77) int64: begin, the text's tokens, end, padding.
@@ -91,13 +96,13 @@ class Tokenizer:
 
 
 def load_tokenizer(folder):
-    """Returns the Tokenizer of vocab.json and merges.txt in a folder.
+    """Returns the Tokenizer of a folder's vocab.json and merges.txt, or of its tokenizer.json.
 
     Errors: UserError names the missing or faulty file.
     """
-    vocab, merges, pad_token = checkpoints.read_tokenizer(folder)
+    vocab, merges, pad_token, added = checkpoints.read_tokenizer(folder)
     try:
-        return Tokenizer(vocab, merges, pad_token or END)
+        return Tokenizer(vocab, merges, pad_token or END, added)
     except Exception as error:      # all that `tokenizers` raises for merges that do not fit
         raise UserError(f"{folder}: not a CLIP tokenizer ({error})") from None
 
@@ -176,12 +181,11 @@ class CLIPTextModel(nn.Module):
 def load_clip(path, tokenizer_path=None, dtype=torch.float32, device="cpu"):
     """Returns (tokenizer, frozen text encoder) of an SD folder or single .safetensors file.
 
-    tokenizer_path: a folder with vocab.json and merges.txt, or an SD folder that has one; a single
-    file has none of its own. Errors: UserError names the file and what is missing or
-    does not fit.
+    tokenizer_path: a tokenizer's folder, or an SD folder that has one; a single file has none of
+    its own. Errors: UserError names the file and what is missing or does not fit.
     """
     checkpoint = checkpoints.read_text(path)
     folder = checkpoints.find_tokenizer(path, tokenizer_path)
     tokenizer = load_tokenizer(folder)
-    checkpoints.check_text(checkpoint, folder, tokenizer.largest, ACTIVATIONS)
+    checkpoints.check_text(checkpoint, folder, tokenizer.vocab, ACTIVATIONS)
     return tokenizer, checkpoint.build(CLIPTextModel, CLIPTextConfig, dtype, device)

@@ -458,48 +458,65 @@ def find_tokenizer(path, tokenizer_path=None):
     """
     if tokenizer_path is None and not Path(path).is_dir():
         raise UserError(f"{path}: a single file holds no tokenizer; give --tokenizer, a folder "
-                        f"with vocab.json and merges.txt")
+                        f"with vocab.json and merges.txt, or with tokenizer.json")
     folder = Path(tokenizer_path or path)
     return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
 
 
 def read_tokenizer(folder):
-    """Returns ({token: id}, merges [(left, right)], padding token or None) of a folder.
+    """Returns ({token: id}, merges [(left, right)], padding token or None, added tokens) of a folder.
 
-    Errors: UserError names the missing or faulty file.
+    The folder holds vocab.json and merges.txt, or else tokenizer.json. added tokens: {token: whether
+    it is looked for in the text after lower-casing}. Errors: UserError names the missing or faulty
+    file.
     """
     folder = Path(folder)
-    for name in ("vocab.json", "merges.txt"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder / name}: no such file; a tokenizer is vocab.json and "
-                            f"merges.txt")
-    vocab = read_json(folder / "vocab.json")
+    lists = folder / "vocab.json", folder / "merges.txt"
+    files = {name: read_json(folder / f"{name}.json") if (folder / f"{name}.json").is_file() else {}
+             for name in ("tokenizer_config", "special_tokens_map", "added_tokens", "tokenizer")}
+    if not all(file.is_file() for file in lists) and not files["tokenizer"]:
+        missing = next(file for file in lists if not file.is_file())
+        raise UserError(f"{missing}: no such file; a tokenizer is vocab.json and merges.txt, or "
+                        f"tokenizer.json")
     try:
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        if all(file.is_file() for file in lists):
+            vocab = read_json(folder / "vocab.json")
+            merges = [line for line in lists[1].read_text(encoding="utf-8").splitlines()
+                      if line.strip() and not line.startswith("#version")]
+        else:
+            vocab, merges = (files["tokenizer"]["model"][name] for name in ("vocab", "merges"))
+        merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
         pad_token = None
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):     # the latter wins
-            if (folder / name).is_file():
-                entry = read_json(folder / name).get("pad_token")
-                pad_token = (entry["content"] if isinstance(entry, dict) else entry) or pad_token
-    except (UnicodeDecodeError, KeyError) as error:
+        for name in ("tokenizer_config", "special_tokens_map"):                 # the latter wins
+            entry = files[name].get("pad_token")
+            pad_token = (entry["content"] if isinstance(entry, dict) else entry) or pad_token
+        entries = [dict(content=token, id=number) for token, number in files["added_tokens"].items()]
+        entries += [entry | dict(id=int(number)) for number, entry in
+                    files["tokenizer_config"].get("added_tokens_decoder", {}).items()]
+        entries += files["tokenizer"].get("added_tokens", [])
+        vocab = vocab | {entry["content"]: entry["id"] for entry in entries}
+        added = {entry["content"]: entry.get("normalized", True) for entry in entries}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: not a CLIP tokenizer ({error})") from None
-    merges = [tuple(line.split()) for line in lines
-              if line.strip() and not line.startswith("#version")]
-    return vocab, merges, pad_token
+    return vocab, merges, pad_token, added
 
 
-def check_text(checkpoint, folder, largest_id, activations):
-    """Raises UserError if a text encoder does not fit its tokenizer or has another activation."""
+def check_text(checkpoint, folder, vocab, activations):
+    """Raises UserError if a text encoder does not fit its tokenizer or has another activation.
+
+    vocab: {token: id} of the tokenizer.
+    """
     activation = checkpoint.config.get("activation", "quick_gelu")
     if activation not in activations:
         raise UserError(f"{checkpoint.file}: activation {activation!r}; allowed are "
                         f"{', '.join(activations)}")
     vocab_size = checkpoint.config["vocab_size"]
-    if largest_id >= vocab_size:
-        raise UserError(f"{folder}: ids up to {largest_id}, but {checkpoint.file} knows "
-                        f"{vocab_size} tokens; give the tokenizer of this model")
-    if largest_id + 1 < vocab_size:
-        warnings.warn(f"{folder}: {largest_id + 1} tokens, but {checkpoint.file} knows "
+    last = max(vocab, key=vocab.get)
+    if vocab[last] >= vocab_size:
+        raise UserError(f"{folder}: token {last!r} has id {vocab[last]}, but {checkpoint.file} "
+                        f"knows ids up to {vocab_size - 1}; give the tokenizer of this model")
+    if vocab[last] + 1 < vocab_size:
+        warnings.warn(f"{folder}: {vocab[last] + 1} tokens, but {checkpoint.file} knows "
                       f"{vocab_size}; is it this model's?", stacklevel=3)
 
 

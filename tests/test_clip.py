@@ -1,11 +1,14 @@
 """The tokenizer's format and the text encoder's causality, independent of any trained weights."""
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
-from clip import BEGIN, END, CLIPTextConfig, CLIPTextModel, Tokenizer, load_tokenizer
+from clip import BEGIN, END, CLIPTextConfig, CLIPTextModel, Tokenizer, load_clip, load_tokenizer
+from inputs.options import BASE
 from weights import UserError
 
 VOCAB = {token: i for i, token in enumerate(
@@ -45,6 +48,62 @@ def test_padding_follows_the_tokenizers_own_files(tmp_path):
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(UserError, match="merges.txt: no such file"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("merges", [["r e", "re d</w>"], [["r", "e"], ["re", "d</w>"]]], ids=str)
+def test_a_tokenizer_json_alone_is_the_same_tokenizer(tmp_path, merges):
+    content = dict(model=dict(type="BPE", vocab=VOCAB, merges=merges), added_tokens=[
+        dict(id=VOCAB[token], content=token, normalized=False, special=True)
+        for token in (BEGIN, END)])
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(pad_token="!")))
+    texts = ["Red  APPLE", "red's 12", ""]
+    tokenizer = load_tokenizer(tmp_path)
+    assert torch.equal(tokenizer(texts), Tokenizer(VOCAB, MERGES, "!")(texts))
+    for wrong in ({}, dict(model={}), dict(model=dict(vocab=VOCAB, merges=3)),
+                  content | dict(added_tokens=[3])):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(wrong))
+        with pytest.raises(UserError, match=f"{tmp_path.name}.*(not a CLIP|no such file)"):
+            load_tokenizer(tmp_path)
+
+
+def write_added(folder, kind, token, number):
+    """Adds a token to a tokenizer's folder as one of three programs does it."""
+    entry = dict(content=token, normalized=True, special=False)
+    files = {"added_tokens": {token: number},
+             "tokenizer_config": dict(added_tokens_decoder={str(number): entry}),
+             "tokenizer": dict(model=dict(vocab=VOCAB, merges=MERGES),
+                               added_tokens=[entry | dict(id=number)])}
+    (folder / f"{kind}.json").write_text(json.dumps(files[kind]))
+
+
+@pytest.mark.parametrize("kind", ["added_tokens", "tokenizer_config", "tokenizer"])
+def test_an_added_token_stays_whole(tmp_path, kind):
+    if kind != "tokenizer":
+        (tmp_path / "vocab.json").write_text(json.dumps(VOCAB))
+        (tmp_path / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
+    write_added(tmp_path, kind, "<Toy>", len(VOCAB))
+    ids = load_tokenizer(tmp_path)(["red <toy>a", "<TOY>"])
+    assert ids[0, 1:4].tolist() == [VOCAB["red</w>"], len(VOCAB), VOCAB["a</w>"]]
+    assert ids[1, 1:3].tolist() == [len(VOCAB), VOCAB[END]]
+
+
+def test_an_added_token_needs_its_embedding(tmp_path):
+    shutil.copytree(BASE / "text_encoder", tmp_path / "text_encoder")
+    shutil.copytree(BASE / "tokenizer", tmp_path / "tokenizer")
+    number = len(json.loads((BASE / "tokenizer" / "vocab.json").read_text(encoding="utf-8")))
+    write_added(tmp_path / "tokenizer", "added_tokens", "<toy>", number)
+    with pytest.raises(UserError, match=f"token '<toy>' has id {number}, but .* knows ids up to"):
+        load_clip(tmp_path)
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    name = "text_model.embeddings.token_embedding.weight"
+    tensors[name] = torch.cat([tensors[name], torch.ones(1, tensors[name].shape[1])])
+    save_file(tensors, file)
+    tokenizer, text_model = load_clip(tmp_path)
+    ids = tokenizer(["a <toy>"])
+    assert ids[0, 2] == number and text_model(ids).isfinite().all()
+    assert (text_model.embeddings["token_embedding"](ids)[0, 2] == 1).all()
 
 
 def test_a_state_depends_on_earlier_tokens_only():
