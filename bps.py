@@ -381,8 +381,15 @@ def make_denoiser(unet, context, context_empty, guidance_scale, conditions=(), t
 # ---- files ---------------------------------------------------------------------------------
 
 def save_bps(bps, file, metadata):
-    """Writes the network in fp16 as safetensors, its config and `metadata` (a dict) beside it."""
+    """Writes the network in fp16 as safetensors, its config and `metadata` (a dict) beside it.
+
+    Errors: weights.UserError if a weight is not finite, or too large for fp16.
+    """
     tensors = {key: tensor.half() for key, tensor in bps.state_dict().items()}
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise weights.UserError(f"{file}: not written, as {key} is not finite or too large; "
+                                    f"train with a smaller --lr")
     weights.save(tensors, file, dict(config=json.dumps(asdict(bps.config)),
                                      training=json.dumps(metadata)))
 

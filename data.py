@@ -120,7 +120,8 @@ class LatentCache:
     def __init__(self, pairs, task, size, base, mirror=False, extract=False):
         """size: pixels of the square that pairs are scaled and cropped to. base: StableDiffusion.
 
-        extract: conditions are made from the images' own lines.
+        extract: conditions are made from the images' own lines. Errors: UserError if a picture or
+        the base is at fault.
         """
         self.pairs, self.size, self.maps_of_class = pairs, size, {}
         device = next(base.vae.parameters()).device
@@ -139,12 +140,19 @@ class LatentCache:
                     mean, std = base.vae.encode(x.contiguous(memory_format=torch.channels_last))
                 means.append(mean.half().cpu())
                 stds.append(std.half().cpu())
+                if not (means[-1].isfinite().all() and stds[-1].isfinite().all()):
+                    raise UserError(f"{pairs[i].name}: the autoencoder, {base.vae_path}, makes no "
+                                    f"finite latent of it or of one soon after it; give another "
+                                    f"--vae")
         self.conds = torch.stack(conds)                            # (n, C, H, W) uint8
         self.mean, self.std = torch.cat(means), torch.cat(stds)    # (n, 4, H/f, W/f)
         prompts = sorted({prompt for pair in pairs for prompt in pair.prompts} | {""})
         self.prompt_ids = {prompt: i for i, prompt in enumerate(prompts)}
         with torch.inference_mode():
             self.contexts = base.encode(prompts).half().cpu()      # (prompts, L, D)
+        if not self.contexts.isfinite().all():
+            raise UserError(f"{base.path}: its text states are too large for half precision; give "
+                            f"another --base")
 
     def __len__(self):
         return len(self.conds)

@@ -51,7 +51,7 @@ from inputs.sample_options import (
 )
 from unet import UNet, load_unet
 from vae import AutoencoderKL, load_vae
-from weights import UserError, fingerprint
+from weights import UserError, fingerprint, is_finite
 
 PROMPTS_AT_A_TIME = 16
 
@@ -63,6 +63,8 @@ class StableDiffusion(NamedTuple):
     tokenizer: Tokenizer
     text_model: CLIPTextModel
     schedule: diffusion.NoiseSchedule
+    path: Path                  # where it was loaded from, for messages
+    vae_path: Path
 
     def encode(self, prompts, clip_skip=1):
         """Returns text states (B, L, D) of a list of prompts."""
@@ -71,6 +73,16 @@ class StableDiffusion(NamedTuple):
                  for i in range(0, len(prompts), PROMPTS_AT_A_TIME)]
         return torch.cat([self.text_model(self.tokenizer(part).to(device), clip_skip)
                           for part in parts])
+
+
+    def check_finite(self):
+        """Raises UserError if weights of a network are not finite."""
+        for part, module, file in (("U-Net", self.unet, self.path),
+                                   ("text encoder", self.text_model, self.path),
+                                   ("autoencoder", self.vae, self.vae_path)):
+            if not is_finite(module):
+                raise UserError(f"{file}: the weights of its {part} hold numbers that are not "
+                                f"finite; get another copy of it")
 
 
 def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_path=None,
@@ -95,7 +107,7 @@ def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_
             raise UserError(f"{path}: {what} {given}, but its U-Net takes {taken}; the parts are "
                             f"of different models")
     unet, vae = (module.to(memory_format=torch.channels_last) for module in (unet, vae))
-    return StableDiffusion(unet, vae, tokenizer, text_model, schedule)
+    return StableDiffusion(unet, vae, tokenizer, text_model, schedule, path, vae_path or path)
 
 
 def draw(base, context, context_empty, seeds, size, steps, guidance_scale, conditions=()):
@@ -119,7 +131,8 @@ def draw(base, context, context_empty, seeds, size, steps, guidance_scale, condi
 def draw_job(job, steerings, args, base, z_init, size):
     """Returns pictures x, a list of --n (3, H, W), of a job; size is (width, height).
 
-    z_init: the latent of --init, or None. Errors: UserError if --dtype is too narrow.
+    z_init: the latent of --init, or None. Errors: UserError if a picture is not finite; it says
+    whether that is for the weights, for --dtype or for the options.
     """
     timesteps, levels = diffusion.sampler_steps(args.steps, base.schedule, args.sampler)
     context, empty = base.encode([job.prompt, args.negative_prompt], args.clip_skip).split(1)
@@ -139,12 +152,21 @@ def draw_job(job, steerings, args, base, z_init, size):
                                          args.start))
     for latents in tqdm(zip(*samplers), total=args.steps - args.start, desc="draw", leave=False):
         pass
-    if not all(z.isfinite().all() for z in latents):
+    pictures = [base.vae.decode(z)[0] for z in latents]
+    if not all(x.isfinite().all() for x in pictures):
+        base.check_finite()
+        for condition, steering in zip(job.conditions, steerings):
+            if not is_finite(steering.bps):
+                raise UserError(f"{condition.bps}: its weights hold numbers that are not finite; "
+                                f"train it again, or get another copy of it")
+        if all(z.isfinite().all() for z in latents):
+            raise UserError(f"{base.vae_path}: the numbers of its autoencoder ran over; "
+                            f"give another --vae")
         remedy = ("a --guidance, --strength or --scale nearer to 1" if args.dtype == "fp32" else
                   "--dtype bf16 or fp32")
         raise UserError(f"--dtype {args.dtype}: too narrow for {args.base}, its numbers ran "
                         f"over; give {remedy}")
-    return [base.vae.decode(z)[0] for z in latents]
+    return pictures
 
 
 # ---- files ---------------------------------------------------------------------------------

@@ -66,13 +66,22 @@ def train(bps, optimizer, base, cache, args, start, on_save):
 
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(bps.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(bps.parameters(), 1.0)
+        check_finite(torch.stack([loss, norm]), f"step {step + 1}: the loss or its gradient",
+                     args.lr)
         optimizer.step()
 
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         bar.set_postfix(loss=f"{average:.4f}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             on_save(step + 1, average)
+
+
+def check_finite(values, what, lr):
+    """Raises UserError if one of the values is not finite; its run ends with its last checkpoint."""
+    if not values.isfinite().all():
+        raise UserError(f"{what} is not finite, most likely because --lr {lr:g} is too large; give "
+                        f"a smaller one. The last checkpoint is kept")
 
 
 # ---- the run's folder ----------------------------------------------------------------------
@@ -200,6 +209,7 @@ def main():
     started = time.monotonic()
     base = load_base(args.base, args.tokenizer, args.device, vae_path=args.vae,
                      prediction_type=args.prediction_type)
+    base.check_finite()
     check_size(args.size, base)
     config = config_for(base.unet.config, TASKS[args.task].channels, base.vae.factor, args.weights,
                         args.foot)
@@ -228,8 +238,9 @@ def main():
     base_loss = paired_errors(base, val_cache).mean().item()
 
     def on_save(step, loss):
-        steered = paired_errors(base, val_cache, bps).mean().item()
-        row = dict(step=step, train_loss=loss, val_base=base_loss, val_steered=steered)
+        steered = paired_errors(base, val_cache, bps).mean()
+        check_finite(steered, f"step {step}: the validation loss", args.lr)
+        row = dict(step=step, train_loss=loss, val_base=base_loss, val_steered=steered.item())
         with open(out / "log.jsonl", "a", encoding="utf-8") as log:
             log.write(json.dumps(row) + "\n")
         weights.save_training(checkpoint, dict(bps=bps), "bps", optimizer, dict(step=step))

@@ -204,6 +204,11 @@ def load_training(file, modules, trained, optimizer):
     return facts
 
 
+def is_finite(module):
+    """Returns whether a module's weights hold neither NaN nor infinity."""
+    return all(parameter.isfinite().all() for parameter in module.parameters())
+
+
 def fingerprint(*files):
     """Returns the first 16 hex digits of the SHA-256 of the files, one after the other."""
     digest = hashlib.sha256()

@@ -1,6 +1,7 @@
 """The main job, shortened: what training changes, what it writes, how it goes on after a stop."""
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -8,13 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import diffusion
 import sample
 import train
 import weights
-from bps import BPS, config_for, load_bps
+from bps import BPS, config_for, load_bps, save_bps
 from data import LatentCache, load_pairs
 from inputs import options
 from measure import report
@@ -286,3 +288,73 @@ def test_a_user_error_is_one_line_with_exit_code_2(arguments, message, tmp_path)
                           cwd=options.HERE, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# ---- numbers that are not finite -----------------------------------------------------------
+
+def poisoned(part, folder):
+    """Returns a copy of the embedded base in which one number of a network is not finite."""
+    shutil.copytree(options.BASE, folder)
+    file, = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = max(tensors, key=lambda key: tensors[key].numel())
+    tensors[name].view(-1)[::7] = float("nan")
+    save_file(tensors, file)
+    return folder
+
+
+@pytest.mark.parametrize("part, words", [
+    ("unet", "U-Net"), ("vae", "autoencoder"), ("text_encoder", "text encoder")])
+def test_weights_that_are_not_finite_are_named_in_training_and_sampling(part, words, tmp_path,
+                                                                        monkeypatch):
+    base = poisoned(part, tmp_path / "base")
+    message = f"{base}: the weights of its {words} hold numbers that are not finite"
+    with pytest.raises(UserError, match=message):
+        run(train, monkeypatch, *SHORT, "--base", base, "--out", tmp_path / "run")
+    assert not (tmp_path / "run" / "bps.safetensors").exists()
+    with pytest.raises(UserError, match=message):
+        run(sample, monkeypatch, "--base", base, "--steps", "2", "--n", "1", "--out",
+            tmp_path / "pictures")
+    assert not list((tmp_path / "pictures").glob("*.png"))
+
+
+def test_a_bps_whose_weights_are_not_finite_is_named(tmp_path, monkeypatch, bps_file):
+    bps = load_bps(bps_file)
+    bps.zero_blocks[1].weight.view(-1)[0] = float("nan")
+    with pytest.raises(UserError, match="zero_blocks.1.weight is not finite .* smaller --lr"):
+        save_bps(bps, tmp_path / "bps.safetensors", bps.metadata)
+    assert not list(tmp_path.iterdir())
+    tensors, metadata = load_file(bps_file), safe_open(bps_file, "pt").metadata()
+    tensors["zero_blocks.1.weight"].view(-1)[0] = float("nan")
+    save_file(tensors, tmp_path / "bps.safetensors", metadata)
+    with pytest.raises(UserError, match="bps.safetensors: its weights hold numbers that are not"):
+        run(sample, monkeypatch, "--bps", tmp_path / "bps.safetensors", "--steps", "2", "--n", "1",
+            "--out", tmp_path / "pictures")
+
+
+def test_a_diverging_run_ends_in_one_line_and_keeps_its_last_checkpoint(tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    true_loss, losses = train.F.mse_loss, []
+
+    def overflowing_loss(eps, target):
+        losses.append(true_loss(eps, target))
+        return losses[-1] * (float("inf") if len(losses) == 4 else 1)
+
+    monkeypatch.setattr(train.F, "mse_loss", overflowing_loss)
+    message = "step 4: the loss or its gradient is not finite, most likely because --lr 0.01 is too"
+    with pytest.raises(UserError, match=message):
+        run(train, monkeypatch, *SHORT, "--lr", "0.01", "--out", out)
+    assert not (out / "bps.safetensors").exists()
+    checkpoint = load_file(out / "checkpoint.safetensors")
+    assert all(tensor.isfinite().all() for tensor in checkpoint.values())
+    monkeypatch.setattr(train.F, "mse_loss", true_loss)
+    run(train, monkeypatch, *SHORT, "--lr", "0.01", "--out", out)        # goes on from step 2
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_picture_whose_latent_runs_over_is_named(monkeypatch):
+    base = sample.load_base(options.BASE)
+    base.vae.quant_conv.weight.mul_(1e9)
+    pairs = load_pairs("sketch", "val")[:2]
+    with pytest.raises(UserError, match=f"{pairs[0].name}: the autoencoder, .* no finite latent"):
+        LatentCache(pairs, "sketch", 64, base)
