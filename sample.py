@@ -194,7 +194,8 @@ def write_pictures(name, pictures, seeds, texts, conditions, out):
     for x, text, file in zip(pictures, texts, files[len(conditions):]):
         info = PngImagePlugin.PngInfo()
         for key, value in text.items():
-            info.add_itxt(key, str(value))
+            # a file's name may be no Unicode, of which a text field has to be
+            info.add_itxt(key, str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
         temporary = file.with_suffix(".tmp")
         to_image(x).save(temporary, "PNG", pnginfo=info)
         temporary.replace(file)

@@ -10,7 +10,6 @@ Shapes: B batch, C channels, H W rows and columns of the latent.
 """
 import hashlib
 import json
-import shlex
 import time
 from pathlib import Path
 
@@ -24,7 +23,17 @@ from bps import build_bps, config_for, save_bps
 from data import EMPTY_SHARE, LatentCache, check_conditions, load_pairs
 from inputs import checkpoints
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
-from inputs.options import BASE, Parser, add_port_options, check_pixels, run, seed_number
+from inputs.options import (
+    BASE,
+    Parser,
+    add_port_options,
+    check_pixels,
+    run,
+    seed_number,
+    shell_command,
+    unicode_path,
+    unicode_text,
+)
 from measure.dataset import check_data
 from measure.obedience import meter_for
 from measure.report import paired_errors, peak_memory, report
@@ -104,11 +113,15 @@ def choose_out(folder, facts):
 
 
 def run_facts(args, splits):
-    """Returns what makes a run this one: arguments, base, its pairs' names and captions."""
-    pairs = [(split, pair.name, pair.prompts) for split, pairs in splits.items() for pair in pairs]
+    """Returns what makes a run this one: arguments, and what its base and its pairs consist of."""
+    pairs = [(split, pair) for split, pairs in splits.items() for pair in pairs]
+    names = [(split, pair.name, pair.prompts) for split, pair in pairs]
     return {key: str(value) for key, value in vars(args).items() if key != "out"} | dict(
         base_sha256=weights.fingerprint(*checkpoints.find_unet(args.base)),
-        pairs_sha256=hashlib.sha256(json.dumps(pairs).encode()).hexdigest()[:16])
+        vae_sha256=weights.fingerprint(checkpoints.read_vae(args.vae or args.base).file),
+        text_sha256=weights.fingerprint(checkpoints.read_text(args.base).file),
+        pairs_sha256=hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16],
+        pictures_sha256=weights.fingerprint(*(file for _, pair in pairs for file in pair.files)))
 
 
 def bps_metadata(args, facts, base, cache):
@@ -138,7 +151,7 @@ def sampling_command(args, file, drawing, prompt):
     for name in ("tokenizer", "vae", "prediction_type"):
         value = getattr(args, name)
         words += [f"--{name.replace('_', '-')}", value] if value else []
-    return shlex.join(map(str, words))
+    return shell_command(words)
 
 
 # ---- the script ----------------------------------------------------------------------------
@@ -151,7 +164,7 @@ def parse_args():
     add("--data", type=Path, help="a folder of your own pairs (default: the embedded ones)")
     add("--extract", action="store_true", help="make the conditions from the images' own lines; "
         "--data then needs images only (for sketch and artistic)")
-    add("--default-prompt", default="", help="the prompt of pictures without a caption (default: "
+    add("--default-prompt", type=unicode_text, default="", help="the prompt of pictures without a caption (default: "
         "nothing)")
     add("--prompt-drop", type=float, default=EMPTY_SHARE, help="the share of prompts that training "
         "leaves empty, so that guidance works (default: %(default)s)")
@@ -170,7 +183,7 @@ def parse_args():
                                                     "validation (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="(default: %(default)s)")
     parser.add_device()
-    add("--out", type=Path, help="folder of the run (default: runs/TASK)")
+    add("--out", type=unicode_path, help="folder of the run (default: runs/TASK)")
     args = parser.parse_args()
     kind = TASKS[args.task]
     args.weights = args.weights or kind.port_weights

@@ -165,7 +165,7 @@ def write_json(content, file):
     """Writes a dict or list as indented JSON: to a temporary name, then renamed."""
     temporary = f"{file}.tmp"
     with open(temporary, "w", encoding="utf-8") as f:
-        f.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        f.write(json.dumps(content, indent=1) + "\n")
     os.replace(temporary, file)
 
 

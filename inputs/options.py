@@ -1,6 +1,10 @@
 """What the scripts share: how they read their command line and how they end."""
 import argparse
+import io
 import os
+import re
+import shlex
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -11,8 +15,10 @@ import diffusion
 from weights import UserError
 
 MOST_PIXELS = 4096**2
+MOST_SEEDS = 2**31
 HERE = Path(__file__).parent.parent
 BASE = HERE / "tiny" / "model"
+TEXT_OPTIONS = ("--prompt", "--negative-prompt", "--default-prompt")
 PORT_WEIGHTS = ("head-heavy", "flat")
 FEET = ("faithful", "light")
 
@@ -23,6 +29,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description):
         super().__init__(description=description,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def parse_args(self, args=None, namespace=None):
+        """Reads the command line, in which the value of a text option may begin with a dash."""
+        words = list(sys.argv[1:] if args is None else args)
+        for i in range(len(words) - 1, 0, -1):
+            if words[i - 1] in TEXT_OPTIONS and re.match("-[^-]", words[i]):
+                words[i - 1:i + 1] = [f"{words[i - 1]}={words[i]}"]
+        return super().parse_args(words, namespace)
 
     def error(self, message):
         """Ends the script with exit code 2."""
@@ -99,15 +113,55 @@ def check_pixels(width, height):
         raise UserError(f"--size {width}x{height}: at most {MOST_PIXELS:,} pixels")
 
 
+def unicode_text(text):
+    """Returns the text of an argument. Errors: ArgumentTypeError if it was not UTF-8."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r}: not UTF-8") from None
+    return text
+
+
+def unicode_path(text):
+    """Returns the path of an argument, whose name safetensors has to take. Errors: as unicode_text.
+    """
+    return Path(unicode_text(text))
+
+
+def shell_command(words):
+    """Returns a command line that a shell splits into these words.
+
+    Words are in double quotes, as cmd.exe knows no others. A word into which a POSIX shell would
+    then read something is quoted for that shell alone, and a comment in the command says so.
+    """
+    if os.name == "nt":
+        return subprocess.list2cmdline(map(str, words))
+    command, note = [], []
+    for word in map(str, words):
+        quoted = shlex.quote(word)
+        if quoted != word and re.search(r'["$`!%\\\n]', word):
+            note = ["# quoted for a POSIX shell"]
+        elif quoted != word:
+            quoted = f'"{word}"'
+        command.append(quoted)
+    return " ".join(command + note)
+
+
 def seed_number(text):
     """Returns the integer that a seed's text means. Errors: ArgumentTypeError."""
-    if not text.isdecimal() or int(text) >= 2**31:
-        raise argparse.ArgumentTypeError(f"{text}: allowed are 0 to {2**31 - 1}")
+    if not text.isdecimal() or int(text) >= MOST_SEEDS:
+        raise argparse.ArgumentTypeError(f"{text}: allowed are 0 to {MOST_SEEDS - 1}")
     return int(text)
 
 
 def run(main, interrupted="interrupted"):
-    """Runs a script's main(): a user's mistake ends in one line on stderr and exit code 2."""
+    """Runs a script's main(): a user's mistake ends in one line on stderr and exit code 2.
+
+    What the console cannot show is printed as an escape sequence.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()

@@ -5,7 +5,6 @@
 """
 import argparse
 import json
-import shlex
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,16 @@ import torch
 import diffusion
 from inputs.checkpoints import find_unet, read_text, read_vae
 from inputs.conditions import TASKS, load_image
-from inputs.options import BASE, HERE, Parser, check_pixels, seed_number
+from inputs.options import (
+    BASE,
+    HERE,
+    MOST_SEEDS,
+    Parser,
+    check_pixels,
+    seed_number,
+    shell_command,
+    unicode_text,
+)
 from inputs.pairs import list_files, read_captions
 from weights import UserError
 
@@ -70,8 +78,8 @@ def make_parser(description):
         "others temper it and cost a second pass of the U-Net (default: 1)")
     add("--window", type=float, nargs="+", default=[0.0, 1.0], metavar="START END", help="the part "
         "of the steps that is steered (default: 0 1)")
-    add("--prompt", default="a red apple", help="what to draw (default: %(default)s)")
-    add("--negative-prompt", default="", help="what guidance leads away from (default: nothing)")
+    add("--prompt", type=unicode_text, default="a red apple", help="what to draw (default: %(default)s)")
+    add("--negative-prompt", type=unicode_text, default="", help="what guidance leads away from (default: nothing)")
     add("--n", type=int, default=4, help="how many pictures (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="the seed of picture 0 (default: %(default)s)")
     add("--size", type=width_and_height, help="pixels, as in 768x512 (default: what BPS, or else "
@@ -163,6 +171,9 @@ def check_settings(parser, args):
     for name, low, high in (("n", 1, 10_000), ("steps", 1, 999), ("guidance", -MOST, MOST)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} {getattr(args, name)}: allowed are {low} to {high}")
+    if args.seed + args.n > MOST_SEEDS:
+        parser.error(f"--seed {args.seed}: of {args.n} pictures the last has seed "
+                     f"{args.seed + args.n - 1}; allowed are 0 to {MOST_SEEDS - 1}")
     if args.guidance == 1 and args.negative_prompt:
         parser.error(f"--guidance 1: leaves --negative-prompt {args.negative_prompt!r} without "
                      f"effect; give more than 1")
@@ -311,7 +322,7 @@ def command_line(options):
             words += [option, *value]
         else:
             words.append(f"{option}={value}")           # a prompt may begin with -
-    return shlex.join(map(str, words))
+    return shell_command(words)
 
 
 def read_picture_options(picture):

@@ -59,7 +59,7 @@ def test_a_run_writes_everything_and_its_last_line_draws(tmp_path, monkeypatch, 
 
     printed = capsys.readouterr()
     command = printed.out.splitlines()[-1]
-    assert command.startswith("python sample.py --bps") and "'" in command      # quoted
+    assert command.startswith("python sample.py --bps") and '"' in command      # quoted
     run(sample, monkeypatch, *shlex.split(command)[2:], "--n", 1, "--steps", 2,
         "--out", tmp_path / "pictures")
     assert (tmp_path / "pictures" / "0000.png").is_file()
