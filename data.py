@@ -27,10 +27,10 @@ from inputs.conditions import (
     to_x,
 )
 from inputs.pairs import CAPTION_KEYS, find_pairs, group_pairs, same_shape, shape_fault
+from inputs.train_options import EMPTY_SHARE
 from tiny.tasks import embedded_pairs
 from weights import UserError
 
-EMPTY_SHARE = 0.1               # of the training prompts, so that guidance has its other pass
 TEST_SHARE, VAL_SHARE = 0.15, 0.05      # of a user's pairs
 MIN_PAIRS = 10
 

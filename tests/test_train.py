@@ -193,7 +193,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path, monkeypatch):
 
 def test_other_pairs_are_another_run(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py"])
-    args = train.parse_args()
+    args = train.parse_args("")
     six, five = ({split: load_pairs("sketch", split)[:count] for split in train.SPLITS}
                  for count in (6, 5))
     facts = train.run_facts(args, six)
