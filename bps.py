@@ -45,7 +45,7 @@ import weights
 from diffusion import guide
 from inputs import checkpoints
 from inputs.options import Parser, add_port_options, run
-from unet import Downsample, UNetConfig, Upsample
+from unet import Downsample, UNetConfig, Upsample, run_block
 
 NARROW = 4                              # LightBPS: its expansive layers are so much narrower
 
@@ -136,6 +136,7 @@ class BPS(nn.Module):
     of the contracting path and, last, of the middle; an entry of `output_blocks` is
     [block, port] or [block, port, up-sampler].
     """
+    checkpointing = False               # of activations: less memory in training, more time
     port_size = 3                       # of the ports' convolutions in contracting path and middle
     middle_blocks = 2
 
@@ -213,11 +214,12 @@ class BPS(nn.Module):
         h = F.pixel_unshuffle(cond, factor)                                    # (B, C f^2, H, W)
         skips, residuals = [], []
         for i, block in enumerate(self.input_blocks):
-            h = block(h, t_emb) if isinstance(block, TimeResBlock) else block(h)
+            inputs = (h, t_emb) if isinstance(block, TimeResBlock) else (h,)
+            h = run_block(block, *inputs, checkpointing=self.checkpointing)
             skips.append(h)
             residuals.append(self.residual(i, h))
         for block in self.middle_block:
-            h = block(h, t_emb)
+            h = run_block(block, h, t_emb, checkpointing=self.checkpointing)
         residuals.append(self.residual(-1, h))
         if not self.config.output_weight:
             blocks = len(self.config.channels) * (self.config.blocks_per_level + 1)
@@ -240,7 +242,8 @@ class BPS(nn.Module):
         """
         residuals = []
         for block, port, *up in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1))
+            h = run_block(block, torch.cat([h, skips.pop()], dim=1),
+                          checkpointing=self.checkpointing)
             residuals.append(self.config.output_weight * port(h))
             for upsample in up:
                 h = upsample(h, skips[-1].shape[-2:])

@@ -173,16 +173,19 @@ class LatentCache:
         """Returns the prompt to validate with of each pair."""
         return [self.pairs[i % len(self.pairs)].prompts[0] for i in indices]
 
-    def batch(self, size, generator, empty_share=EMPTY_SHARE):
-        """Returns (cond (B, C, H, W), z (B, 4, h, w), context (B, L, D)) drawn with the generator.
+    def batch(self, slots, size, generator, empty_share=EMPTY_SHARE):
+        """Returns cond (n, C, H, W), z (n, 4, h, w) and context (n, L, D) of slots (n,) of a batch.
 
+        The whole batch of this size is drawn with the generator, whichever slots are asked for.
         That share of the prompts is empty; the others are any of the pair's own.
         """
         indices = torch.randint(len(self), (size,), generator=generator)
-        mean, std = self.mean[indices].float(), self.std[indices].float()
-        z = mean + std * torch.randn(mean.shape, generator=generator)
+        noise = torch.randn(size, *self.mean.shape[1:], generator=generator)[slots]
+        choices = torch.rand(size, 2, generator=generator)[slots]
+        indices = indices[slots]
+        z = self.mean[indices].float() + self.std[indices].float() * noise
         prompts = []
-        for i, (u, v) in zip(indices.tolist(), torch.rand(size, 2, generator=generator).tolist()):
+        for i, (u, v) in zip(indices.tolist(), choices.tolist()):
             captions = self.pairs[i % len(self.pairs)].prompts
             prompts.append("" if u < empty_share else captions[int(v * len(captions))])
         return self.cond(indices), z, self.context(prompts)

@@ -13,6 +13,7 @@ depends on seed + i alone, not on --n. Each PNG holds the options that draw it, 
 
 Shapes: B batch, L tokens, D width, H W rows and columns of the picture.
 """
+import contextlib
 import functools
 import json
 import sys
@@ -35,9 +36,8 @@ from inputs.conditions import (
     to_image,
     to_x,
 )
-from inputs.options import run
+from inputs.options import DTYPES, run
 from inputs.sample_options import (
-    DTYPES,
     check_clip_skip,
     check_drawn_with,
     check_fit,
@@ -74,6 +74,13 @@ class StableDiffusion(NamedTuple):
         return torch.cat([self.text_model(self.tokenizer(part).to(device), clip_skip)
                           for part in parts])
 
+
+    def autocast(self):
+        """Returns the context in which networks of fp32 weights compute in the base's dtype."""
+        weight = next(self.unet.parameters())
+        if weight.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(weight.device.type, weight.dtype)
 
     def check_finite(self):
         """Raises UserError if weights of a network are not finite."""

@@ -8,10 +8,17 @@ command goes on from the last checkpoint; a finished run is never overwritten.
 
 Shapes: B batch, C channels, H W rows and columns of the latent.
 """
+import contextlib
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:             # Windows
+    fcntl = None
 
 import torch
 import torch.nn.functional as F
@@ -19,12 +26,14 @@ from torch import nn
 from tqdm import tqdm
 
 import weights
-from bps import build_bps, config_for, save_bps
+from bps import build_bps, config_for, load_bps, save_bps
 from data import LatentCache, check_conditions, load_pairs
 from inputs import checkpoints
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
-from inputs.options import BASE, run, shell_command
-from inputs.train_options import check_size, parse_args
+from inputs.options import BASE, DTYPES, run, shell_command
+from inputs.processes import join_processes
+from inputs.train_options import check_training, parse_args
+from measure.curve import draw_curve
 from measure.dataset import check_data
 from measure.obedience import meter_for
 from measure.report import paired_errors, peak_memory, report
@@ -34,42 +43,52 @@ from weights import UserError
 
 CHECKPOINT = "checkpoint.safetensors"           # there as long as a run is unfinished
 SPLITS = ("train", "val", "test")
+CHANGEABLE = {"out", "accumulate", "checkpointing"}     # arguments that do not change what is learned
 
 
 # ---- training ------------------------------------------------------------------------------
 
-def train(bps, optimizer, base, cache, args, start, on_save):
-    """Trains BPS in place from step `start` to args.steps; nothing of the base ever changes.
+def train(run, base, cache, args, on_save):
+    """Trains run.bps in place from step run.step to args.steps; nothing of the base ever changes.
 
-    Everything random is a function of (seed, step), so a resumed run equals an uninterrupted one.
-    on_save(step, loss) is called every args.save_every steps and at the end.
+    Everything random is a function of (seed, step), so a resumed run equals an uninterrupted one,
+    and several processes equal one: each has its own slots of every batch. on_save(step, loss) is
+    called every args.save_every steps and at the end.
     """
-    device, schedule = args.device, base.schedule
-    average = None
-    bar = tqdm(range(start, args.steps), initial=start, total=args.steps, desc="train")
+    device, schedule, processes = args.device, base.schedule, run.processes
+    bps, average = processes.wrap(run.bps), run.train_loss
+    slots = processes.slots(args.batch)
+    bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc="train")
     for step in bar:
-        for group in optimizer.param_groups:
+        for group in run.optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / args.steps)
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)    # a large prime
-        cond, z, context = (x.to(device) for x in cache.batch(args.batch, generator,
-                                                              args.prompt_drop))
-        t = torch.randint(schedule.timesteps, (args.batch,), generator=generator).to(device)
-        noise = torch.randn(z.shape, generator=generator).to(device)
-        z_t = schedule.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
+        cond, z, context = cache.batch(slots, args.batch, generator, args.prompt_drop)
+        t = torch.randint(schedule.timesteps, (args.batch,), generator=generator)[slots]
+        noise = torch.randn(args.batch, *z.shape[1:], generator=generator)[slots]
+        batch = [x.to(device) for x in (cond, z, context, t, noise)]
 
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=device != "cpu"):
-            residuals = bps(cond, base.unet.time_embedding(t))
-            eps = base.unet(z_t, t, context, residuals)
-        # Of all functions of (z_t, t, text, c), E[noise | z_t, text, c] minimises this: the
-        # posterior denoiser. The gradient reaches BPS through the frozen U-Net's layers.
-        loss = F.mse_loss(eps.float(), schedule.target(z, noise, t))
-
-        optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(bps.parameters(), 1.0)
-        check_finite(torch.stack([loss, norm]), f"step {step + 1}: the loss or its gradient",
-                     args.lr)
-        optimizer.step()
+        loss = torch.zeros((), device=device)
+        run.optimizer.zero_grad()
+        parts = list(zip(*(x.chunk(args.accumulate) for x in batch)))
+        for i, (cond, z, context, t, noise) in enumerate(parts):
+            z_t = schedule.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
+            with base.autocast(), processes.sharing(bps, is_last=i + 1 == len(parts)):
+                residuals = bps(cond, base.unet.time_embedding(t))
+                eps = base.unet(z_t, t, context, residuals)
+                # Of all functions of (z_t, t, text, c), E[noise | z_t, text, c] minimises this:
+                # the posterior denoiser. The gradient reaches BPS through the frozen U-Net.
+                part_loss = F.mse_loss(eps.float(), schedule.target(z, noise, t))
+                part_loss = part_loss * (len(z) * processes.count / args.batch)
+                run.scaler.scale(part_loss).backward()
+            loss += part_loss.detach()
+        run.scaler.unscale_(run.optimizer)
+        norm = nn.utils.clip_grad_norm_(run.bps.parameters(), 1.0)
+        loss = processes.mean(loss)
+        check_finite(loss if run.scaler.is_enabled() else loss + norm,
+                     f"step {step + 1}: the loss or its gradient", args.lr)
+        run.scaler.step(run.optimizer)
+        run.scaler.update()
 
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         bar.set_postfix(loss=f"{average:.4f}", refresh=False)
@@ -77,14 +96,93 @@ def train(bps, optimizer, base, cache, args, start, on_save):
             on_save(step + 1, average)
 
 
-def check_finite(values, what, lr):
-    """Raises UserError if one of the values is not finite; its run ends with its last checkpoint."""
-    if not values.isfinite().all():
+def check_finite(value, what, lr):
+    """Raises UserError if a value is not finite; its run ends with its last checkpoint."""
+    if not value.isfinite():
         raise UserError(f"{what} is not finite, most likely because --lr {lr:g} is too large; give "
                         f"a smaller one. The last checkpoint is kept")
 
 
 # ---- the run's folder ----------------------------------------------------------------------
+
+class Run:
+    """A training under way: its network, its optimiser, and the folder that they are saved in.
+
+    The folder holds args.json from the first moment, and CHECKPOINT, bps.safetensors, log.jsonl and
+    curve.png from the first validation. bps.safetensors are the weights of the lowest validation
+    loss so far, or the last ones. Only the first process writes.
+    """
+
+    def __init__(self, out, bps, args, processes):
+        self.out, self.bps, self.processes = out, bps, processes
+        self.keep_last = args.keep == "last"
+        self.optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
+        self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
+        self.step, self.train_loss, self.rows = 0, None, []
+        self.best = dict(step=0, loss=float("inf"))
+
+    def open(self, facts, metadata):
+        """Writes args.json, or goes on from the checkpoint. Errors: UserError if it is damaged."""
+        if self.processes.rank == 0:
+            weights.write_json(facts, self.out / "args.json")
+        self.processes.wait()
+        checkpoint = self.out / CHECKPOINT
+        if checkpoint.exists():
+            state = weights.load_training(checkpoint, dict(bps=self.bps), "bps", self.optimizer)
+            self.step, self.train_loss = state["step"], state["train_loss"]
+            self.best, self.rows = state["best"], state["rows"]
+            self.scaler.load_state_dict(state["scaler"])
+            print(f"{checkpoint}: resumed at step {self.step}")
+            if self.processes.rank == 0:
+                self.write(metadata)                # should it have been stopped before
+
+    def save(self, step, train_loss, base_loss, val_loss, metadata):
+        """Writes all that the run has to keep of a step, and the best weights if these are."""
+        self.step, self.train_loss = step, train_loss
+        self.rows.append(dict(step=step, train_loss=train_loss, val_base=base_loss,
+                              val_steered=val_loss))
+        if val_loss < self.best["loss"] or self.keep_last:
+            self.best = dict(step=step, loss=val_loss)
+        weights.save_training(
+            self.out / CHECKPOINT, dict(bps=self.bps), "bps", self.optimizer,
+            dict(step=step, train_loss=train_loss, best=self.best, rows=self.rows,
+                 scaler=self.scaler.state_dict()))
+        self.write(metadata)
+
+    def write(self, metadata):
+        """Writes what follows from the checkpoint: log, curve, and the weights if they are best."""
+        if self.best["step"] == self.step:
+            save_bps(self.bps, self.out / "bps.safetensors", metadata | dict(best=self.best))
+        weights.write_lines(self.rows, self.out / "log.jsonl")
+        draw_curve(self.rows, self.out / "curve.png")
+
+    def restore_best(self):
+        """Puts the weights of bps.safetensors into the network, if they are not its own."""
+        if self.best["step"] != self.step:
+            best = load_bps(self.out / "bps.safetensors")
+            self.bps.load_state_dict(best.state_dict())
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Makes a folder and keeps other trainings out of it; there is no lock on Windows.
+
+    Errors: UserError if another one is in it. The kernel lets go of the lock when a process dies.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    file = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(f"{folder}: another process trains in it; wait for its end, or give "
+                        f"another --out") from None
+    finally:
+        os.close(file)
+
 
 def choose_out(folder, facts):
     """Returns the run's folder: `folder` if new or an unfinished run of the same facts.
@@ -107,7 +205,8 @@ def run_facts(args, splits):
     """Returns what makes a run this one: arguments, and what its base and its pairs consist of."""
     pairs = [(split, pair) for split, pairs in splits.items() for pair in pairs]
     names = [(split, pair.name, pair.prompts) for split, pair in pairs]
-    return {key: str(value) for key, value in vars(args).items() if key != "out"} | dict(
+    arguments = vars(args) | dict(device=args.device.split(":")[0])
+    return {key: str(arguments[key]) for key in arguments.keys() - CHANGEABLE} | dict(
         base_sha256=weights.fingerprint(*checkpoints.find_unet(args.base)),
         vae_sha256=weights.fingerprint(checkpoints.read_vae(args.vae or args.base).file),
         text_sha256=weights.fingerprint(checkpoints.read_text(args.base).file),
@@ -152,56 +251,59 @@ def main():
     args = parse_args(__doc__)
     if args.check_data:
         return check_data(args)
-    started = time.monotonic()
-    base = load_base(args.base, args.tokenizer, args.device, vae_path=args.vae,
-                     prediction_type=args.prediction_type)
+    processes, args.device = join_processes(args.device)
+    base = load_base(args.base, args.tokenizer, args.device, DTYPES[args.dtype], args.vae,
+                     args.prediction_type)
     base.check_finite()
-    check_size(args.size, base)
-    config = config_for(base.unet.config, TASKS[args.task].channels, base.vae.factor, args.weights,
-                        args.foot)
+    check_training(args, base, processes)
     splits = {split: load_pairs(args.task, split, args.data, args.extract, args.default_prompt)
               for split in SPLITS}
     facts = run_facts(args, splits)
-    out = choose_out(args.out, facts)
+    out = processes.from_first(choose_out(args.out, facts))
+    renamed = out.resolve() != args.out.resolve()
+    print(f"run: {out} ({args.out} holds another run)" if renamed else f"run: {out}")
+    with lock(out) if processes.rank == 0 else contextlib.nullcontext():
+        train_in(out, args, facts, base, splits, processes)
+
+
+def train_in(out, args, facts, base, splits, processes):
+    """Trains and measures in a run's folder."""
+    started = time.monotonic()
+    config = config_for(base.unet.config, TASKS[args.task].channels, base.vae.factor, args.weights,
+                        args.foot)
     cache, val_cache, test_cache = (
         LatentCache(pairs, args.task, args.size, base, mirror=split == "train",
                     extract=args.extract) for split, pairs in splits.items())
     check_conditions((cache, val_cache, test_cache), args.task)
     print(f"{len(cache.pairs)} training, {len(val_cache.pairs)} validation and "
           f"{len(test_cache.pairs)} test pairs; latents and text states are cached")
-
     torch.manual_seed(args.seed)
     bps = build_bps(config).to(args.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
-    renamed = out.resolve() != args.out.resolve()
-    print(f"run: {out} ({args.out} holds another run)" if renamed else f"run: {out}")
-    out.mkdir(parents=True, exist_ok=True)
-    weights.write_json(facts, out / "args.json")
-    checkpoint, start = out / CHECKPOINT, 0
-    if checkpoint.exists():
-        start = weights.load_training(checkpoint, dict(bps=bps), "bps", optimizer)["step"]
-        print(f"{checkpoint}: resumed at step {start}")
+    base.unet.checkpointing = bps.checkpointing = args.checkpointing
+    metadata = bps_metadata(args, facts, base, cache)
+    run = Run(out, bps, args, processes)
+    run.open(facts, metadata)
     base_loss = paired_errors(base, val_cache).mean().item()
 
-    def on_save(step, loss):
-        steered = paired_errors(base, val_cache, bps).mean()
-        check_finite(steered, f"step {step}: the validation loss", args.lr)
-        row = dict(step=step, train_loss=loss, val_base=base_loss, val_steered=steered.item())
-        with open(out / "log.jsonl", "a", encoding="utf-8") as log:
-            log.write(json.dumps(row) + "\n")
-        weights.save_training(checkpoint, dict(bps=bps), "bps", optimizer, dict(step=step))
-        tqdm.write(f"step {step}: validation loss {steered:.4f}, frozen base {base_loss:.4f}")
+    def on_save(step, train_loss):
+        if processes.rank == 0:
+            val_loss = paired_errors(base, val_cache, bps).mean()
+            check_finite(val_loss, f"step {step}: the validation loss", args.lr)
+            run.save(step, train_loss, base_loss, val_loss.item(), metadata)
+            tqdm.write(f"step {step}: validation loss {val_loss:.4f}, frozen base {base_loss:.4f}")
+        processes.wait()
 
-    train(bps, optimizer, base, cache, args, start, on_save)
-    metadata, file = bps_metadata(args, facts, base, cache), out / "bps.safetensors"
-    save_bps(bps, file, metadata)                       # first, should the report be interrupted
+    train(run, base, cache, args, on_save)
+    if processes.rank > 0:
+        return
+    run.restore_best()
     meter = meter_for(args.task, args.data is None, args.device)
     numbers = report(base, test_cache, bps, out, args.seed, meter)
-    save_bps(bps, file, metadata | dict(results=numbers))
-    drawing = out / "condition.png"
+    file, drawing = out / "bps.safetensors", out / "condition.png"
+    save_bps(bps, file, metadata | dict(best=run.best, results=numbers))
     example_condition(args.task, test_cache).save(drawing)
-    checkpoint.unlink()
-    for written in (file, drawing, out / "log.jsonl", out / "args.json"):
+    (out / CHECKPOINT).unlink()
+    for written in (file, drawing, out / "log.jsonl", out / "curve.png", out / "args.json"):
         print(written)
     print(f"done in {(time.monotonic() - started) / 60:.1f} min, peak memory "
           f"{peak_memory(args.device):.2f} GB; now draw from a condition:\n"

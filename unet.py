@@ -17,6 +17,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from inputs import checkpoints
 
@@ -205,8 +206,16 @@ class UNetBlock(nn.Sequential):
         return h
 
 
+def run_block(block, *arguments, checkpointing):
+    """Returns block(*arguments); with checkpointing, activations are computed again for gradients."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *arguments, use_reentrant=False)
+    return block(*arguments)
+
+
 class UNet(nn.Module):
     """Predicts the noise in a latent from the noisy latent, the timestep and the text."""
+    checkpointing = False               # of activations: less memory in training, more time
 
     def __init__(self, config=UNetConfig()):
         super().__init__()
@@ -278,16 +287,17 @@ class UNet(nn.Module):
                              f"pass one entry per block, None if it has no port")
         t_emb = self.time_embedding(t)
         residual = iter(residuals)
+        call = partial(run_block, checkpointing=self.checkpointing)
 
         h, skips = z_t, []
         for block in self.input_blocks:
-            h = block(h, t_emb, context, next(residual))
+            h = call(block, h, t_emb, context, next(residual))
             skips.append(h)                             # so the skips carry the steering along
-        h = self.middle_block(h, t_emb, context, next(residual))
+        h = call(self.middle_block, h, t_emb, context, next(residual))
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             size = skips[-1].shape[-2:] if skips else None
-            h = block(h, t_emb, context, next(residual), size)
+            h = call(block, h, t_emb, context, next(residual), size)
         return self.out(h)
 
 

@@ -169,6 +169,14 @@ def write_json(content, file):
     os.replace(temporary, file)
 
 
+def write_lines(rows, file):
+    """Writes dicts as one line of JSON each: to a temporary name, then renamed."""
+    temporary = f"{file}.tmp"
+    with open(temporary, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    os.replace(temporary, file)
+
+
 def save_training(file, modules, trained, optimizer, facts):
     """Writes all that a resumed run needs: modules by name, AdamW's state, and facts (a dict).
 

@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 
 import diffusion
+from inputs.processes import ended_elsewhere
 from weights import UserError
 
+DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 MOST_PIXELS = 4096**2
 MOST_SEEDS = 2**31
 HERE = Path(__file__).parent.parent
@@ -165,12 +167,21 @@ def run(main, interrupted="interrupted"):
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
-    except (UserError, OSError) as error:
+    except UserError as error:
+        if os.environ.get("RANK", "0") == "0":          # the other processes have met the same
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except torch.cuda.OutOfMemoryError:
         print("error: out of GPU memory; a smaller --size or --batch, --dtype fp16 or --device cpu "
               "needs less", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if not ended_elsewhere(error):
+            raise
+        print("error: another process of this training has ended", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)

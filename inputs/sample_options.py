@@ -9,13 +9,12 @@ import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
 import diffusion
 from inputs.checkpoints import find_unet, read_text, read_vae
 from inputs.conditions import TASKS, load_image
 from inputs.options import (
     BASE,
+    DTYPES,
     HERE,
     MOST_SEEDS,
     Parser,
@@ -27,7 +26,6 @@ from inputs.options import (
 from inputs.pairs import list_files, read_captions
 from weights import UserError
 
-DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 DEFAULT_BPS = HERE / "tiny" / "bps_sketch.safetensors"      # of the embedded base
 DEFAULT_DRAWING = HERE / "tiny" / "drawing.png"
 NO_BPS = Path("none")

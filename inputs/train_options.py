@@ -6,6 +6,7 @@ from pathlib import Path
 
 from inputs.conditions import TASKS
 from inputs.options import (
+    DTYPES,
     Parser,
     add_port_options,
     check_pixels,
@@ -39,6 +40,14 @@ def parse_args(description):
     add("--steps", type=int, help="training steps; with few pictures fewer: when the validation "
         "loss rises, they are learned by heart (default: 900, artistic 300)")
     add("--batch", type=int, default=16, help="pictures per step (default: %(default)s)")
+    add("--accumulate", type=int, default=1, help="parts of a batch, one after the other, which "
+        "needs less memory (default: %(default)s)")
+    add("--checkpointing", action="store_true", help="compute activations twice, which needs less "
+        "memory and more time")
+    add("--dtype", choices=DTYPES, help="what the base computes in; BPS's weights stay fp32 "
+        "(default: bf16 on a GPU, else fp32)")
+    add("--keep", choices=("best", "last"), default="best", help="the weights to keep: those of the "
+        "lowest validation loss, or the last (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="AdamW's learning rate, which falls to zero; 1e-5 "
                                                "for SD 1.5 (default: %(default)s)")
     add("--save-every", type=int, default=150, help="steps between checkpoints, each with a "
@@ -50,7 +59,8 @@ def parse_args(description):
     kind = TASKS[args.task]
     args.weights = args.weights or kind.port_weights
     args.steps = kind.steps if args.steps is None else args.steps
-    for name in ("size", "steps", "batch", "save_every"):
+    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    for name in ("size", "steps", "batch", "save_every", "accumulate"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     if not 0 < args.lr < 1:
@@ -68,9 +78,12 @@ def parse_args(description):
     return args
 
 
-def check_size(size, base):
-    """Raises UserError if the base cannot train on squares of `size` pixels."""
+def check_training(args, base, processes):
+    """Raises UserError if the base cannot train on squares of --size, or processes have no work."""
     unit = base.vae.factor * 2 ** (len(base.unet.config.channels) - 1)
-    if size % unit:
-        raise UserError(f"--size {size}: this base takes multiples of {unit}")
-    check_pixels(size, size)
+    if args.size % unit:
+        raise UserError(f"--size {args.size}: this base takes multiples of {unit}")
+    check_pixels(args.size, args.size)
+    if args.batch < processes.count * args.accumulate:
+        raise UserError(f"--batch {args.batch}: {processes.count} processes that --accumulate "
+                        f"{args.accumulate} parts each need at least one picture for each part")

@@ -2,6 +2,7 @@
 
 Shapes: B batch, C channels, H W rows and columns, of the latent or of the picture.
 """
+import copy
 import sys
 
 import torch
@@ -55,8 +56,9 @@ def paired_errors(base, cache, bps=None, shift=0):
             target = base.schedule.target(z, noise[i], ts)
             z_t = base.schedule.add_noise(z, noise[i], ts).to(device)
             z_t, ts = z_t.contiguous(memory_format=torch.channels_last), ts.to(device)
-            residuals = bps and bps(conds[i].to(device), base.unet.time_embedding(ts))
-            eps = base.unet(z_t, ts, context[i].to(device), residuals).cpu()
+            with base.autocast():
+                residuals = bps and bps(conds[i].to(device), base.unet.time_embedding(ts))
+                eps = base.unet(z_t, ts, context[i].to(device), residuals).float().cpu()
             errors[i] += (eps - target).square().mean(dim=(1, 2, 3)) / len(VALIDATION_T)
     return errors
 
@@ -93,11 +95,12 @@ def draw_pairs(base, cache, bps, count, seed):
 
     bps None is the frozen base; the noise of pair i is that of seed + i either way.
     """
-    device = next(base.unet.parameters()).device
-    empty = cache.context([""]).to(device)
+    weight = next(base.unet.parameters())
+    empty, device = cache.context([""]).to(weight), weight.device
+    bps = bps and copy.deepcopy(bps).to(weight.dtype)
     pictures = []
     for i in torch.arange(count).split(images_at_a_time(cache.size)):
-        context = cache.context(cache.first_prompts(i.tolist())).to(device)
+        context = cache.context(cache.first_prompts(i.tolist())).to(weight)
         conditions = [Steering(bps, base.unet, cache.cond(i).to(device))] if bps else []
         pictures.append(draw(base, context, empty, (seed + i).tolist(), cache.size, SAMPLE_STEPS,
                              SAMPLE_GUIDANCE, conditions).cpu())

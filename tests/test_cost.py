@@ -8,6 +8,7 @@ import torch
 from bps import BPS
 from inputs import options
 from measure import cost
+from weights import UserError
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def args(tmp_path, sd_folder, sd_file, monkeypatch):
     (tmp_path / "sd15").symlink_to(sd_folder("small1"))
     (tmp_path / "sd15.safetensors").symlink_to(sd_file("small1"))
     monkeypatch.setattr(cost, "PROGRAMS", ("ours",))
-    monkeypatch.setattr(cost, "in_a_process", lambda name, *words: getattr(cost, name)(*words))
+    monkeypatch.setattr(cost, "in_a_process", lambda function, *arguments: function(*arguments))
     return SimpleNamespace(base=tmp_path, repeat=1, device="cpu")
 
 
@@ -64,15 +65,15 @@ def test_the_rounding_of_narrower_dtypes_is_in_its_table(args, monkeypatch, caps
 
 @pytest.mark.slow
 def test_a_child_process_that_fails_says_why():
-    with pytest.raises(RuntimeError, match="no such file"):
-        cost.in_a_process("measure_load", "ours", options.BASE / "nowhere", "fp32")
+    with pytest.raises(UserError, match="no such file"):
+        cost.in_a_process(cost.measure_load, "ours", options.BASE / "nowhere", "fp32")
 
 
 @pytest.mark.slow
 def test_steering_is_timed_naive_and_amortised(args, monkeypatch, capsys):
     monkeypatch.setattr(cost, "PICTURES", (2,))
     monkeypatch.setattr(cost, "SIDE", 8)
-    monkeypatch.setattr(cost, "STEERED", {"small": ("sd15", 3, 1)})
+    monkeypatch.setattr(cost, "STEERING_BASES", {"small": ("sd15", 3, 1)})
     batches, forward = [], BPS.forward
 
     def counted(self, cond, t_emb):

@@ -105,7 +105,7 @@ def test_every_file_that_the_readme_links_to_exists():
 @pytest.mark.slow
 def test_the_evaluation_of_the_base_prints_its_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(base, "STEPS", 1)
-    monkeypatch.setattr(base, "SHOWN", 3)
+    monkeypatch.setattr(base, "SHEET_ROWS", 3)
     monkeypatch.setattr(base.world, "pool", lambda split: base.world.records(split)[::40])
     monkeypatch.setattr(sys, "argv", ["base", "--count", "30", "--out", str(tmp_path / "d.png")])
     base.main()

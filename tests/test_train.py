@@ -19,6 +19,7 @@ import weights
 from bps import BPS, config_for, load_bps, save_bps
 from data import LatentCache, load_pairs
 from inputs import options
+from inputs.processes import Processes
 from measure import report
 from weights import UserError
 
@@ -49,7 +50,7 @@ def test_a_run_writes_everything_and_its_last_line_draws(tmp_path, monkeypatch, 
     out = tmp_path / "run"
     run(train, monkeypatch, *SHORT, "--out", out)
     assert sorted(file.name for file in out.iterdir()) == [
-        "args.json", "bps.safetensors", "condition.png", "log.jsonl", "samples.png"]
+        "args.json", "bps.safetensors", "condition.png", "curve.png", "log.jsonl", "samples.png"]
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [2, 4]
     assert all(row["val_base"] > 0 and row["val_steered"] > 0 for row in rows)
@@ -91,9 +92,9 @@ def test_every_task_trains_measures_and_draws_from_its_own_condition(task, measu
 def test_the_share_of_empty_prompts_is_the_one_asked_for(tmp_path, monkeypatch):
     shares, batch = [], LatentCache.batch
 
-    def noted(self, size, generator, empty_share):
+    def noted(self, slots, size, generator, empty_share):
         shares.append(empty_share)
-        return batch(self, size, generator, empty_share)
+        return batch(self, slots, size, generator, empty_share)
 
     monkeypatch.setattr(LatentCache, "batch", noted)
     run(train, monkeypatch, *SHORT, "--prompt-drop", "0.25", "--weights", "1,1,1,2,0", "--foot",
@@ -129,10 +130,10 @@ def test_training_changes_bps_and_nothing_of_the_base():
     cache = LatentCache(load_pairs("sketch", "train")[:4], "sketch", 64, base)
     bps = BPS(config_for(base.unet.config, 1, base.vae.factor))
     start = {key: t.clone() for key, t in bps.state_dict().items()}
-    optimizer = torch.optim.AdamW(bps.parameters(), lr=1e-3)
     args = SimpleNamespace(steps=3, lr=1e-3, batch=2, seed=0, save_every=9, device="cpu",
-                           prompt_drop=0.1)
-    train.train(bps, optimizer, base, cache, args, 0, lambda step, loss: None)
+                           prompt_drop=0.1, accumulate=1, keep="best", dtype="fp32")
+    run = train.Run(None, bps, args, Processes())
+    train.train(run, base, cache, args, lambda step, loss: None)
     for part, saved in zip(parts, before):
         assert all(torch.equal(saved[key], t) for key, t in part.state_dict().items())
         assert all(parameter.grad is None for parameter in part.parameters())
@@ -154,7 +155,7 @@ def test_an_interrupted_run_goes_on_to_the_same_result(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.optim.AdamW, "step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(train, monkeypatch, *SHORT, "--out", tmp_path / "halves")
-    assert not (tmp_path / "halves" / "bps.safetensors").exists()
+    assert (tmp_path / "halves" / "checkpoint.safetensors").exists()
     monkeypatch.setattr(torch.optim.AdamW, "step", step)
     run(train, monkeypatch, *SHORT, "--out", tmp_path / "halves")
     whole, halves = (load_file(tmp_path / name / "bps.safetensors") for name in ("whole", "halves"))
@@ -344,9 +345,8 @@ def test_a_diverging_run_ends_in_one_line_and_keeps_its_last_checkpoint(tmp_path
     message = "step 4: the loss or its gradient is not finite, most likely because --lr 0.01 is too"
     with pytest.raises(UserError, match=message):
         run(train, monkeypatch, *SHORT, "--lr", "0.01", "--out", out)
-    assert not (out / "bps.safetensors").exists()
-    checkpoint = load_file(out / "checkpoint.safetensors")
-    assert all(tensor.isfinite().all() for tensor in checkpoint.values())
+    for name in ("checkpoint.safetensors", "bps.safetensors"):
+        assert all(tensor.isfinite().all() for tensor in load_file(out / name).values())
     monkeypatch.setattr(train.F, "mse_loss", true_loss)
     run(train, monkeypatch, *SHORT, "--lr", "0.01", "--out", out)        # goes on from step 2
     assert len((out / "log.jsonl").read_text().splitlines()) == 2
