@@ -18,7 +18,7 @@ from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import nn
 
 from inputs import checkpoints
-from weights import UserError
+from weights import UserError, first_line
 
 CONTEXT_LENGTH = 77         # begin + 75 tokens + end
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
@@ -104,7 +104,7 @@ def load_tokenizer(folder):
     try:
         return Tokenizer(vocab, merges, pad_token or END, added)
     except Exception as error:      # all that `tokenizers` raises for merges that do not fit
-        raise UserError(f"{folder}: not a CLIP tokenizer ({error})") from None
+        raise UserError(f"{folder}: not a CLIP tokenizer ({first_line(error)})") from None
 
 
 # ---- text encoder --------------------------------------------------------------------------

@@ -62,12 +62,11 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
     """Returns the pairs of a split: of the embedded data, or of a user's folder.
 
     extract: the images' own lines are the conditions. default_prompt: the prompt of a picture that
-    has no caption. Warns of files that are not read and of captions that most pairs lack.
-    Errors: UserError names the file at fault, or says that there are too few.
+    has no caption. Errors: UserError names the file at fault, or says that there are too few.
     """
     if folder is None:
         return [Pair(*pair) for pair in embedded_pairs(task, split)]
-    files, problems, unused = find_pairs(folder, extract)
+    files, problems, _ = find_pairs(folder, extract)
     if problems:
         others = f" (and {len(problems) - 1} more: see --check-data)" if problems[1:] else ""
         raise UserError(problems[0] + others)
@@ -76,19 +75,25 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
     if len(sides) < MIN_PAIRS:
         raise UserError(f"{folder}: {len(sides)} pairs; at least {MIN_PAIRS} are needed to "
                         f"train, to validate and to test")
-    if unused:
-        warnings.warn(f"{folder}: {len(unused)} files belong to no pair, such as {unused[0]}; "
-                      f"--check-data names them")
-    bare = sum(not pair.prompts for pair in files)
-    if bare > len(files) / 2 and not default_prompt:
-        warnings.warn(f"{folder}: {bare} of {len(files)} pairs have no caption and train on an "
-                      f"empty prompt; give --default-prompt, or captions as NAME.txt or NAME.caption "
-                      f"beside the image, or in a listing as {', '.join(CAPTION_KEYS)}")
     open_cond = open_image if extract else TASKS[task].open
     return [Pair(str(pair.cond), lambda file=pair.cond: open_cond(file),
                  lambda file=pair.image: open_image(file), pair.prompts or (default_prompt,),
                  (pair.cond, pair.image))
             for pair, group in zip(files, groups) if sides[group] == split]
+
+
+def warn_of_losses(folder, extract, default_prompt):
+    """Warns of files in a user's folder that are not read, and of captions that most pairs lack."""
+    files, _, unused = find_pairs(folder, extract)
+    if unused:
+        warnings.warn(f"{folder}: files that belong to no pair: {len(unused)}, such as "
+                      f"{unused[0]}; --check-data names them")
+    without_caption = sum(not pair.prompts for pair in files)
+    if without_caption > len(files) / 2 and not default_prompt:
+        warnings.warn(f"{folder}: {without_caption} of {len(files)} pairs have no caption and "
+                      f"train on an empty prompt; give --default-prompt, or captions as NAME.txt or "
+                      f"NAME.caption beside the image, or in a listing as "
+                      f"{', '.join(CAPTION_KEYS)}")
 
 
 # ---- the cache -----------------------------------------------------------------------------
@@ -113,8 +118,8 @@ class LatentCache:
     """Everything a training step needs of some pairs, computed once: latents and text states.
 
     With mirror, every pair is there a second time, flipped left to right. Latents and text states
-    are kept in fp16, conditions in 8 bits. Attribute maps_of_class: {number: {colour as in
-    "#1f77b4": name of a pair in which the class has it}} of label maps.
+    are kept in fp16, conditions in 8 bits. Attribute palettes: {((colour as in "#1f77b4", number),
+    ..): name of a pair whose label map has these classes}.
     """
 
     def __init__(self, pairs, task, size, base, mirror=False, extract=False):
@@ -123,7 +128,7 @@ class LatentCache:
         extract: conditions are made from the images' own lines. Errors: UserError if a picture or
         the base is at fault.
         """
-        self.pairs, self.size, self.maps_of_class = pairs, size, {}
+        self.pairs, self.size, self.palettes = pairs, size, {}
         device = next(base.vae.parameters()).device
         conds, means, stds = [], [], []
         for flip in (False, True) if mirror else (False,):
@@ -133,8 +138,7 @@ class LatentCache:
                           for pair in pairs[i:i + parts.step]]
                 for pair, (cond, _, colours) in zip(pairs[i:], opened):
                     conds.append(cond)
-                    for colour, number in colours.items():
-                        self.maps_of_class.setdefault(number, {}).setdefault(colour, pair.name)
+                    self.palettes.setdefault(tuple(colours.items()), pair.name)
                 x = torch.stack([x for _, x, _ in opened]).to(device)
                 with torch.inference_mode():
                     mean, std = base.vae.encode(x.contiguous(memory_format=torch.channels_last))
@@ -194,17 +198,14 @@ class LatentCache:
 def check_conditions(caches, task):
     """Warns of conditions that say nothing; raises UserError if all are so or palettes differ."""
     conds = [(pair.name, cond) for cache in caches for pair, cond in zip(cache.pairs, cache.conds)]
-    blank = [name for name, cond in conds if is_blank(cond / 255)]
+    blank = [name for name, cond in conds if is_blank(cond / 255, task)]
     if len(blank) == len(conds):
         raise UserError(f"{blank[0]}: blank, and so are all other conditions; a drawing needs ink, "
                         f"a label map two classes")
     if blank:
         warnings.warn(f"{len(blank)} of {len(conds)} conditions are blank, such as {blank[0]}; "
                       f"--check-data names them")
-    maps_of_class = {}
-    for cache in caches:
-        for number, maps in cache.maps_of_class.items():
-            maps_of_class[number] = maps | maps_of_class.get(number, {})
-    fault = palette_fault(maps_of_class)
-    if fault and task == "segmentation":
+    fault = palette_fault({classes: name for cache in caches
+                           for classes, name in cache.palettes.items()})
+    if fault and TASKS[task].has_numbers:
         raise UserError(fault)

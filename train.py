@@ -9,6 +9,7 @@ command goes on from the last checkpoint; a finished run is never overwritten.
 Shapes: B batch, C channels, H W rows and columns of the latent.
 """
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 import weights
 from bps import build_bps, config_for, load_bps, save_bps
-from data import LatentCache, check_conditions, load_pairs
+from data import LatentCache, check_conditions, load_pairs, warn_of_losses
 from inputs import checkpoints
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
 from inputs.options import BASE, DTYPES, run, shell_command
@@ -43,7 +44,7 @@ from weights import UserError
 
 CHECKPOINT = "checkpoint.safetensors"           # there as long as a run is unfinished
 SPLITS = ("train", "val", "test")
-CHANGEABLE = {"out", "accumulate", "checkpointing"}     # arguments that do not change what is learned
+CHANGEABLE = {"out", "accumulate", "checkpointing"}     # arguments that a run may go on with
 
 
 # ---- training ------------------------------------------------------------------------------
@@ -97,10 +98,10 @@ def train(run, base, cache, args, on_save):
 
 
 def check_finite(value, what, lr):
-    """Raises UserError if a value is not finite; its run ends with its last checkpoint."""
+    """Raises UserError if a value is not finite, so that nothing is saved of it."""
     if not value.isfinite():
         raise UserError(f"{what} is not finite, most likely because --lr {lr:g} is too large; give "
-                        f"a smaller one. The last checkpoint is kept")
+                        f"a smaller one. A checkpoint from before is kept")
 
 
 # ---- the run's folder ----------------------------------------------------------------------
@@ -188,7 +189,7 @@ def choose_out(folder, facts):
     """Returns the run's folder: `folder` if new or an unfinished run of the same facts.
 
     Otherwise the first free one of folder-2, folder-3 ..: a finished run is never overwritten.
-    facts: the arguments, and the base's fingerprint. Errors: UserError for a damaged args.json.
+    facts: what run_facts returns. Errors: UserError for a damaged args.json.
     """
     folder = folder if folder.name else folder.resolve()        # "." has no name to count up
     for number in range(1, 10_000):
@@ -206,17 +207,20 @@ def run_facts(args, splits):
     pairs = [(split, pair) for split, pairs in splits.items() for pair in pairs]
     names = [(split, pair.name, pair.prompts) for split, pair in pairs]
     arguments = vars(args) | dict(device=args.device.split(":")[0])
-    return {key: str(arguments[key]) for key in arguments.keys() - CHANGEABLE} | dict(
-        base_sha256=weights.fingerprint(*checkpoints.find_unet(args.base)),
-        vae_sha256=weights.fingerprint(checkpoints.read_vae(args.vae or args.base).file),
-        text_sha256=weights.fingerprint(checkpoints.read_text(args.base).file),
+    fingerprint = functools.cache(weights.fingerprint)          # a single file is asked for thrice
+    return {key: str(arguments[key]) for key in sorted(arguments.keys() - CHANGEABLE)} | dict(
+        base_sha256=fingerprint(*checkpoints.find_unet(args.base)),
+        vae_sha256=fingerprint(checkpoints.read_vae(args.vae or args.base).file),
+        text_sha256=fingerprint(checkpoints.read_text(args.base).file),
+        configs_sha256=fingerprint(*checkpoints.config_files(args.base, args.tokenizer, args.vae)),
         pairs_sha256=hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16],
-        pictures_sha256=weights.fingerprint(*(file for _, pair in pairs for file in pair.files)))
+        pictures_sha256=fingerprint(*dict.fromkeys(file for _, pair in pairs
+                                                   for file in pair.files)))
 
 
 def bps_metadata(args, facts, base, cache):
     """Returns what a sampler has to know of a trained BPS, beside its sizes."""
-    numbers = {colour: number for number, maps in cache.maps_of_class.items() for colour in maps}
+    numbers = {colour: number for classes in cache.palettes for colour, number in classes}
     names = class_names(numbers)            # those of grey maps have numbers, and
     if not args.data:                       # those of the embedded maps have words
         names = {colour: word for word, colour in CLASSES.items() if colour in numbers}
@@ -258,6 +262,8 @@ def main():
     check_training(args, base, processes)
     splits = {split: load_pairs(args.task, split, args.data, args.extract, args.default_prompt)
               for split in SPLITS}
+    if args.data:
+        warn_of_losses(args.data, args.extract, args.default_prompt)
     facts = run_facts(args, splits)
     out = processes.from_first(choose_out(args.out, facts))
     renamed = out.resolve() != args.out.resolve()
@@ -283,7 +289,11 @@ def train_in(out, args, facts, base, splits, processes):
     metadata = bps_metadata(args, facts, base, cache)
     run = Run(out, bps, args, processes)
     run.open(facts, metadata)
-    base_loss = paired_errors(base, val_cache).mean().item()
+    base_loss = paired_errors(base, val_cache).mean()
+    if not base_loss.isfinite():
+        raise UserError(f"{args.base}: its own validation loss is not finite, its numbers run over; "
+                        f"give --dtype fp32 or another --base")
+    base_loss = base_loss.item()
 
     def on_save(step, train_loss):
         if processes.rank == 0:

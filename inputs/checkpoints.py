@@ -141,6 +141,13 @@ def find_weights(folder, stem):
     raise UserError(f"{folder}: no {stem}.safetensors in it")
 
 
+def config_files(*paths):
+    """Returns the files beside the weights in SD folders that say how these are used, sorted."""
+    folders = [Path(path) for path in paths if path and Path(path).is_dir()]
+    return sorted({file for folder in folders for pattern in ("*.json", "*.txt")
+                   for file in folder.rglob(pattern)})
+
+
 def read_folder(folder, stem, implemented):
     """Returns (config.json as a dict, {name: Stored}, first file) of one part of an SD folder.
 
@@ -464,27 +471,29 @@ def find_tokenizer(path, tokenizer_path=None):
 
 
 def read_tokenizer(folder):
-    """Returns ({token: id}, merges [(left, right)], padding token or None, added tokens) of a folder.
+    """Returns (vocabulary, merges, padding token, added tokens) of a tokenizer's folder.
 
-    The folder holds vocab.json and merges.txt, or else tokenizer.json. added tokens: {token: whether
-    it is looked for in the text after lower-casing}. Errors: UserError names the missing or faulty
-    file.
+    The folder holds vocab.json and merges.txt, or else tokenizer.json. vocabulary: {token: id}.
+    merges: [(left, right)]. padding token: None if the folder names none. added tokens: {token:
+    whether it is looked for after lower-casing}. Errors: UserError names the file at fault.
     """
     folder = Path(folder)
-    lists = folder / "vocab.json", folder / "merges.txt"
+    missing = [folder / name for name in ("vocab.json", "merges.txt")
+               if not (folder / name).is_file()]
+    names = ["tokenizer_config", "special_tokens_map", "added_tokens"]
+    names += ["tokenizer"] if missing else []
     files = {name: read_json(folder / f"{name}.json") if (folder / f"{name}.json").is_file() else {}
-             for name in ("tokenizer_config", "special_tokens_map", "added_tokens", "tokenizer")}
-    if not all(file.is_file() for file in lists) and not files["tokenizer"]:
-        missing = next(file for file in lists if not file.is_file())
-        raise UserError(f"{missing}: no such file; a tokenizer is vocab.json and merges.txt, or "
+             for name in names}
+    if missing and not files["tokenizer"]:
+        raise UserError(f"{missing[0]}: no such file; a tokenizer is vocab.json and merges.txt, or "
                         f"tokenizer.json")
     try:
-        if all(file.is_file() for file in lists):
-            vocab = read_json(folder / "vocab.json")
-            merges = [line for line in lists[1].read_text(encoding="utf-8").splitlines()
-                      if line.strip() and not line.startswith("#version")]
-        else:
+        if missing:
             vocab, merges = (files["tokenizer"]["model"][name] for name in ("vocab", "merges"))
+        else:
+            vocab = read_json(folder / "vocab.json")
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+            merges = [line for line in lines if line.strip() and not line.startswith("#version")]
         merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
         pad_token = None
         for name in ("tokenizer_config", "special_tokens_map"):                 # the latter wins
@@ -493,9 +502,12 @@ def read_tokenizer(folder):
         entries = [dict(content=token, id=number) for token, number in files["added_tokens"].items()]
         entries += [entry | dict(id=int(number)) for number, entry in
                     files["tokenizer_config"].get("added_tokens_decoder", {}).items()]
-        entries += files["tokenizer"].get("added_tokens", [])
+        entries += files.get("tokenizer", {}).get("added_tokens", [])
         vocab = vocab | {entry["content"]: entry["id"] for entry in entries}
-        added = {entry["content"]: entry.get("normalized", True) for entry in entries}
+        added = {entry["content"]: bool(entry.get("normalized", True)) for entry in entries}
+        wrong = [token for token, number in vocab.items() if type(number) is not int or number < 0]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} has the id {vocab[wrong[0]]!r}")
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(f"{folder}: not a CLIP tokenizer ({error})") from None
     return vocab, merges, pad_token, added

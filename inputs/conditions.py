@@ -11,7 +11,6 @@ Shapes: B batch, C channels, H W rows and columns of the image.
 """
 import contextlib
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -26,14 +25,14 @@ LINE_CONTRAST = 0.1             # slope of x per pixel from which an edge counts
 FAINT, FULL_INK = 0.05, 0.25    # slopes from which a soft line is there, and is drawn in full
 FAINTEST_INK = 0.1              # of the darkest line of a drawing that has lines
 UNIFORM = 0.97                  # share of one tone in a line of pixels that is frame or margin
-HIDDEN = 2                      # times the contrast on black is of that on white: white hides ink
+HIDDEN_INK = 2                  # how much more contrast than white a black ground has to give
 RARE_LIGHT = 0.3                # share of light pixels up to which a dark-sided drawing is chalk
 SMOOTHED = 256                  # pixels a side above which pictures are smoothed for soft lines
 COLOUR_CELLS = 8                # of a colour reference, along the shorter side
 MAX_CLASSES = 256               # what a palette holds
-INSIDES = (1, 255)              # numbers that grey masks have for inside; 0 is outside
+INSIDE_NUMBERS = (1, 255)       # what grey masks have inside; 0 is outside
 LOSSLESS = ("PNG", "BMP", "GIF", "TIFF")
-LARGEST_NOTE = 1 << 28          # bytes of text or colour profile in a PNG
+LARGEST_TEXT = 1 << 28          # bytes of text or colour profile in a PNG
 ORIENTATION = 0x0112            # the EXIF tag
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -45,7 +44,7 @@ PIXELS_AT_A_TIME = 48 * 64**2   # through a network outside of training: 48 pict
 # ---- images --------------------------------------------------------------------------------
 
 @contextlib.contextmanager
-def naming(file):
+def naming_file(file):
     """Turns whatever Pillow raises for a file into a UserError that names it."""
     try:
         yield
@@ -56,7 +55,7 @@ def naming(file):
                         f"to fill the memory; scale it down") from None
     except Exception as error:          # each decoder has its own
         raise UserError(f"{file}: cannot be read as an image ({error or type(error).__name__}); "
-                        f"allowed are PNG, JPEG, WebP, TIFF and BMP") from None
+                        f"allowed is what Pillow reads, such as PNG, JPEG, WebP and TIFF") from None
 
 
 def load_image(file):
@@ -66,8 +65,8 @@ def load_image(file):
     """
     if not Path(file).is_file():
         raise UserError(f"{file}: no such file")
-    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = LARGEST_NOTE
-    with naming(file), warnings.catch_warnings():
+    PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = LARGEST_TEXT
+    with naming_file(file), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         image = Image.open(file)
         image.load()
@@ -95,7 +94,7 @@ def open_image(file):
     Errors: UserError, as load_image has them.
     """
     image = load_image(file)
-    with naming(file):
+    with naming_file(file):
         return to_rgb(image)
 
 
@@ -188,7 +187,7 @@ def is_light_on_dark(image):
 
 
 def tone_range(grey):
-    """Returns the darkest and the lightest tone, 0 to 255, of a picture (H, W), but for noise."""
+    """Returns the darkest and the lightest tone, 0 to 255, of pixels, leaving out 0.1 % each."""
     return np.percentile(grey, (0.1, 99.9))
 
 
@@ -214,20 +213,19 @@ def level_drawing(image):
 def drawing_to_rgb(image):
     """Returns a drawing in mode RGB; what is transparent is white, or black if white hides the ink.
     """
-    on_white = to_rgb(image)
     if has_alpha(image):
-        on_black = to_rgb(image, "black")
-        on_white_contrast, on_black_contrast = (
-            np.ptp(tone_range(np.asarray(picture.convert("L")))) for picture in (on_white, on_black))
-        if on_black_contrast > HIDDEN * on_white_contrast:
-            return on_black
-    return on_white
+        grey, alpha = (np.asarray(part) for part in image.convert("LA").split())
+        if (alpha > 127).any():
+            darkest, lightest = tone_range(grey[alpha > 127])
+            if lightest > HIDDEN_INK * (255 - darkest):
+                return to_rgb(image, "black")
+    return to_rgb(image)
 
 
 def open_drawing(file):
     """Returns a drawing file as dark lines on white paper, RGB. Errors: UserError."""
     image = load_image(file)
-    with naming(file):
+    with naming_file(file):
         return level_drawing(drawing_to_rgb(image))
 
 
@@ -334,7 +332,7 @@ def open_boxes(file):
     Errors: UserError as open_label_map has them, and if there are too many colours.
     """
     image = load_image(file)
-    if image.format not in LOSSLESS or image.mode[0] in "1LPI" and not has_alpha(image):
+    if image.format not in LOSSLESS or image.mode in ("1", "L", "P") or image.mode.startswith("I"):
         return to_label_map(image, file)
     colours, index = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0,
                                return_inverse=True)
@@ -374,18 +372,28 @@ def class_names(colours):
     return {colour: str(i) if numbered else colour for colour, i in colours.items()}
 
 
-def palette_fault(maps_of_class):
-    """Returns what is wrong with palettes that differ, or None.
+def palette_fault(palettes):
+    """Returns what is wrong with label maps that do not go together, or None.
 
-    maps_of_class: {index: {colour: a map in which the class has it}}. Colours under other numbers
-    are the same classes to BPS, which sees colours. What is wrong is one number of two colours
-    that have no other number.
+    palettes: {((colour, number), ..): a map that has these classes}. Colours under other numbers
+    are the same classes to BPS, which sees colours. What is wrong is a number of two colours that
+    have no other number, and masks whose inside is 1 in some and 255 in others.
     """
-    numbers = Counter(colour for maps in maps_of_class.values() for colour in maps)
-    for index, maps in sorted(maps_of_class.items()):
-        if len(maps) > 1 and all(numbers[colour] == 1 for colour in maps):
-            places = ", ".join(f"{colour} in {file}" for colour, file in maps.items())
-            return (f"palettes differ: class {index} is {places}; save all maps with one palette")
+    numbers, maps = {}, {}              # {colour: its numbers}, {(number, colour): a map}
+    for classes, file in palettes.items():
+        for colour, number in classes:
+            numbers.setdefault(colour, set()).add(number)
+            maps.setdefault((number, colour), file)
+    for number in sorted({number for number, _ in maps}):
+        colours = [colour for colour, others in numbers.items() if others == {number}]
+        if len(colours) > 1:
+            places = ", ".join(f"{colour} in {maps[number, colour]}" for colour in colours)
+            return f"palettes differ: class {number} is {places}; save all maps with one palette"
+    insides = {tuple(number for _, number in classes if number != 0) for classes in palettes}
+    if {(1,), (255,)} <= insides <= {(), (1,), (255,)}:
+        one, other = (next(file for (number, _), file in maps.items() if number == inside)
+                      for inside in INSIDE_NUMBERS)
+        return f"masks differ: inside is 1 in {one}, but 255 in {other}; save all in one way"
     return None
 
 
@@ -396,7 +404,7 @@ def match_mask(labels, classes):
     map; all but masks are returned as they are. classes: {colour: name} that BPS was trained on.
     """
     palette = distinct_colours()
-    outside, *insides = (f"#{palette[3 * i:3 * i + 3].hex()}" for i in (0, *INSIDES))
+    outside, *insides = (f"#{palette[3 * i:3 * i + 3].hex()}" for i in (0, *INSIDE_NUMBERS))
     insides.append("#ffffff")
     colours, known = class_colours(labels), [colour for colour in classes if colour != outside]
     if any(colours.keys() <= {outside, inside} for inside in insides) \
@@ -447,12 +455,14 @@ class Task(NamedTuple):
     extract: Callable | None = None         # image -> cond of its own lines, if the task has some
     port_weights: str = "head-heavy"        # the default of train.py --weights
     has_labels: bool = False                # its colours are classes, which nothing may blend
+    has_numbers: bool = False               # and these have numbers, the same in all maps
     steps: int = 900                        # the default of train.py --steps
 
 
 TASKS = {
     "sketch": Task(1, open_drawing, drawing_to_cond, fit=pad, extract=lines_to_cond),
-    "segmentation": Task(3, open_label_map, colours_to_cond, has_labels=True),
+    "segmentation": Task(3, open_label_map, colours_to_cond, has_labels=True,
+                         has_numbers=True),
     "layout": Task(3, open_boxes, colours_to_cond, port_weights="flat", has_labels=True),
     "artistic": Task(4, open_image, colours_and_lines_to_cond, extract=colours_and_lines_to_cond,
                      steps=300)}            # 40 pictures: with more steps they are learned by heart
@@ -468,10 +478,10 @@ def cond_to_x(cond):
     return (2 * colours * (1 - ink) - 1).expand(-1, 3, -1, -1)
 
 
-def is_blank(cond):
-    """Returns whether a condition (C, H, W) in [0, 1] is the same all over, so that it says nothing.
-    """
-    return bool((cond.amax((1, 2)) - cond.amin((1, 2))).max() < FAINTEST_INK)
+def is_blank(cond, task):
+    """Returns whether a condition (C, H, W) in [0, 1] is the same all over, and so says nothing."""
+    contrast = (cond.amax((1, 2)) - cond.amin((1, 2))).max()
+    return bool(contrast == 0 if TASKS[task].has_labels else contrast < FAINTEST_INK)
 
 
 def read_condition(file, task, width, height, classes=None):
@@ -489,7 +499,7 @@ def read_condition(file, task, width, height, classes=None):
         check_classes(file, image, classes)
     cond = kind.to_cond(kind.fit(image, width, height))
     if kind.open is open_drawing:
-        if is_blank(cond):
+        if is_blank(cond, task):
             raise UserError(f"{file}: no line in it; a drawing is dark on light or light on dark")
         cond = cond / cond.max()
     return cond, to_image(cond_to_x(cond[None])[0])

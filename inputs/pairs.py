@@ -11,21 +11,24 @@ need not be there, and images may also lie in the folder itself. Sub-folders and
 
     pairs, problems, unused = find_pairs("my_pairs")
 """
+import functools
 import json
 import os
 import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from weights import UserError
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif",
-                  ".tiff", ".avif")
+NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")        # known to Pillow, but not read
 CAPTION_SUFFIXES = (".txt", ".caption")
 LISTINGS = {"prompt.json": (("source",), "target"),
             "metadata.jsonl": (("conditioning_image", "conditioning_image_file_name"),
                                "file_name")}            # keys of condition and image
 CAPTION_KEYS = ("text", "prompt", "caption", "description")
+RUN_FILE = "args.json"          # in the folder of a training
 LEFT_BY_SYSTEMS = (".", "__macosx", "thumbs.db", "desktop.ini")     # beginnings of names
 SAME_SHAPE = 0.02               # how far the aspect ratios of a pair may differ
 
@@ -52,20 +55,33 @@ def check_folder(folder):
         raise UserError(f"{folder}: no such folder; --data takes a folder of pairs")
 
 
-def walk(folder, parents=()):
-    """Yields the files in a folder and its sub-folders, sorted; links are followed, loops end.
+def walk(folder, visited=None):
+    """Yields the files in a folder and its sub-folders, sorted; links are followed, once each.
 
-    parents: the folders, without links, that this one lies in.
+    What systems leave behind and the folders of trainings are left out. visited: the folders,
+    without links, that are not to be entered again; at first those that this one lies in.
     """
-    real = os.path.realpath(folder)
-    if not folder.is_dir() or real in parents:
+    real = Path(os.path.realpath(folder))
+    if visited is None:
+        parent = Path(os.path.realpath(folder.parent))          # of a link, not of what it links to
+        visited = {*real.parents, parent, *parent.parents}
+    if not folder.is_dir() or real in visited or (folder / RUN_FILE).exists():
         return
+    visited.add(real)
     for entry in sorted(folder.iterdir()):
+        if entry.name.lower().startswith(LEFT_BY_SYSTEMS):
+            continue
         if entry.is_dir():
-            if not entry.name.lower().startswith(LEFT_BY_SYSTEMS):
-                yield from walk(entry, (*parents, real))
-        elif not entry.name.lower().startswith(LEFT_BY_SYSTEMS):
+            yield from walk(entry, visited)
+        else:
             yield entry
+
+
+@functools.cache
+def image_suffixes():
+    """Returns the suffixes of pictures that Pillow reads, in lower case."""
+    return {suffix for suffix, kind in Image.registered_extensions().items()
+            if kind in Image.OPEN and kind not in NO_PICTURES}
 
 
 def name_in(folder, file):
@@ -98,10 +114,10 @@ def list_files(folder):
         name = name_in(folder, file.with_suffix(""))
         if file.suffix.lower() in CAPTION_SUFFIXES:
             captions.setdefault(name, []).append(file)
-        elif file.suffix.lower() in IMAGE_SUFFIXES:
+        elif file.suffix.lower() in image_suffixes():
             if name in images:
                 problems.append(f"{images[name]} and {file.name}: which one? names must differ in "
-                                f"more than the suffix")
+                                f"more than the suffix, or the spelling of an accent")
             images[name] = file
     return FolderFiles(images, captions, problems)
 
@@ -114,14 +130,18 @@ def find_pairs(folder, extract=False):
     """
     folder = Path(folder)
     check_folder(folder)
-    listing = next((name for name in LISTINGS if (folder / name).is_file()), None)
+    listings = {file.name.lower(): file for file in folder.iterdir()}
+    listing = next((listings[name] for name in LISTINGS if name in listings), None)
     if listing:
         pairs, problems = _listed_pairs(folder, listing, extract)
-        captions = [folder / listing]
+        captions = [listing]
     else:
         pairs, problems, captions = _named_pairs(folder, extract)
     read = {file for pair in pairs for file in (pair.cond, pair.image)}.union(captions)
-    return pairs, problems, [file for file in walk(folder) if file not in read]
+    unused = [file for file in walk(folder) if file not in read]
+    if extract:
+        unused = [file for file in unused if not file.is_relative_to(folder / "conditions")]
+    return pairs, problems, unused
 
 
 def _named_pairs(folder, extract):
@@ -138,7 +158,7 @@ def _named_pairs(folder, extract):
         for part, part_files in (("conditions", conds), ("images", images)):
             if name not in part_files:
                 problems.append(f"{folder / part}/{name}.*: missing, so that {name} is not in both "
-                                f"conditions/ and images/; read are {', '.join(IMAGE_SUFFIXES)}")
+                                f"conditions/ and images/")
         if name in conds and name in images:
             prompts, caption_files = (), files.captions.get(name, [])
             captions += caption_files
@@ -157,30 +177,31 @@ def _named_pairs(folder, extract):
 def _listed_pairs(folder, listing, extract):
     """Returns the pairs of a file with one JSON object per line, and its problems by line."""
     captions, problems = {}, []
-    text = read_text(folder / listing)
+    text = read_text(listing)
     if text.lstrip().startswith("["):
-        return [], [f"{folder / listing}: a JSON array; it must be one object per line, without "
+        return [], [f"{listing}: a JSON array; it must be one object per line, without "
                     f"brackets and commas around"]
     files = {name_in(folder, file): file for file in walk(folder)}
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        place = f"{folder / listing}, line {number}"
-        cond_keys, image_key = LISTINGS[listing]
+        place = f"{listing}, line {number}"
+        cond_keys, image_key = LISTINGS[listing.name.lower()]
         try:
             names, prompts = _read_row(json.loads(line), cond_keys, image_key, extract)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             problems.append(f"{place}: not a JSON object with the keys {cond_keys[0]}, "
                             f"{image_key}, {' or '.join(CAPTION_KEYS)} ({error})")
             continue
         faults = [fault for fault in (_fault(folder, name, files) for name in names) if fault]
         problems += [f"{place}: {fault}" for fault in faults]
         if not faults:
-            pair = tuple(files.get(unicodedata.normalize("NFC", name), folder / name)
+            pair = tuple(folder / name if (folder / name).is_file() else
+                         files[unicodedata.normalize("NFC", name)]
                          for name in (names[0], names[-1]))
             captions.setdefault(pair, []).extend(prompts)
     if not captions and not problems:
-        problems.append(f"{folder / listing}: no pairs in it")
+        problems.append(f"{listing}: no pairs in it")
     return [PairFiles(cond, image, tuple(dict.fromkeys(prompts)))
             for (cond, image), prompts in captions.items()], problems
 
@@ -200,12 +221,16 @@ def _read_row(row, cond_keys, image_key, extract):
     names = [row[image_key]]
     if not extract:
         names.insert(0, row[next((key for key in cond_keys if key in row), cond_keys[0])])
-    prompts = next((row[key] for key in CAPTION_KEYS if row.get(key)), ())
-    prompts = (prompts,) if isinstance(prompts, str) else tuple(prompts)
+    prompts = next((row[key] for key in CAPTION_KEYS if row.get(key)), [])
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, list):
+        raise TypeError(f"{prompts!r} is no caption")
     for text in (*names, *prompts):
         if not isinstance(text, str):
             raise TypeError(f"{text!r} is no text")
-    return [os.path.normpath(name.replace("\\", "/")) for name in names], prompts
+        text.encode("utf-8")            # JSON can escape what is no Unicode: a ValueError
+    names = [os.path.normpath(name.replace("\\", "/")) for name in names]
+    return names, [prompt.strip() for prompt in prompts if prompt.strip()]
 
 
 def group_pairs(folder, pairs):

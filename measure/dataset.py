@@ -10,43 +10,32 @@ from tqdm import tqdm
 
 from clip import load_clip
 from data import load_pairs, open_pair, split_names
-from inputs.conditions import (
-    TASKS,
-    class_colours,
-    class_names,
-    cond_to_x,
-    crop,
-    drawing_to_rgb,
-    is_blank,
-    is_light_on_dark,
-    load_image,
-    open_drawing,
-    open_image,
-    palette_fault,
-)
+from inputs import conditions
 from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
 from measure.report import SHEET_ROWS, contact_sheet
 from weights import UserError
 
 MANY_CLASSES = 64               # in all maps; a larger number may be shades
-ENTRIES_SHOWN = 8
+ENTRIES = 8                     # sizes or modes in a line
 
 
 class Survey:
     """Collects what the files of some pairs are, and what is wrong with them."""
 
     def __init__(self, task, extract, size):
-        self.kind, self.extract, self.size = TASKS[task], extract, size
+        self.task, self.kind = task, conditions.TASKS[task]
+        self.extract, self.size = extract, size
+        self.is_drawing = self.kind.open is conditions.open_drawing
         self.problems, self.blank = [], []
         self.sizes, self.modes, self.classes = Counter(), Counter(), Counter()
         self.files_of_digest = {}                   # (role, SHA-256): files
-        self.maps_of_class = {}                     # palette index: {colour: a map that has it}
-        self.turned = 0                             # drawings that are light on dark
+        self.palettes = {}                          # ((colour, number), ..): a map that has them
+        self.light_on_dark = 0                      # number of drawings
 
     def look(self, role, file):
         """Returns the image of a file and counts it; None if it cannot be used."""
         try:
-            image = load_image(file)
+            image = conditions.load_image(file)
             if role == "condition" or self.extract:
                 self.look_at_condition(file, image)
             digest = hashlib.sha256(file.read_bytes()).digest()
@@ -60,41 +49,41 @@ class Survey:
 
     def look_at_condition(self, file, image):
         """Counts classes of label maps, drawings that are light on dark, and blank conditions."""
-        picture = open_image(file) if self.extract else self.kind.open(file)
+        picture = conditions.open_image(file) if self.extract else self.kind.open(file)
         to_cond = self.kind.extract if self.extract else self.kind.to_cond
-        if is_blank(to_cond(crop(picture, self.size, self.size))):
+        cond = to_cond(conditions.crop(picture, self.size, self.size))
+        if conditions.is_blank(cond, self.task):
             self.blank.append(file)
         if self.kind.has_labels:
-            for colour, index in class_colours(picture).items():
-                self.classes[colour] += 1
-                self.maps_of_class.setdefault(index, {}).setdefault(colour, file)
-        elif self.kind.open is open_drawing and not self.extract:
-            self.turned += is_light_on_dark(drawing_to_rgb(image))
+            colours = conditions.class_colours(picture)
+            self.classes.update(colours.keys())
+            self.palettes.setdefault(tuple(colours.items()), file)
+        elif self.is_drawing and not self.extract:
+            self.light_on_dark += conditions.is_light_on_dark(conditions.drawing_to_rgb(image))
 
-    def show(self, folder, number_of_pairs):
+    def report(self, folder, number_of_pairs):
         """Prints sizes, modes, classes, blank conditions and duplicates.
 
-        Palettes that differ are a problem, and conditions that are all blank.
+        Palettes that differ are a problem, and so are conditions that are all blank.
         """
         for what, counts in (("sizes", self.sizes), ("modes", self.modes)):
-            shown = [f"{entry} ({n})" for entry, n in counts.most_common(ENTRIES_SHOWN)]
-            rest = len(counts) - len(shown)
-            print(f"{what}: {', '.join(shown)}" + (f" and {rest} more" if rest else ""))
+            entries = [f"{entry} ({n})" for entry, n in counts.most_common(ENTRIES)]
+            rest = len(counts) - len(entries)
+            print(f"{what}: {', '.join(entries)}" + (f" and {rest} more" if rest else ""))
         if self.kind.has_labels:
-            names = class_names({colour: number for number, maps in self.maps_of_class.items()
-                                 for colour in maps})
+            names = conditions.class_names(dict(sum(self.palettes, ())))
             print("classes: " + ", ".join(f"{names[colour]} in {n} maps"
                                           for colour, n in sorted(self.classes.items())))
-        fault = palette_fault(self.maps_of_class)
-        if fault and self.kind is TASKS["segmentation"]:
+        fault = conditions.palette_fault(self.palettes)
+        if fault and self.kind.has_numbers:
             self.problems.append(f"{folder}: {fault}")
         for file in self.blank:
             print(f"blank condition: {file}")
         if self.blank and len(self.blank) == number_of_pairs:
-            self.problems.append(f"{folder}: all conditions are blank; a drawing needs ink, a label "
-                                 f"map two classes")
-        if self.kind.open is open_drawing:
-            print(f"drawings that are light on dark, and are turned: {self.turned}")
+            self.problems.append(f"{folder}: all conditions are blank; a drawing needs ink, a "
+                                 f"label map two classes")
+        if self.is_drawing:
+            print(f"drawings that are light on dark, and are turned: {self.light_on_dark}")
             if "condition P" in self.modes:
                 print("note: palette images as line drawings; label maps want --task segmentation")
         if len(self.classes) > MANY_CLASSES:
@@ -113,13 +102,13 @@ def check_captions(pairs, tokenizer, default_prompt):
     if bare:
         captions.append(("--default-prompt", default_prompt))
     for place, text in captions:
-        dropped = tokenizer.fit(text)[1]
-        if dropped:
-            print(f"cut: {place}: its caption loses {dropped!r}")
+        _, rest = tokenizer.fit(text)
+        if rest:
+            print(f"cut: {place}: its caption loses {rest!r}")
 
 
 def check_data(args):
-    """Prints what is in --data and writes a sheet of it; all that is wrong ends in exit code 2."""
+    """Prints what is in --data and writes a sheet of it; raises UserError if anything is wrong."""
     pairs, problems, unused = find_pairs(args.data, args.extract)
     survey = Survey(args.task, args.extract, args.size)
     for pair in tqdm(pairs, desc="check", leave=False):
@@ -134,25 +123,25 @@ def check_data(args):
         f"{counts[side]} {side}" for side in ("train", "val", "test")))
     for file in unused:
         print(f"belongs to no pair: {file}")
-    survey.show(args.data, len(pairs))
+    survey.report(args.data, len(pairs))
     check_captions(pairs, load_clip(args.base, args.tokenizer)[0], args.default_prompt)
     problems += survey.problems
+    for problem in problems:
+        print(f"problem: {problem}")
     if problems:
-        for problem in problems:
-            print(f"problem: {problem}")
         raise UserError(f"{args.data}: problems, each named above: {len(problems)}")
     write_sheet(args)
 
 
 def write_sheet(args):
     """Writes check.png: the first training pairs as the network will see them, and flipped."""
-    shown = load_pairs(args.task, "train", args.data, args.extract,
+    pairs = load_pairs(args.task, "train", args.data, args.extract,
                        args.default_prompt)[:SHEET_ROWS]
     columns = []
     for flip in (False, True):
-        opened = [open_pair(pair, args.task, args.size, args.extract, flip) for pair in shown]
-        columns.append(cond_to_x(torch.stack([cond for cond, *_ in opened]) / 255))
-        columns.append(torch.stack([x for _, x, _ in opened]))
+        conds, pictures, _ = zip(*(open_pair(pair, args.task, args.size, args.extract, flip)
+                                   for pair in pairs))
+        columns += [conditions.cond_to_x(torch.stack(conds) / 255), torch.stack(pictures)]
     args.out.mkdir(parents=True, exist_ok=True)
     contact_sheet(columns, ["condition", "picture", "flipped", "flipped"],
-                  [pair.prompts[0] for pair in shown], args.out / "check.png")
+                  [pair.prompts[0] for pair in pairs], args.out / "check.png")

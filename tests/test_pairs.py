@@ -12,11 +12,12 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 import train
-from data import LatentCache, check_conditions, load_pairs, open_pair
+from data import LatentCache, check_conditions, load_pairs, open_pair, warn_of_losses
 from inputs import options
 from inputs.conditions import (
     class_colours,
     class_names,
+    is_blank,
     open_boxes,
     open_drawing,
     open_image,
@@ -143,6 +144,9 @@ def test_a_path_that_leaves_the_folder_is_refused_by_file_and_line(folder, name)
     ('{"source": 3, "target": "images/00.png"}', "line 2: not a JSON object"),
     ('{"source": "conditions/00.png", "target": "images/00.png", "prompt": [1]}', "line 2: not"),
     ('{"source": "conditions/99.png", "target": "images/00.png"}', "conditions/99.png does not"),
+    ('{"a":' * 100_000, "line 2: not a JSON object"),
+    ('{"source": "conditions/00.png", "target": "images/00.png", "text": "\\ud800"}', "line 2: not"),
+    ('{"source": "conditions/00.png", "target": "images/00.png", "text": {"en": "a"}}', "line 2: not"),
 ])
 def test_a_wrong_line_of_a_listing_is_named_once(folder, line, words):
     row = json.dumps(dict(source="conditions/00.png", target="images/00.png", prompt="a ring"))
@@ -215,7 +219,8 @@ def test_pairs_in_folders_of_their_own_are_told_apart(tmp_path):
     assert sides == [9, 1, 2]
 
 
-@pytest.mark.parametrize("suffix", [".JPG", ".jfif", ".jpe", ".tif", ".TIFF", ".avif", ".gif"])
+@pytest.mark.parametrize("suffix", [".JPG", ".jfif", ".jpe", ".tif", ".TIFF", ".avif", ".gif",
+                                    ".tga", ".ppm", ".jp2"])
 def test_images_of_every_suffix_that_pillow_reads_are_used(folder, suffix):
     if suffix.lower() not in Image.registered_extensions():
         pytest.skip(f"this Pillow reads no {suffix}")
@@ -236,14 +241,14 @@ def test_images_in_subfolders_are_used_and_what_is_not_used_is_told(folder, chec
     (folder / "images" / "more" / "03.Caption").write_text("three")
     assert len(found(folder)) == 12
     assert [pair.prompts for pair in found(folder) if "more" in str(pair.cond)] == [("three",)]
-    for name in ("images/12.psd", "images/99.txt", "notes.docx"):
+    for name in ("images/12.svg", "images/99.txt", "notes.docx"):
         (folder / name).write_text("")
     assert [str(file.relative_to(folder)) for file in find_pairs(folder)[2]] == [
-        "images/12.psd", "images/99.txt", "notes.docx"]
-    with pytest.warns(UserWarning, match="3 files belong to no pair, such as .*images/12.psd"):
-        load_pairs("sketch", "train", folder)
+        "images/12.svg", "images/99.txt", "notes.docx"]
+    with pytest.warns(UserWarning, match="belong to no pair: 3, such as .*images/12.svg"):
+        warn_of_losses(folder, False, "a ring")
     check()
-    assert f"belongs to no pair: {folder}/images/12.psd" in capsys.readouterr().out
+    assert f"belongs to no pair: {folder}/images/12.svg" in capsys.readouterr().out
 
 
 def test_links_are_followed_and_loops_end(folder, tmp_path):
@@ -255,8 +260,12 @@ def test_links_are_followed_and_loops_end(folder, tmp_path):
     (folder / "images" / "round").symlink_to(linked)            # linked/images/round is linked
     (folder / "conditions" / "round").symlink_to(linked)
     (folder / "images" / "self").symlink_to("self")             # a link to itself is no image
-    assert {pair.image.name for pair in find_pairs(linked)[0]} >= {f"{i:02d}.png"
-                                                                   for i in range(12)}
+    assert len(found(linked)) == 12
+    for i in range(8):                                          # each of eight links to all
+        for j in range(8):
+            (folder / "images" / f"f{i}").mkdir(exist_ok=True)
+            (folder / "images" / f"f{i}" / f"f{j}").symlink_to(folder / "images" / f"f{j}")
+    assert len(found(linked)) == 12
     row = dict(source="conditions/00.png", target="images/00.png", text="a ring")
     listing(linked, [row])
     assert [pair.prompts for pair in found(linked)] == [("a ring",)]
@@ -271,6 +280,23 @@ def test_a_caption_is_read_under_any_of_its_keys(folder, name, key):
     assert [pair.prompts for pair in found(folder)] == [(f"thing {i}",) for i in range(12)]
 
 
+def test_blank_captions_are_none(folder):
+    listing(folder, [dict(source=f"conditions/{i:02d}.png", target=f"images/{i:02d}.png", text=text)
+                     for i, text in enumerate(["", " ", [""], ["a ", " "], "\n"])])
+    assert [pair.prompts for pair in found(folder)] == [(), (), (), ("a",), ()]
+
+
+def test_a_listing_may_be_written_in_any_case(folder):
+    listing(folder, [dict(source="conditions/00.png", target="images/00.png")], "Prompt.JSON")
+    assert len(found(folder)) == 1
+
+
+def test_the_folder_of_a_training_is_no_folder_of_pictures(folder):
+    shutil.copytree(folder / "images", folder / "images" / "run")
+    (folder / "images" / "run" / "args.json").write_text("{}")
+    assert len(found(folder)) == 12
+
+
 @pytest.mark.parametrize("suffix", [".caption", ".TXT", ".Caption"])
 def test_a_caption_file_may_have_either_suffix_in_any_case(folder, suffix):
     (folder / "images" / f"03{suffix}").write_text("three\r\nand a half\x0cor so\u2028or more\r\n",
@@ -279,13 +305,13 @@ def test_a_caption_file_may_have_either_suffix_in_any_case(folder, suffix):
 
 
 def test_pairs_without_captions_are_told_once_unless_there_is_a_default(folder, recwarn):
-    load_pairs("sketch", "train", folder)
+    warn_of_losses(folder, False, "")
     line, = [str(warning.message) for warning in recwarn.list]
     assert "12 of 12 pairs have no caption" in line and "--default-prompt" in line
-    load_pairs("sketch", "train", folder, default_prompt="a ring")
+    warn_of_losses(folder, False, "a ring")
     for i in range(6):
         (folder / "images" / f"{i:02d}.txt").write_text("a ring")
-    load_pairs("sketch", "train", folder)
+    warn_of_losses(folder, False, "")
     assert len(recwarn.list) == 1
 
 
@@ -417,7 +443,7 @@ def test_palettes_may_number_the_same_colours_differently(folder):
     another.save(folder / "conditions" / "01.png")
     caches = [LatentCache(load_pairs("segmentation", split, folder), "segmentation", 48, base)
               for split in ("train", "val", "test")]
-    with pytest.raises(UserError, match="palettes differ: class 7 is #ff.*, #ff"):
+    with pytest.raises(UserError, match="palettes differ: class 0 is #00ff00 in .*, #00ffff in"):
         check_conditions(caches, "segmentation")
 
 
@@ -466,6 +492,41 @@ def test_ink_on_transparency_is_seen_whatever_its_colour(tmp_path, ink, paper):
     assert cond[0, :10].max() < 0.1 and cond[0, 10:20, 28:36].max() > 0.9
     opened = np.asarray(open_drawing(tmp_path / "a.png").convert("L"))      # training reads it so
     assert opened[0, 0] == 255 and opened.min() < 160
+
+
+def test_sparse_white_ink_on_transparency_is_seen(tmp_path):
+    image = Image.new("RGBA", (1024, 1024), (0, 0, 0, 0))
+    ImageDraw.Draw(image).line((300, 300, 380, 300), fill="white", width=6)
+    image.save(tmp_path / "a.png")
+    assert read_condition(tmp_path / "a.png", "sketch", 256, 256)[0].sum() > 10
+
+
+def test_masks_whose_inside_differs_are_refused(folder, check, capsys):
+    for i in range(12):
+        mask("L", 1 if i < 6 else 255).save(folder / "conditions" / f"{i:02d}.png")
+        ring(48, 48).save(folder / "images" / f"{i:02d}.png")
+    with pytest.raises(UserError, match="problems, each named above: 1"):
+        check("--task", "segmentation")
+    assert "masks differ: inside is 1 in" in capsys.readouterr().out
+    with pytest.raises(UserError, match="masks differ: inside is 1 in .*, but 255 in"):
+        train_main(folder, "segmentation")
+
+
+def train_main(folder, task):
+    """Runs train.py on a folder for a step."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["train.py", "--data", str(folder), "--task", task, "--steps",
+                                    "1", "--size", "48", "--out", str(folder.parent / "run")])
+        train.main()
+
+
+def test_classes_of_faint_contrast_are_not_blank(folder):
+    for i in range(12):
+        image = label_map(48)
+        image.putpalette([value for k in range(256) for value in (k, k, k)])
+        image.save(folder / "conditions" / f"{i:02d}.png")
+    cond = open_pair(load_pairs("segmentation", "train", folder)[0], "segmentation", 48)[0] / 255
+    assert not is_blank(cond, "segmentation") and is_blank(cond * 0, "segmentation")
 
 
 def test_blank_conditions_are_named_and_refused_if_there_is_nothing_else(folder, check, capsys):

@@ -1,0 +1,149 @@
+"""Several processes, parts of a batch and checkpointing are the same training as the plain one."""
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+import sample
+import train
+from bps import build_bps, config_for
+from data import LatentCache, load_pairs
+from inputs.options import BASE, DTYPES, HERE
+from inputs.processes import Processes, join_processes
+
+ARGS = dict(steps=20, lr=1e-3, batch=16, seed=0, save_every=1, device="cpu", prompt_drop=0.1,
+            accumulate=1, keep="best", dtype="fp32")
+
+
+def trained(processes=Processes(), foot="faithful", checkpointing=False, **changes):
+    """Trains on four embedded pairs; returns (loss of each step, weights (n,))."""
+    args = SimpleNamespace(**ARGS | changes)
+    base = sample.load_base(BASE, dtype=DTYPES[args.dtype])
+    cache = LatentCache(load_pairs("sketch", "train")[:4], "sketch", 64, base)
+    torch.manual_seed(0)
+    bps = build_bps(config_for(base.unet.config, 1, base.vae.factor, foot=foot))
+    base.unet.checkpointing = bps.checkpointing = checkpointing
+    averages = []
+    train.train(train.Run(None, bps, args, processes), base, cache, args,
+                lambda step, average: averages.append(average))
+    averages = torch.tensor(averages, dtype=torch.float64)
+    losses = torch.cat([averages[:1], (averages[1:] - 0.98 * averages[:-1]) / 0.02])
+    assert {parameter.dtype for parameter in bps.parameters()} == {torch.float32}
+    return losses, torch.cat([parameter.detach().flatten() for parameter in bps.parameters()])
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """The losses and weights of one process."""
+    return trained()
+
+
+def assert_same(result, expected, loss_tolerance, weight_tolerance):
+    """Asserts that each loss, and the weights as a whole, are relatively as near as that."""
+    (losses, weights), (plain_losses, plain_weights) = result, expected
+    assert ((losses - plain_losses).abs() / plain_losses).max() <= loss_tolerance
+    assert (weights - plain_weights).norm() / plain_weights.norm() <= weight_tolerance
+
+
+def process(rank, count, port, folder):
+    """What each process of several does; the first one writes its result."""
+    torch.set_num_threads(1)
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(port), LOCAL_RANK=str(rank))
+    processes, _ = join_processes("cpu")
+    result = trained(processes)
+    if rank == 0:
+        torch.save(result, folder / "result.pt")
+    torch.distributed.destroy_process_group()
+
+
+# AdamW turns a rounded gradient of nearly 0 into a step of either sign: hence not 1e-6
+@pytest.mark.slow
+@pytest.mark.parametrize("count, weight_tolerance", [(2, 1e-5), (4, 2e-5)])
+def test_several_processes_are_the_same_training(plain, count, weight_tolerance, tmp_path):
+    port = 29_500 + os.getpid() % 1000 + count
+    torch.multiprocessing.spawn(process, (count, port, tmp_path), count)
+    result = torch.load(tmp_path / "result.pt", weights_only=True)
+    assert_same(result, plain, 1e-5, weight_tolerance)
+
+
+@pytest.mark.parametrize("foot", ["faithful", "light"])
+def test_checkpointing_gives_the_same_gradients(foot):
+    plain = trained(foot=foot, steps=3)
+    assert_same(trained(foot=foot, steps=3, checkpointing=True), plain, 1e-6, 1e-6)
+
+
+@pytest.mark.slow
+def test_a_batch_in_parts_is_the_same_batch(plain):
+    assert_same(trained(accumulate=3), plain, 2e-5, 5e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_a_base_in_a_narrow_dtype_trains_nearly_alike(dtype):
+    losses, _ = trained(dtype=dtype, steps=3, batch=4)
+    plain_losses, _ = trained(steps=3, batch=4)
+    assert losses.tolist() == pytest.approx(plain_losses.tolist(), rel=0.03)
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    """A folder of ten pairs of shapes."""
+    for kind, width in (("images", 0), ("conditions", 3)):
+        (tmp_path / "pairs" / kind).mkdir(parents=True)
+        for i in range(10):
+            image = Image.new("RGB", (64, 64), "white")
+            box = (8 + i, 8, 40 + i, 50)
+            ImageDraw.Draw(image).ellipse(box, outline="black", width=width or 20)
+            image.save(tmp_path / "pairs" / kind / f"{i}.png")
+    return tmp_path / "pairs"
+
+
+def torchrun(count, *arguments):
+    """Returns the finished run of train.py in several processes of this machine."""
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+         str(count), "train.py", *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
+        env=os.environ | dict(OMP_NUM_THREADS="1"))
+
+
+@pytest.mark.slow
+def test_a_run_of_one_process_goes_on_in_two_and_one_process_writes(tmp_path, pairs):
+    arguments = ["--steps", "4", "--save-every", "2", "--batch", "4", "--data", pairs]
+    whole = subprocess.run([sys.executable, "train.py", *arguments, "--out", tmp_path / "whole"],
+                           cwd=HERE, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    halves, script = tmp_path / "halves", """
+import train
+save = train.Run.save
+
+def save_and_stop(self, *arguments):
+    save(self, *arguments)
+    raise KeyboardInterrupt
+
+train.Run.save = save_and_stop
+train.main()
+"""
+    subprocess.run([sys.executable, "-c", script, *arguments, "--out", halves], cwd=HERE,
+                   capture_output=True)
+    assert (halves / "checkpoint.safetensors").exists()
+    done = torchrun(2, *arguments, "--out", halves)
+    assert done.returncode == 0, done.stderr
+    assert "resumed at step 2" in done.stdout and done.stdout.count("run: ") == 1
+    one, two = (load_file(folder / "bps.safetensors") for folder in (tmp_path / "whole", halves))
+    for key in one:
+        assert (one[key].float() - two[key].float()).norm() <= 1e-3 * one[key].float().norm() + 1e-6
+    assert sorted(file.name for file in halves.iterdir()) == sorted(
+        file.name for file in (tmp_path / "whole").iterdir())
+
+
+def test_what_all_processes_meet_is_told_once(tmp_path):
+    done = torchrun(2, "--batch", "1", "--out", tmp_path / "run")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert lines == ["error: --batch 1: 2 processes that --accumulate 1 parts each need at least "
+                     "one picture for each part"]
+    assert done.returncode != 0 and not (tmp_path / "run").exists()
