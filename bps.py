@@ -407,9 +407,13 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
         with safe_open(file, "pt") as f:
             metadata = f.metadata() or {}
         header = json.loads(metadata["config"])
+        config = migrate_config(header)
+        weights.check_sizes(config, file)
         with torch.device("meta"):
-            bps = build_bps(BPSConfig(**migrate_config(header)))
+            bps = build_bps(BPSConfig(**config))
         bps.metadata = json.loads(metadata["training"])
+    except weights.UserError:
+        raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         raise weights.UserError(f"{file}: not a BPS file; train.py writes "
                                 f"bps.safetensors") from None

@@ -91,8 +91,8 @@ def warn_of_losses(folder, extract, default_prompt):
     without_caption = sum(not pair.prompts for pair in files)
     if without_caption > len(files) / 2 and not default_prompt:
         warnings.warn(f"{folder}: {without_caption} of {len(files)} pairs have no caption and "
-                      f"train on an empty prompt; give --default-prompt, or captions as NAME.txt or "
-                      f"NAME.caption beside the image, or in a listing as "
+                      f"train on an empty prompt; give --default-prompt, or captions in NAME.txt "
+                      f"or NAME.caption beside the image, or in a listing as "
                       f"{', '.join(CAPTION_KEYS)}")
 
 

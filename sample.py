@@ -54,6 +54,7 @@ from vae import AutoencoderKL, load_vae
 from weights import UserError, fingerprint, is_finite
 
 PROMPTS_AT_A_TIME = 16
+FAR_OUTSIDE = 10                # mean of |x| or |z|, which is about 1 at most
 
 
 class StableDiffusion(NamedTuple):
@@ -73,7 +74,6 @@ class StableDiffusion(NamedTuple):
                  for i in range(0, len(prompts), PROMPTS_AT_A_TIME)]
         return torch.cat([self.text_model(self.tokenizer(part).to(device), clip_skip)
                           for part in parts])
-
 
     def autocast(self):
         """Returns the context in which networks of fp32 weights compute in the base's dtype."""
@@ -160,19 +160,18 @@ def draw_job(job, steerings, args, base, z_init, size):
     for latents in tqdm(zip(*samplers), total=args.steps - args.start, desc="draw", leave=False):
         pass
     pictures = [base.vae.decode(z)[0] for z in latents]
-    if not all(x.isfinite().all() for x in pictures):
+    if not all(x.abs().mean() < FAR_OUTSIDE for x in pictures):         # NaN is not less either
         base.check_finite()
         for condition, steering in zip(job.conditions, steerings):
             if not is_finite(steering.bps):
                 raise UserError(f"{condition.bps}: its weights hold numbers that are not finite; "
                                 f"train it again, or get another copy of it")
-        if all(z.isfinite().all() for z in latents):
+        if all(z.abs().mean() < FAR_OUTSIDE for z in latents):
             raise UserError(f"{base.vae_path}: the numbers of its autoencoder ran over; "
                             f"give another --vae")
-        remedy = ("a --guidance, --strength or --scale nearer to 1" if args.dtype == "fp32" else
-                  "--dtype bf16 or fp32")
-        raise UserError(f"--dtype {args.dtype}: too narrow for {args.base}, its numbers ran "
-                        f"over; give {remedy}")
+        remedy = ("a --guidance, --strength or --scale nearer to 1, or another --base"
+                  if args.dtype == "fp32" else "--dtype bf16 or fp32")
+        raise UserError(f"--dtype {args.dtype}: the numbers of {args.base} ran over; give {remedy}")
     return pictures
 
 
@@ -201,7 +200,7 @@ def write_pictures(name, pictures, seeds, texts, conditions, out):
     for x, text, file in zip(pictures, texts, files[len(conditions):]):
         info = PngImagePlugin.PngInfo()
         for key, value in text.items():
-            # a file's name may be no Unicode, of which a text field has to be
+            # a file's name may not be valid Unicode, which a text field must be
             info.add_itxt(key, str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
         temporary = file.with_suffix(".tmp")
         to_image(x).save(temporary, "PNG", pnginfo=info)

@@ -291,8 +291,8 @@ def train_in(out, args, facts, base, splits, processes):
     run.open(facts, metadata)
     base_loss = paired_errors(base, val_cache).mean()
     if not base_loss.isfinite():
-        raise UserError(f"{args.base}: its own validation loss is not finite, its numbers run over; "
-                        f"give --dtype fp32 or another --base")
+        raise UserError(f"{args.base}: its own validation loss is not finite, as its numbers run "
+                        f"over; give --dtype fp32 or another --base")
     base_loss = base_loss.item()
 
     def on_save(step, train_loss):

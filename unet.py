@@ -207,7 +207,7 @@ class UNetBlock(nn.Sequential):
 
 
 def run_block(block, *arguments, checkpointing):
-    """Returns block(*arguments); with checkpointing, activations are computed again for gradients."""
+    """Returns block(*arguments); checkpointing computes activations again for gradients."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *arguments, use_reentrant=False)
     return block(*arguments)

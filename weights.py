@@ -56,11 +56,7 @@ class Checkpoint(NamedTuple):
         The module is made without memory, which its tensors then bring. Errors: UserError where
         the sizes do not go together or a tensor does not fit.
         """
-        for key, value in self.config.items():
-            for number in value if isinstance(value, tuple) else (value,):
-                if type(number) is int and not 0 < number <= LARGEST_SIZE:
-                    raise UserError(f"{self.file}: {key} = {value}; allowed are sizes of 1 to "
-                                    f"{LARGEST_SIZE}")
+        check_sizes(self.config, self.file)
         try:
             with torch.device("meta"):
                 module = Module(Config(**self.config))
@@ -68,6 +64,15 @@ class Checkpoint(NamedTuple):
             raise UserError(f"{self.file}: no {Module.__name__} has its sizes "
                             f"({first_line(error)})") from error
         return load_strict(module, self, dtype, device)
+
+
+def check_sizes(config, file):
+    """Raises UserError if a whole number in a config (a dict) is no size that a module can have."""
+    for key, value in config.items():
+        for number in value if isinstance(value, tuple) else (value,):
+            if type(number) is int and not 0 < number <= LARGEST_SIZE:
+                raise UserError(f"{file}: {key} = {value}; allowed are sizes of 1 to "
+                                f"{LARGEST_SIZE}")
 
 
 # ---- files ---------------------------------------------------------------------------------
@@ -105,6 +110,8 @@ def _why_unreadable(file, error):
         end_of_header = 8 + int.from_bytes(f.read(8), "little")
         header = f.read(min(end_of_header, LARGEST_HEADER))
     again = "copy or download it again"
+    if "valid UTF-8" in str(error):
+        return "rename it; its path has to be UTF-8"
     if header.startswith(b"{") and end_of_header > size:
         return f"{size} bytes, but its header alone has {end_of_header}; {again}"
     ends = re.findall(rb'"data_offsets": *\[ *\d+ *, *(\d{1,18}) *\]', header)

@@ -499,7 +499,8 @@ def read_tokenizer(folder):
         for name in ("tokenizer_config", "special_tokens_map"):                 # the latter wins
             entry = files[name].get("pad_token")
             pad_token = (entry["content"] if isinstance(entry, dict) else entry) or pad_token
-        entries = [dict(content=token, id=number) for token, number in files["added_tokens"].items()]
+        entries = [dict(content=token, id=number)
+                   for token, number in files["added_tokens"].items()]
         entries += [entry | dict(id=int(number)) for number, entry in
                     files["tokenizer_config"].get("added_tokens_decoder", {}).items()]
         entries += files.get("tokenizer", {}).get("added_tokens", [])

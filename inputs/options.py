@@ -4,7 +4,6 @@ import io
 import os
 import re
 import shlex
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -29,7 +28,7 @@ class Parser(argparse.ArgumentParser):
     """A parser that prints the script's docstring as help, and of a mistake one line."""
 
     def __init__(self, description):
-        super().__init__(description=description,
+        super().__init__(description=description, allow_abbrev=False,
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def parse_args(self, args=None, namespace=None):
@@ -42,6 +41,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Ends the script with exit code 2."""
+        if "expected one argument" in message:
+            message += "; write --option=VALUE if the value begins with a dash"
         self.exit(2, f"error: {message}\n")
 
     def check_out(self, out):
@@ -136,12 +137,13 @@ def shell_command(words):
     Words are in double quotes, as cmd.exe knows no others. A word into which a POSIX shell would
     then read something is quoted for that shell alone, and a comment in the command says so.
     """
-    if os.name == "nt":
-        return subprocess.list2cmdline(map(str, words))
     command, note = [], []
     for word in map(str, words):
         quoted = shlex.quote(word)
-        if quoted != word and re.search(r'["$`!%\\\n]', word):
+        if os.name == "nt":
+            escaped = word.replace('"', '\\"')
+            quoted = f'"{escaped}"' if re.search(r"[^\w\\:./=+-]", word) or not word else word
+        elif re.search(r'["$`!%\\\n]', word):
             note = ["# quoted for a POSIX shell"]
         elif quoted != word:
             quoted = f'"{word}"'

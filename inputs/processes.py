@@ -32,7 +32,7 @@ class Processes(NamedTuple):
         return DistributedDataParallel(module) if self.count > 1 else module
 
     def sharing(self, module, is_last):
-        """Returns the context of one of a batch's parts: gradients are shared behind the last one."""
+        """Returns the context of a part of a batch: only the last one shares its gradients."""
         return contextlib.nullcontext() if self.count == 1 or is_last else module.no_sync()
 
     def mean(self, value):

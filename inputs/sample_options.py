@@ -76,8 +76,10 @@ def make_parser(description):
         "others temper it and cost a second pass of the U-Net (default: 1)")
     add("--window", type=float, nargs="+", default=[0.0, 1.0], metavar="START END", help="the part "
         "of the steps that is steered (default: 0 1)")
-    add("--prompt", type=unicode_text, default="a red apple", help="what to draw (default: %(default)s)")
-    add("--negative-prompt", type=unicode_text, default="", help="what guidance leads away from (default: nothing)")
+    add("--prompt", type=unicode_text, default="a red apple", help="what to draw (default: "
+        "%(default)s)")
+    add("--negative-prompt", type=unicode_text, default="", help="what guidance leads away from "
+        "(default: nothing)")
     add("--n", type=int, default=4, help="how many pictures (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="the seed of picture 0 (default: %(default)s)")
     add("--size", type=width_and_height, help="pixels, as in 768x512 (default: what BPS, or else "

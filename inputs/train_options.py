@@ -46,8 +46,8 @@ def parse_args(description):
         "memory and more time")
     add("--dtype", choices=DTYPES, help="what the base computes in; BPS's weights stay fp32 "
         "(default: bf16 on a GPU, else fp32)")
-    add("--keep", choices=("best", "last"), default="best", help="the weights to keep: those of the "
-        "lowest validation loss, or the last (default: %(default)s)")
+    add("--keep", choices=("best", "last"), default="best", help="the weights to keep: those of "
+        "the lowest validation loss, or the last (default: %(default)s)")
     add("--lr", type=float, default=1e-3, help="AdamW's learning rate, which falls to zero; 1e-5 "
                                                "for SD 1.5 (default: %(default)s)")
     add("--save-every", type=int, default=150, help="steps between checkpoints, each with a "

@@ -2,7 +2,7 @@
 
     python -m measure.base          # prints the table of tiny/README.md, writes tiny/drawn.png
 
-Shapes: n pictures, L tokens, D width.
+Shapes: n pictures.
 """
 from pathlib import Path
 
@@ -11,46 +11,38 @@ import torch
 
 from inputs.conditions import to_x
 from inputs.options import BASE, Parser, run
-from measure.report import contact_sheet
+from measure.report import contact_sheet, ratio
 from sample import draw, load_base
 from tiny import world
-from tiny.classifier import Classifier
+from tiny.classifier import BATCH, Classifier
+from tiny.pretrain import decoder_errors, encode_means
 
 STEPS, GUIDANCE = 50, 3.0
-BATCH = 48
 T_EDGES = (0, 250, 500, 750, 1000)
-TIMESTEPS_PER_RANGE = 4         # of each picture
+TIMESTEPS_PER_RANGE = 4         # for each picture
 CANDIDATES = 24                 # captions among which a picture has to find its own
-SHOWN = 24
+SHEET_ROWS = 24
 
 
-def true_pictures(rows):
-    """Returns the emoji of the rows on white, x (n, 3, 64, 64) in [-1, 1]."""
-    return torch.stack([to_x(world.on_ground(world.picture(row["style"], row["name"])))
-                        for row in rows])
+def open_pictures(rows, device):
+    """Returns the emoji of the rows on white, x (n, 3, 64, 64) in [-1, 1], and their captions."""
+    x = torch.stack([to_x(world.on_ground(world.picture(row["style"], row["name"])))
+                     for row in rows])
+    return x.to(device), [world.full_caption(row) for row in rows]
 
 
-def vae_errors(vae, x):
-    """Returns PSNR in dB, over the mean squared error of all pictures, and L1 of a round trip."""
-    decoded = torch.cat([vae.decode(vae.encode(part).mean).clamp(-1, 1)
-                         for part in x.split(BATCH)])
-    psnr = 10 * torch.log10(4 / (decoded - x).square().mean())
-    return psnr.item(), (decoded - x).abs().mean().item()
-
-
-def eps_losses(base, context, x, seed):
-    """Returns the mean squared error of eps in each range of T_EDGES."""
-    latent = torch.cat([base.vae.encode(part).mean for part in x.split(BATCH)])
+def eps_losses(base, context, z, seed):
+    """Returns the mean squared error of eps in each range of T_EDGES, for latents z."""
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for low, high in zip(T_EDGES, T_EDGES[1:]):
         errors = []
         for _ in range(TIMESTEPS_PER_RANGE):
-            t = torch.randint(low, high, (len(x),), generator=generator).to(x.device)
-            noise = torch.randn(latent.shape, generator=generator).to(x.device)
-            z_t = base.schedule.add_noise(latent, noise, t)
+            t = torch.randint(low, high, (len(z),), generator=generator).to(z.device)
+            noise = torch.randn(z.shape, generator=generator).to(z.device)
+            z_t = base.schedule.add_noise(z, noise, t)
             errors += [(base.unet(z_t[i], t[i], context[i]) - noise[i]).square().mean((1, 2, 3))
-                       for i in torch.arange(len(x)).split(BATCH)]
+                       for i in torch.arange(len(z)).split(BATCH)]
         losses.append(torch.cat(errors).mean().item())
     return losses
 
@@ -62,18 +54,16 @@ def draw_captions(base, captions, seed):
                            GUIDANCE) for i in torch.arange(len(captions)).split(BATCH)])
 
 
-def print_sight(what, classify, x, captions, categories):
-    """Prints how often the CLIP sees the right category and the right name; returns the former.
+def recognition_rates(classify, x, captions, categories):
+    """Returns how often the CLIP sees the right category, and how often the right caption.
 
     A picture's candidates are its own caption and those of the pictures that follow it.
     """
-    category = (classify(x).cpu() == categories).float().mean().item()
     cosines = classify.cosines(x, captions).cpu()                              # (n, n)
     order = (torch.arange(len(x))[:, None] + torch.arange(CANDIDATES)) % len(x)
-    name = (cosines.gather(1, order).argmax(dim=1) == 0).float().mean().item()
-    print(f"| category, {what} | {category:.1%} |")
-    print(f"| name among {CANDIDATES}, {what} | {name:.1%} |")
-    return category
+    best = cosines.gather(1, order).argmax(dim=1)
+    return ((classify(x).cpu() == categories).float().mean().item(),
+            (best == 0).float().mean().item())
 
 
 @torch.inference_mode()
@@ -82,7 +72,7 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--base", type=Path, default=BASE, help="the SD folder to measure (default: tiny/model)")
-    add("--reader", type=Path, default=BASE, help="the SD folder whose CLIP looks at the pictures "
+    add("--reader", type=Path, default=BASE, help="the SD folder whose CLIP reads the pictures "
         "(default: tiny/model)")
     add("--count", type=int, default=141, help="test pictures to draw (default: all %(default)s)")
     add("--seed", type=int, default=0, help="the seed of the first picture (default: %(default)s)")
@@ -91,31 +81,34 @@ def main():
     args = parser.parse_args()
     base = load_base(args.base, device=args.device)
 
-    rows = world.pool("test")
-    x, captions = true_pictures(rows).to(args.device), [world.full_caption(row) for row in rows]
-    psnr, l1 = vae_errors(base.vae, x)
+    x, captions = open_pictures(world.pool("test"), args.device)
+    z = encode_means(base.vae, x)
+    psnr, l1 = decoder_errors(base.vae, z, x)
     print("| measure | value |\n|---|---|")
     print(f"| VAE round trip of {len(x)} test pictures, PSNR | {psnr:.2f} dB |")
     print(f"| the same, L1 (images in [-1, 1]) | {l1:.4f} |")
-    losses = eps_losses(base, base.encode(captions), x, args.seed)
+    losses = eps_losses(base, base.encode(captions), z, args.seed)
     for low, high, loss in zip(T_EDGES, T_EDGES[1:], losses):
         print(f"| eps loss on test pictures, t {low}..{high - 1} | {loss:.4f} |")
 
     rows = world.records("test", ("3d",))
     rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))[:args.count]]
-    x, captions = true_pictures(rows).to(args.device), [world.full_caption(row) for row in rows]
+    x, captions = open_pictures(rows, args.device)
     categories = torch.tensor([world.CATEGORIES.index(row["category"]) for row in rows])
-    trained_names = Classifier(args.reader, args.device, split="train")
-    accuracy = (trained_names(x).cpu() == categories).float().mean().item()
+    classify = Classifier(args.reader, args.device, split="train")
+    accuracy, _ = recognition_rates(classify, x, captions, categories)
     print(f"| category, {len(x)} true 3d test pictures, read with training names' captions only | "
           f"{accuracy:.1%} |")
     classify = Classifier(args.reader, args.device)
-    real = print_sight(f"{len(x)} true 3d test pictures", classify, x, captions, categories)
-    drawn = draw_captions(base, captions, args.seed)
-    generated = print_sight("drawn from the same captions", classify, drawn, captions, categories)
-    print(f"| category, drawn relative to true | {generated / max(real, 1e-9):.1%} |")
-    contact_sheet([x[:SHOWN], drawn[:SHOWN]], ["true picture", "drawn"],
-                  [row["caption"] for row in rows[:SHOWN]], args.out)
+    pictures = draw_captions(base, captions, args.seed)
+    rates = [recognition_rates(classify, images, captions, categories) for images in (x, pictures)]
+    for what, (accuracy, name_accuracy) in zip((f"{len(x)} true 3d test pictures",
+                                                "drawn from the same captions"), rates):
+        print(f"| category, {what} | {accuracy:.1%} |")
+        print(f"| name among {CANDIDATES}, {what} | {name_accuracy:.1%} |")
+    print(f"| category, drawn relative to true | {ratio(rates[1][0], rates[0][0]):.1%} |")
+    contact_sheet([x, pictures], ["true picture", "drawn"],
+                  [row["caption"] for row in rows[:SHEET_ROWS]], args.out)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,24 @@
-"""What loading, predicting and steering cost at SD 1.5's sizes, beside diffusers where installed.
+"""What loading, predicting and steering cost at SD 1.5's sizes, beside diffusers if installed.
 
     python -m measure.cost                  # four tables: half an hour on two cores
     python -m measure.cost --only steering  # or load, forward, rounding
 
-The base is made where it is missing: a folder and a single file of SD 1.5's sizes with random
-weights, 8.5 GB in all. Every measurement of memory is a process of its own, files are in the page
-cache, times are medians of --repeat runs that take turns. To compare, run it in an environment with
-diffusers, transformers and accelerate.
+The base is made if it is missing: a folder and a single file of SD 1.5's sizes with random weights,
+8.5 GB in all. Each measurement of memory runs in a process of its own. Files are in the page cache.
+Times are medians of --repeat runs, in which the programs take turns. The comparison needs an
+environment with diffusers, transformers and accelerate.
 
-Steering is timed relative to drawing the same pictures unsteered; text encoder and autoencoder are
-left out. "naive" is how the authors' code runs: BPS in every call of the U-Net, for both passes of
-guidance. "amortised" is how sample.py runs: once per timestep and condition, for all pictures. At
-SD 1.5's sizes one step of 512 px, timed once, stands for all of them.
+Steering is timed relative to drawing the same pictures unsteered, without text encoder and
+autoencoder. "naive" is how the authors' code runs: BPS in every call of the U-Net, for both passes
+of guidance. "amortised" is how sample.py runs: once per timestep and condition, for all pictures.
+At SD 1.5's sizes one step of 512 px, timed once, stands for all of them.
 """
 import importlib.util
-import json
-import resource
-import subprocess
-import sys
+import multiprocessing
 import time
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from math import nan
 from pathlib import Path
 
 import numpy as np
@@ -30,70 +29,50 @@ import weights
 from bps import Steering, build_bps, config_for, make_denoiser
 from clip import CLIPTextConfig, CLIPTextModel
 from inputs import checkpoints
-from inputs.options import BASE, FEET, HERE, Parser, run
-from inputs.sample_options import DTYPES
+from inputs.options import BASE, DTYPES, FEET, Parser, run
+from measure.report import peak_memory
 from sample import draw, load_base
+from tiny.pretrain import save_text_encoder, save_unet, save_vae
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 
-# folder: network, its config, its reader, a key's name in a folder, prefix in a file, config.json
+# folder: network, its config, its reader, its writer, its prefix in a single file
 PARTS = dict(
-    unet=(UNet, UNetConfig, checkpoints.read_unet,
-          lambda key: checkpoints.unet_folder_name(key, 2), "model.diffusion_model.",
-          dict(_class_name="UNet2DConditionModel", sample_size=64, cross_attention_dim=768,
-               layers_per_block=2, class_embed_type=None, addition_embed_type=None)),
-    vae=(AutoencoderKL, VAEConfig, checkpoints.read_vae,
-         lambda key: checkpoints.vae_folder_name(key, 4), "first_stage_model.",
-         dict(_class_name="AutoencoderKL", block_out_channels=[128, 256, 512, 512],
-              layers_per_block=2, down_block_types=["DownEncoderBlock2D"] * 4,
-              up_block_types=["UpDecoderBlock2D"] * 4)),
-    text_encoder=(CLIPTextModel, CLIPTextConfig, checkpoints.read_text,
-                  str, "cond_stage_model.transformer.text_model.",
-                  dict(architectures=["CLIPTextModel"], model_type="clip_text_model",
-                       hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
-                       num_attention_heads=12, bos_token_id=0, eos_token_id=2)))
-SIDE = 64                       # of the latent: 512 px
-PICTURES = (1, 4, 16)           # that are steered at once
-STEERED = {"embedded base": (BASE, 10, 7), "SD 1.5": ("sd15", 1, 1)}    # base, steps, repeat
-STEPS = 25                      # of the picture whose rounding is measured
+    unet=(UNet, UNetConfig, checkpoints.read_unet, save_unet, "model.diffusion_model."),
+    vae=(AutoencoderKL, VAEConfig, checkpoints.read_vae, save_vae, "first_stage_model."),
+    text_encoder=(CLIPTextModel, CLIPTextConfig, checkpoints.read_text, save_text_encoder,
+                  "cond_stage_model.transformer.text_model."))
+SIDE = 64                       # rows and columns of the latent: 512 px
+PICTURES = (1, 4, 16)           # how many are steered at once
+STEERING_BASES = {"embedded base": (BASE, 10, 7), "SD 1.5": ("sd15", 1, 1)}    # base, steps, repeat
+STEPS = 25                      # steps of the picture whose rounding is measured
 PEERS = ("diffusers", "transformers", "accelerate")
-MISSING = [name for name in PEERS if not importlib.util.find_spec(name)]
-NAN = float("nan")              # where there is no peer to measure
-PROGRAMS = ("ours",) if MISSING else ("ours", "diffusers")
+PROGRAMS = ("ours", "diffusers") if all(map(importlib.util.find_spec, PEERS)) else ("ours",)
 
 
 # ---- what is measured in a process of its own ----------------------------------------------
 
 def in_a_process(function, *arguments):
-    """Returns what a function of this file returns in a process of its own, by way of JSON."""
-    call = json.dumps([function, *arguments], default=str)
-    words = [sys.executable, "-m", "measure.cost", "--child", call]
-    child = subprocess.run(words, capture_output=True, text=True, cwd=HERE)
-    if child.returncode:
-        raise RuntimeError(f"{' '.join(words)}\n{child.stderr[-3000:]}")
-    return json.loads(child.stdout.splitlines()[-1])
+    """Returns what a function returns that runs in a new process, so its peak of memory is new."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def make_base(folder):
     """Writes FOLDER/sd15 and FOLDER/sd15.safetensors with seeded random weights, in fp32."""
     torch.manual_seed(0)
-    folder, single_file = Path(folder), {}
-    for name, (Module, Config, _, folder_name, prefix, config) in PARTS.items():
-        state = Module(Config()).state_dict()
-        # the folder layout holds the autoencoder's attention as linear layers
-        tensors = {folder_name(key): tensor.flatten(1) if "attn_1" in key and tensor.dim() == 4
-                   else tensor for key, tensor in state.items()}
-        stem = checkpoints.TEXT_STEM if name == "text_encoder" else checkpoints.UNET_STEM
-        (folder / "sd15" / name).mkdir(parents=True, exist_ok=True)
-        weights.save(tensors, folder / "sd15" / name / f"{stem}.safetensors", dict(format="pt"))
-        weights.write_json(config, folder / "sd15" / name / "config.json")
-        single_file |= {prefix + key: tensor for key, tensor in state.items()}
-    weights.save(single_file, folder / "sd15.safetensors", dict(format="pt"))   # last: all is there
+    tensors = {}
+    for name, (Module, Config, _, save, prefix) in PARTS.items():
+        module = Module(Config())
+        save(module, folder / "sd15" / name, torch.float32)
+        tensors |= {prefix + key: tensor for key, tensor in module.state_dict().items()}
+    # the single file comes last, so that the base is complete if it is there
+    weights.save(tensors, folder / "sd15.safetensors", dict(format="pt"))
 
 
 def load(program, name, path, dtype):
     """Returns a part as one of the programs loads it, from a folder or a single file."""
-    path, dtype = Path(path), DTYPES[dtype]
+    dtype = DTYPES[dtype]
     if program == "ours":
         Module, Config, read, *_ = PARTS[name]
         return read(path).build(Module, Config, dtype)
@@ -109,29 +88,25 @@ def load(program, name, path, dtype):
                                    torch_dtype=dtype, local_files_only=True)
 
 
-def peak():
-    """Returns the most memory that this process has held so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def measure_load(program, path, dtype):
     """Returns seconds to load, to convert, to then read every weight once, and peak / weights.
 
     To convert is to make our convolutions channels_last, as sample.py does.
     """
     load(program, "text_encoder", BASE, "fp32")     # neither imports nor Python's first model count
-    before, started = peak(), time.perf_counter()
+    before, start = peak_memory("cpu"), time.perf_counter()
     modules = [load(program, name, path, dtype) for name in PARTS]
-    loaded = time.perf_counter()
+    load_end = time.perf_counter()
     if program == "ours":
         modules = [module.to(memory_format=torch.channels_last) for module in modules]
-    converted = time.perf_counter()
+    conversion_end = time.perf_counter()
     parameters = [p for module in modules for p in module.parameters()]
     for parameter in parameters:
         parameter.sum()
-    read = time.perf_counter()
-    size = sum(p.numel() for p in parameters) * DTYPES[dtype].itemsize
-    return [loaded - started, converted - loaded, read - converted, (peak() - before) / size]
+    read_end = time.perf_counter()
+    gigabytes = sum(p.numel() for p in parameters) * DTYPES[dtype].itemsize / 1e9
+    return [load_end - start, conversion_end - load_end, read_end - conversion_end,
+            (peak_memory("cpu") - before) / gigabytes]
 
 
 def unet_call(program, path, device, dtype):
@@ -149,12 +124,12 @@ def unet_call(program, path, device, dtype):
 
 @torch.inference_mode()
 def measure_forward(programs, path, device, dtype, repeat):
-    """Returns {program: median seconds}, and the peak of memory in bytes, weights and all."""
-    before = peak()
+    """Returns {program: median seconds}, and the peak of memory in GB, weights and all."""
+    before = peak_memory(device)
     calls = {program: unet_call(program, path, device, dtype) for program in programs}
     for call in calls.values():
         call()                                                  # warms up
-    memory = torch.cuda.max_memory_allocated() if device == "cuda" else peak() - before
+    memory = peak_memory(device) - before
     return medians({program: partial(seconds, call, device) for program, call in calls.items()},
                    repeat), memory
 
@@ -171,17 +146,17 @@ def medians(measures, repeat):
 
 def seconds(call, device):
     """Returns the time that a function without arguments takes."""
-    started = time.perf_counter()
+    start = time.perf_counter()
     call()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def print_row(*cells):
     """Prints a row of a markdown table."""
-    words = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
-    print(f"| {' | '.join(words)} |", flush=True)
+    texts = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
+    print(f"| {' | '.join(texts)} |", flush=True)
 
 
 def print_head(*names):
@@ -197,11 +172,11 @@ def load_table(args):
                "read all, ours s", "diffusers s", "peak / weights, ours", "diffusers")
     for path in (args.base / "sd15", args.base / "sd15.safetensors"):
         for dtype in DTYPES:
-            measures = {program: partial(in_a_process, "measure_load", program, path, dtype)
+            measures = {program: partial(in_a_process, measure_load, program, path, dtype)
                         for program in PROGRAMS}
-            results = dict(diffusers=[NAN] * 4) | medians(measures, args.repeat)
-            (loading, converting, reading, memory), peer = results["ours"], results["diffusers"]
-            print_row(path.name, dtype, loading, peer[0], loading / peer[0], converting, reading,
+            results = dict(diffusers=[nan] * 4) | medians(measures, args.repeat)
+            (loading, conversion, reading, memory), peer = results["ours"], results["diffusers"]
+            print_row(path.name, dtype, loading, peer[0], loading / peer[0], conversion, reading,
                       peer[2], memory, peer[3])
 
 
@@ -211,12 +186,12 @@ def forward_table(args):
                "ours GB", "diffusers GB")
     for dtype in ("fp32", "bf16") if args.device == "cpu" else DTYPES:
         options = (args.base / "sd15", args.device, dtype, args.repeat)
-        times, _ = in_a_process("measure_forward", PROGRAMS, *options)
-        memory = {program: in_a_process("measure_forward", [program], *options[:3], 1)[1] / 1e9
+        times, _ = in_a_process(measure_forward, PROGRAMS, *options)
+        memory = {program: in_a_process(measure_forward, [program], *options[:3], 1)[1]
                   for program in PROGRAMS}
-        ours, peer = times["ours"], times.get("diffusers", NAN)
+        ours, peer = times["ours"], times.get("diffusers", nan)
         print_row(dtype, f"{ours:.3f}", f"{peer:.3f}", ours / peer, memory["ours"],
-                  memory.get("diffusers", NAN))
+                  memory.get("diffusers", nan))
 
 
 class NaiveSteering(Steering):
@@ -245,7 +220,7 @@ def steering_table(args):
     """Prints what steering costs on the embedded base and at SD 1.5's sizes; BPS is random."""
     print_head("networks", "BPS", "pictures", "unsteered s", "naive s", "ratio", "amortised s",
                "ratio")
-    for name, (path, steps, repeat) in STEERED.items():
+    for name, (path, steps, repeat) in STEERING_BASES.items():
         torch.manual_seed(0)
         path = args.base / path                             # an absolute path stays as it is
         unet, factor = load("ours", "unet", path, "fp32"), checkpoints.vae_factor(path)
@@ -268,15 +243,16 @@ def steering_table(args):
 
 @torch.inference_mode()
 def rounding_table(args):
-    """Prints how far narrower numbers are from fp32: the largest difference, relative to the
-    largest value.
+    """Prints how far fp16 and bf16 are from fp32: the largest difference, relative to the largest
+    value.
     """
-    torch.backends.cudnn.allow_tf32 = False             # which is not fp32
+    torch.backends.cudnn.allow_tf32 = False             # TF32 is not fp32
     generator, path = torch.Generator().manual_seed(0), args.base / "sd15"
     z_t = torch.randn(2, 4, 24, 32, generator=generator).to(args.device)
     vocab_size = checkpoints.read_text(path).config["vocab_size"]
     ids = torch.randint(vocab_size, (2, 77), generator=generator).to(args.device)
-    t, results = torch.tensor([21, 981], device=args.device), {}
+    t = torch.tensor([21, 981], device=args.device)
+    results = []
     for name, dtype in DTYPES.items():
         context = load("ours", "text_encoder", path, name).to(args.device)(ids)
         unet = load("ours", "unet", path, name).to(args.device)
@@ -284,36 +260,32 @@ def rounding_table(args):
         tiny = load_base(BASE, device=args.device, dtype=dtype)
         states, empty = tiny.encode(["a red apple", ""]).split(1)
         picture = draw(tiny, states, empty, [0], 64, STEPS, 3.0).clamp(-1, 1)
-        results[name] = (context.float(), eps.float(), picture)
+        results.append((context.float(), eps.float(), picture))
     print_head("largest difference from fp32, of the largest value", "fp16", "bf16")
     for words, exact, *narrow in zip(
             ("text states, SD 1.5's size", "eps, SD 1.5's size, 192 x 256 px",
-             f"embedded base, picture after {STEPS} steps"), *results.values()):
+             f"embedded base, picture after {STEPS} steps"), *results):
         print_row(words, *(f"{(value - exact).abs().max() / exact.abs().max():.1e}"
                            for value in narrow))
 
 
 def main():
     """Makes the base and prints the tables."""
-    if sys.argv[1:2] == ["--child"]:
-        function, *arguments = json.loads(sys.argv[2])
-        print(json.dumps(globals()[function](*arguments)))
-        return
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--base", type=Path, default=Path("runs/bench"), help="(default: %(default)s)")
+    add("--base", type=Path, default=Path("runs/bench"), help="folder of the base that is made "
+        "(default: %(default)s)")
     add("--repeat", type=int, default=5, help="runs of each program (default: %(default)s)")
-    # in this order: the last two make this process big, and a child's peak begins with its parent's
+    # The last two make this process big, and the peak of a child begins with that of its parent.
     tables = dict(load=load_table, forward=forward_table, steering=steering_table,
                   rounding=rounding_table)
-    add("--only", choices=tables, help="one table")
+    add("--only", choices=tables, help="print only one table (default: all)")
     parser.add_device()
     args = parser.parse_args()
-    args.base = args.base.resolve()
     if not (args.base / "sd15.safetensors").is_file():
-        in_a_process("make_base", args.base)
-    for name in MISSING:
-        print(f"{name} is not installed: only our own figures")
+        in_a_process(make_base, args.base)
+    if len(PROGRAMS) == 1:
+        print(f"not all of {', '.join(PEERS)} are installed: only our own figures")
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}")
     for name, print_table in tables.items():
         if args.only in (None, name):

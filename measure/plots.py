@@ -1,29 +1,29 @@
-"""Figures of dots, arrows, lines and bars with Pillow: what the studies draw, and no more."""
+"""Draws figures of dots, arrows, lines and bars with Pillow, as the studies in the plane need."""
 import math
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SIDE, TOP, EDGE, NAMES = 300, 34, 42, 64        # of one panel, and the room for names, in pixels
-GAP = 16                                        # between panels
-ZOOM = 3                                        # it is drawn so much larger, then made small
+SIDE, TOP, EDGE, NAMES = 300, 34, 42, 64        # pixels of a panel, and of its title and names
+GAP = 16                                        # pixels between panels
+ZOOM = 3                                        # figures are drawn larger, then scaled down
 COLORS = ("#d1495b", "#e28413", "#2a9d5c", "#2f6fb5", "#7b4fa3", "#444444")
 LIGHT, GREY = "#d5d8dd", "#777777"
 GREYS = dict(light=LIGHT, dark="#555555")
 
 
 class Axes:
-    """One panel: collects what is drawn, and draws it once its range is known."""
+    """One panel: collects layers, and draws them when the range of all is known."""
 
     def __init__(self, title):
         self.title, self.layers = title, []
 
     def dots(self, clouds):
-        """Adds points of the plane, {color: (n, 2)}; a color is a number, "light" or "dark"."""
+        """Adds {color: points (n, 2) in the plane}; a color is a number, "light" or "dark"."""
         self.layers += [("dots", np.asarray(points), color) for color, points in clouds.items()]
 
     def arrows(self, points, vectors):
-        """Adds vectors (n, 2) at points (n, 2), both in the plane's units."""
+        """Adds vectors (n, 2) at points (n, 2) in the plane."""
         self.layers.append(("arrows", np.asarray(points), np.asarray(vectors)))
 
     def line(self, x, y, name, log_y=False):
@@ -35,23 +35,23 @@ class Axes:
         self.layers.append(("bars", labels, np.asarray(values), np.asarray(errors)))
 
     def paint(self, pen, left, top):
-        """Draws everything with its upper left corner there."""
+        """Draws the panel with its upper left corner at (left, top)."""
         self.pen, self.left, self.top = pen, left, top
         self.text(SIDE / 2, -TOP / 2, self.title, 15, "mm", "black")
         paint = dict(line=self.paint_lines, bars=self.paint_bars)
         paint.get(self.layers[0][0], self.paint_plane)()
 
     def text(self, x, y, words, size, anchor, color=GREY):
-        """Writes words at panel coordinates in pixels."""
+        """Writes words at (x, y), in pixels of the panel."""
         self.pen.text(self.at([(x, y)])[0], words, color, ImageFont.load_default(size * ZOOM),
                       anchor)
 
     def at(self, xy):
-        """Returns pixel pairs of panel coordinates (n, 2)."""
+        """Returns [(x, y)] in the enlarged figure for pixels xy (n, 2) of the panel."""
         return [((self.left + x) * ZOOM, (self.top + y) * ZOOM) for x, y in xy]
 
     def discs(self, xy, radius, color):
-        """Draws a disc at each of the panel coordinates (n, 2)."""
+        """Draws a disc at each of the pixels xy (n, 2) of the panel."""
         r = radius * ZOOM
         for x, y in self.at(xy):
             self.pen.ellipse((x - r, y - r, x + r, y + r), color)
@@ -59,7 +59,7 @@ class Axes:
     def paint_plane(self):
         """Draws dots and arrows over [-2.6, 2.6] squared, y upwards."""
         def to_panel(points):
-            """Returns panel pixels (n, 2) of points in the plane."""
+            """Returns pixels (n, 2) of the panel for points in the plane."""
             return (np.array([1, -1]) * points / 5.2 + 0.5) * SIDE
 
         for kind, points, extra in self.layers:
@@ -72,7 +72,7 @@ class Axes:
         self.pen.rectangle(self.at([(0, 0), (SIDE, SIDE)]), outline=LIGHT, width=ZOOM)
 
     def arrow(self, tail, tip):
-        """Draws an arrow between two pixel pairs."""
+        """Draws an arrow between two points of the enlarged figure."""
         self.pen.line([tail, tip], COLORS[3], ZOOM)
         turn = math.atan2(tip[1] - tail[1], tip[0] - tail[0])
         head = min(4 * ZOOM, 0.5 * math.dist(tail, tip))
@@ -83,7 +83,7 @@ class Axes:
     def paint_lines(self):
         """Draws lines with ticks at their points, and their names at their ends.
 
-        A logarithmic axis starts at 1e-4 at the lowest; what is below, or negative, is drawn there.
+        A logarithmic axis starts at 1e-4 or above; smaller and negative values are drawn at 1e-4.
         """
         _, ticks, _, _, log_y = self.layers[0]
         x = np.log10(ticks) if ticks[0] > 0 else ticks
@@ -95,7 +95,7 @@ class Axes:
         x_low, x_high = x[0] - 0.1, x[-1] + 0.1
 
         def to_panel(x, y):
-            """Returns panel pixels (.., 2) of values on the axes."""
+            """Returns pixels (.., 2) of the panel for values on the axes."""
             x = EDGE + (x - x_low) / (x_high - x_low) * (SIDE - EDGE - NAMES)
             return np.stack([x, SIDE - 20 - (y - low) / (high - low) * (SIDE - 30)], axis=-1)
 
@@ -110,7 +110,7 @@ class Axes:
             self.discs(to_panel(x, y), 3, color)
         ends = to_panel(np.full(len(values), x_high), values[:, -1])        # (lines, 2)
         lowest = 0.0
-        for i in ends[:, 1].argsort():                          # from the top, none on another
+        for i in ends[:, 1].argsort():                          # from the top, so none overlap
             lowest = max(ends[i, 1], lowest)
             self.text(ends[i, 0] + 4, lowest, self.layers[i][3], 11, "lm", COLORS[i])
             lowest += 12
@@ -131,19 +131,21 @@ class Axes:
 
 
 class Figure:
-    """Panels in columns: `axes`, one for each title, from left to right, then downwards."""
+    """Panels in columns: `axes` holds one for each title, from left to right, then downwards."""
 
     def __init__(self, columns, titles):
-        self.columns, self.axes = columns, [Axes(title) for title in titles]
+        self.columns = columns
+        self.axes = [Axes(title) for title in titles]
 
     def save(self, file):
         """Writes the figure as PNG and prints its path."""
         rows = math.ceil(len(self.axes) / self.columns)
-        wide, high = self.columns * (SIDE + GAP) + GAP, rows * (SIDE + TOP) + GAP
-        sheet = Image.new("RGB", (wide * ZOOM, high * ZOOM), "white")
+        width, height = self.columns * (SIDE + GAP) + GAP, rows * (SIDE + TOP) + GAP
+        sheet = Image.new("RGB", (width * ZOOM, height * ZOOM), "white")
         pen = ImageDraw.Draw(sheet)
         for i, axes in enumerate(self.axes):
             row, column = divmod(i, self.columns)
             axes.paint(pen, GAP + column * (SIDE + GAP), TOP + row * (SIDE + TOP))
-        sheet.resize((wide, high), Image.Resampling.LANCZOS).quantize(128).save(file, optimize=True)
+        sheet = sheet.resize((width, height), Image.Resampling.LANCZOS)
+        sheet.quantize(128).save(file, optimize=True)
         print(file)

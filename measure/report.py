@@ -12,7 +12,7 @@ from bps import Steering
 from inputs.conditions import cond_to_x, images_at_a_time, to_image, to_x
 from sample import draw
 
-VALIDATION_T = tuple(range(62, 1000, 125))      # the fixed timesteps: 62, 187 .. 937
+VALIDATION_T = tuple(range(62, 1000, 125))      # timesteps 62, 187 .. 937
 OBEDIENCE_PICTURES = 48
 FEW_PAIRS = 20                                  # too few for a standard error to be trusted
 SHEET_ROWS = 12
@@ -22,7 +22,7 @@ SAMPLE_STEPS, SAMPLE_GUIDANCE = 25, 3.0
 def peak_memory(device):
     """Returns the most memory that the process has held so far, in GB; on a GPU, the GPU's.
 
-    nan where the system does not tell (Windows).
+    It is nan if the system does not tell (Windows).
     """
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
@@ -38,17 +38,17 @@ def peak_memory(device):
 
 @torch.inference_mode()
 def paired_errors(base, cache, bps=None, shift=0):
-    """Returns the squared error of eps (or v) (n,) for each pair: the mean over VALIDATION_T.
+    """Returns the squared error (n,) of eps (or v) for each pair, the mean over VALIDATION_T.
 
-    The noise is the same for every model. bps None is the frozen base. shift 1 gives each pair the
-    condition of the one before.
+    The noise is the same for every model. bps None is the frozen base. With shift 1 each pair has
+    the condition of the pair before it.
     """
     device = next(base.unet.parameters()).device
     errors = torch.zeros(len(cache.pairs))
     conds = cache.cond(slice(0, len(errors))).roll(shift, 0)
     context = cache.context(cache.first_prompts(range(len(errors))))
     for t in VALIDATION_T:
-        generator = torch.Generator().manual_seed(t)            # the same noise for every model
+        generator = torch.Generator().manual_seed(t)
         noise = torch.randn(cache.mean[:len(errors)].shape, generator=generator)
         for i in torch.arange(len(errors)).split(images_at_a_time(cache.size)):
             ts = torch.full((len(i),), t)
@@ -64,22 +64,22 @@ def paired_errors(base, cache, bps=None, shift=0):
 
 
 def mean_and_error(values):
-    """Returns (mean, standard error of the mean) of values (n,) as floats; n = 1 has error 0."""
-    deviation = values.std().item() if len(values) > 1 else 0.0
-    return values.mean().item(), deviation / len(values) ** 0.5
+    """Returns the mean of values (n,), of which there are two or more, and its standard error."""
+    return values.mean().item(), values.std().item() / len(values) ** 0.5
 
 
 def ratio(value, unit):
-    """Returns value / unit; nan where the unit is zero, as with a single pair."""
+    """Returns value / unit, or nan if the unit is zero."""
     return value / unit if unit else float("nan")
 
 
 def validate(base, cache, bps):
     """Returns the losses on held-out pairs, and gain and gap with their standard errors.
 
-    gain: frozen base minus steered. For exact denoisers it is the mean square of the steering,
-    E|noise - eps*|^2 - E|noise - eps_bar*|^2 = E|M|^2 (Pythagoras). gap: with shuffled conditions
-    minus with the right ones; only a network that reads the condition has one.
+    gain: loss of the frozen base minus that of the steered one. For exact denoisers it is the mean
+    square of the steering, E|noise - eps*|^2 - E|noise - eps_bar*|^2 = E|M|^2 (Pythagoras). gap:
+    loss with shuffled conditions minus that with the right ones; it is zero for a network that
+    ignores the condition.
     """
     prior = paired_errors(base, cache)
     steered = paired_errors(base, cache, bps)
@@ -108,8 +108,11 @@ def draw_pairs(base, cache, bps, count, seed):
 
 
 def contact_sheet(columns, titles, names, file):
-    """Writes one picture: a row per name, in three groups side by side; columns of (n, 3, H, W)."""
-    n, _, H, W = columns[0].shape
+    """Writes one picture with a row per name, in three groups side by side.
+
+    columns: one x (n or more, 3, H, W) for each of the titles.
+    """
+    n, (_, _, H, W) = len(names), columns[0].shape
     zoom = max(1, 128 // W)
     H, W = H * zoom, W * zoom
     gap, top = 8, 16                            # pixels between groups, and above each tile
@@ -134,44 +137,45 @@ def contact_sheet(columns, titles, names, file):
 
 
 def print_losses(numbers):
-    """Prints what validate returned."""
+    """Prints the numbers that validate returns."""
     (gain, gain_error), (gap, gap_error) = numbers["gain"], numbers["gap"]
     print(f"held-out loss over {numbers['pairs']} test pairs: frozen base {numbers['base']:.4f}, "
           f"steered {numbers['steered']:.4f}, shuffled conditions {numbers['shuffled']:.4f}")
     print(f"gain {gain:.4f} +- {gain_error:.4f} ({ratio(gain, gain_error):.1f} standard errors), "
           f"shuffled-condition gap {gap:.4f} +- {gap_error:.4f} ({ratio(gap, gap_error):.1f})")
     if numbers["pairs"] < FEW_PAIRS:
-        print(f"(these are {numbers['pairs']} pairs only: other ones would give other numbers)")
+        print(f"(these are {numbers['pairs']} pairs only: other pairs would give other numbers)")
 
 
 def measure_obedience(meter, conds, prior, steered, round_trip):
     """Prints and returns {measure: its value for each kind of picture, and the share of the way}.
 
-    The round trip of the true pictures through the autoencoder bounds what steering can reach.
+    The round trip of the true pictures through the autoencoder is the upper bound of steering.
     """
     if meter is None:
         print("obedience: not measured; nothing here reads the classes of your pictures again")
         return {}
     scores = [meter(pictures, conds) for pictures in (prior, steered, round_trip)]
     obedience = {}
-    for what in scores[0]:
-        base, drawn, best = (score[what] for score in scores)
-        share = ratio(drawn - base, best - base)
-        print(f"obedience ({what}, {len(conds)} test pairs): frozen base {base:.3f}, steered "
-              f"{drawn:.3f}, VAE round trip of the true picture {best:.3f}: {share:.0%} of the way")
-        obedience[what] = dict(base=base, steered=drawn, round_trip=best, share=share)
+    for measure, lower in scores[0].items():
+        value, upper = scores[1][measure], scores[2][measure]
+        share = ratio(value - lower, upper - lower)
+        print(f"obedience ({measure}, {len(conds)} test pairs): frozen base {lower:.3f}, "
+              f"steered {value:.3f}, VAE round trip of the true picture {upper:.3f}: {share:.0%} "
+              f"of the way")
+        obedience[measure] = dict(base=lower, steered=value, round_trip=upper, share=share)
     return obedience
 
 
 def report(base, cache, bps, out, seed, meter):
     """Validates on test pairs, draws, writes samples.png and returns all the numbers.
 
-    meter: measures obedience, what obedience.meter_for returns.
+    meter: the meter of obedience that meter_for returns, or None.
     """
     numbers = validate(base, cache, bps)
     print_losses(numbers)
     count = min(OBEDIENCE_PICTURES, len(cache.pairs))
-    conds, names = cache.cond(slice(0, count)), cache.first_prompts(range(count))
+    conds = cache.cond(slice(0, count))
     prior = draw_pairs(base, cache, None, count, seed)
     steered = draw_pairs(base, cache, bps, count, seed)
     with torch.inference_mode():
@@ -179,9 +183,9 @@ def report(base, cache, bps, out, seed, meter):
         round_trip = torch.cat([base.vae.decode(z.float().to(device)).cpu()
                                 for z in cache.mean[:count].split(images_at_a_time(cache.size))])
     numbers["obedience"] = measure_obedience(meter, conds, prior, steered, round_trip)
-    shown = min(SHEET_ROWS, count)
-    true = torch.stack([to_x(cache.image(i)) for i in range(shown)])
-    contact_sheet([cond_to_x(conds[:shown]), prior[:shown], steered[:shown], true],
-                  ["condition", "without BPS", "with BPS", "true picture"], names[:shown],
-                  out / "samples.png")
+    rows = range(min(SHEET_ROWS, count))
+    true = torch.stack([to_x(cache.image(i)) for i in rows])
+    contact_sheet([cond_to_x(conds), prior, steered, true],
+                  ["condition", "without BPS", "with BPS", "true picture"],
+                  cache.first_prompts(rows), out / "samples.png")
     return numbers

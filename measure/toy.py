@@ -18,8 +18,8 @@ from bps import posterior
 from inputs.options import Parser, run
 from measure.plots import Figure
 
-# port weights: three on CP, one on TP, three on EP, one at the output. A port's weight acts as a
-# learning rate too, so flat and foot-heavy (the mirror) have head-heavy's sum of squares.
+# Port weights: three on CP, one on TP, three on EP, one at the output. The weight of a port acts as
+# a learning rate too, so flat and foot-heavy (the mirror) have head-heavy's sum of squares.
 MODES = {"CP": (16, 8, 4, 0, 0, 0, 0, 0), "TP": (0, 0, 0, 16, 0, 0, 0, 0),
          "EP": (0, 0, 0, 0, 1, 1, 1, 0), "CP+TP": (16, 8, 4, 16, 0, 0, 0, 0),
          "CP+EP": (16, 8, 4, 0, 1, 1, 1, 0), "TP+EP": (0, 0, 0, 16, 1, 1, 1, 0),
@@ -27,20 +27,20 @@ MODES = {"CP": (16, 8, 4, 0, 0, 0, 0, 0), "TP": (0, 0, 0, 16, 0, 0, 0, 0),
          "foot-heavy": (1, 1, 1, 16, 4, 8, 16, 0), "time-blind": toy2d.HEAD_HEAVY,
          "at output": (0, 0, 0, 0, 0, 0, 0, 16)}
 ALL, MODES_N, MODES_SEEDS = "CP+TP+EP", 12, 5
-SCORES = ("accuracy", "energy")                         # those that are drawn
-COMPARED = ("steered", "scratch, short", "tuned")
-SIZES, EPOCHS = (12, 25, 50, 100, 200, 500), (40, 160, 640, 2500)       # of robustness
+SCORES = ("accuracy", "energy")                         # the scores in figures
+RIVALS = ("steered", "scratch, short", "tuned")
+SIZES, EPOCHS = (12, 25, 50, 100, 200, 500), (40, 160, 640, 2500)       # for robustness
 RATES, RATES_SEEDS = (3e-5, 1e-4, 3e-4, 1e-3), 3
-STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)                   # of tempering
+STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)                   # for tempering
 LAWS = [*({"arm": s} for s in STRENGTHS), *({"place": s} for s in STRENGTHS),
         {"both": 1.0}, {"arm": 1.0, "place": 1.0}]
 
 
-def train_and_score(held_out, method, prior, n, args, **bps_options):
-    """Returns HeldOut.scores of a method that learned from n labelled points, by one seed."""
+def train_and_score(held_out, method, prior, n, effort, **bps_options):
+    """Returns the HeldOut.scores of a method that learned from n labelled points."""
     seed = held_out.seed
-    eps = toy2d.train_method(method, prior, toy2d.labelled(held_out.world, n, seed), seed,
-                             args.effort, **bps_options)
+    points = toy2d.labelled_points(held_out.world, n, seed)
+    eps = toy2d.train_method(method, prior, points, seed, effort, **bps_options)
     return held_out.scores(held_out.draw(eps))
 
 
@@ -52,17 +52,16 @@ def modes(world, prior, args):
     scores = torch.zeros(len(MODES), MODES_SEEDS, len(SCORES))
     for i, (name, port_weights) in enumerate(tqdm(MODES.items(), desc="modes")):
         for j, held_out in enumerate(held_outs):
-            row = train_and_score(held_out, toy2d.METHODS["steered"], prior, MODES_N, args,
+            row = train_and_score(held_out, toy2d.METHODS["steered"], prior, MODES_N, args.effort,
                                   port_weights=port_weights, time_blind=name == "time-blind")
             scores[i, j] = torch.tensor([row[key] for key in SCORES])
     mean, deviation = scores.mean(1), scores.std(1)                         # (modes, scores)
-    difference = scores - scores[list(MODES).index(ALL)]    # the same seed: same points, measures
+    difference = scores - scores[list(MODES).index(ALL)]    # each mode has the same points
     error = difference.std(1) / MODES_SEEDS**0.5
     rows = [dict(mode=name) for name in MODES]
-    for i, k in itertools.product(range(len(MODES)), range(len(SCORES))):
-        key = SCORES[k]
-        rows[i] |= {key: mean[i, k].item(), f"{key} sd": deviation[i, k].item(), f"{key} - {ALL}'s":
-                    f"{difference.mean(1)[i, k]:+.3f} +- {error[i, k]:.3f}"}
+    for (i, row), (k, key) in itertools.product(enumerate(rows), enumerate(SCORES)):
+        row |= {key: mean[i, k].item(), f"{key} sd": deviation[i, k].item(),
+                f"{key} - {ALL}'s": f"{difference.mean(1)[i, k]:+.3f} +- {error[i, k]:.3f}"}
     toy2d.save_table(rows, args.out / "modes.md")
     figure = Figure(2, [f"{key}, n = {MODES_N}, {MODES_SEEDS} seeds" for key in SCORES])
     for k, axes in enumerate(figure.axes):
@@ -73,16 +72,16 @@ def modes(world, prior, args):
 # ---- how many labelled points, how many epochs ---------------------------------------------
 
 def robustness(world, prior, args):
-    """Trains each method on each number of points for each number of epochs, from the start."""
-    rows, held_out = [], toy2d.HeldOut(world, args.seed)
-    jobs = list(itertools.product(COMPARED, SIZES, EPOCHS))
-    for name, n, epochs in tqdm(jobs, desc="robustness"):
+    """Trains each method anew on each number of points for each number of epochs."""
+    held_out = toy2d.HeldOut(world, args.seed)
+    rows = []
+    for name, n, epochs in tqdm(list(itertools.product(RIVALS, SIZES, EPOCHS)), desc="robustness"):
         method = replace(toy2d.METHODS[name], epochs=epochs)
         rows.append(dict(method=name, n=n, epochs=epochs)
-                    | train_and_score(held_out, method, prior, n, args))
+                    | train_and_score(held_out, method, prior, n, args.effort))
     toy2d.save_table(rows, args.out / "robustness.md")
-    panels = list(itertools.product(SCORES, COMPARED))
-    figure = Figure(len(COMPARED), [f"{name}: {key} by epochs" for key, name in panels])
+    panels = list(itertools.product(SCORES, RIVALS))
+    figure = Figure(len(RIVALS), [f"{name}: {key} by epochs" for key, name in panels])
     for axes, (key, name) in zip(figure.axes, panels):
         for n in SIZES:
             values = [row[key] for row in rows if (row["method"], row["n"]) == (name, n)]
@@ -93,15 +92,15 @@ def robustness(world, prior, args):
 # ---- which learning rate -------------------------------------------------------------------
 
 def rates(world, prior, args):
-    """Trains each method at each rate: energy distances, the mean over three seeds and each."""
-    rows = []
+    """Trains each method at each rate, and prints the energy distance for each seed and the mean.
+    """
     held_outs = [toy2d.HeldOut(world, args.seed + i) for i in range(RATES_SEEDS)]
-    for (name, method), lr in tqdm(list(itertools.product(toy2d.METHODS.items(), RATES)),
-                                   desc="rates"):
-        method = replace(method, lr=lr)
-        energies = {f"seed {held_out.seed}":
-                    train_and_score(held_out, method, prior, args.n, args)["energy"]
-                    for held_out in held_outs}
+    rows = []
+    for name, lr in tqdm(list(itertools.product(toy2d.METHODS, RATES)), desc="rates"):
+        method = replace(toy2d.METHODS[name], lr=lr)
+        energies = {f"seed {held_out.seed}": train_and_score(
+            held_out, method, prior, toy2d.LABELLED, args.effort)["energy"]
+            for held_out in held_outs}
         mean = sum(energies.values()) / RATES_SEEDS
         rows.append(dict(method=name, rate=f"{lr:g}", energy=mean) | energies)
     toy2d.save_table(rows, args.out / "rates.md")
@@ -119,11 +118,12 @@ def grid():
 class Laws:
     """Draws from p(z_0) prod_i p(c_i | z_0)^s_i, for each condition of a HeldOut.
 
-    By importance: points of the large space, drawn again with these weights.
+    By importance: points of the large space are drawn again with the other factors as weights.
     """
 
     def __init__(self, held_out):
-        world, self.held_out = held_out.world, held_out
+        self.held_out = held_out
+        world = held_out.world
         self.z_0, _ = world.draw(50_000, torch.Generator().manual_seed(40_000 + held_out.seed))
         clean = self.z_0, *toy2d.CLEAN
         log_p = world.log_p(*clean)
@@ -148,18 +148,17 @@ def exact_denoisers(held_out):
 
 
 def learned_denoisers(held_out, prior, args):
-    """Returns what exact_denoisers does, with the prior network and a BPS for each kind."""
-    def learn(kind):
-        eps = toy2d.train_method(toy2d.METHODS["steered"], prior, points, args.seed, args.effort,
-                                 kind=kind)
-        return lambda z_t, t: eps(z_t, t, held_out.cond[held_out.rows])
-
-    points = toy2d.labelled(held_out.world, args.n, args.seed)
-    return prior, {kind: learn(kind) for kind in toy2d.KINDS}
+    """Returns the same as exact_denoisers does, from the prior network and a BPS for each kind."""
+    cond = held_out.cond[held_out.rows]
+    points = toy2d.labelled_points(held_out.world, toy2d.LABELLED, args.seed)
+    networks = {kind: toy2d.train_method(toy2d.METHODS["steered"], prior, points, args.seed,
+                                         args.effort, kind=kind) for kind in toy2d.KINDS}
+    return prior, {kind: lambda z_t, t, eps=eps: eps(z_t, t, cond)
+                   for kind, eps in networks.items()}
 
 
 def draw_law(held_out, denoisers, law):
-    """Returns points (N, SAMPLES, 2) drawn with bps.posterior of these denoisers; law {kind: s}."""
+    """Returns points (N, SAMPLES, 2) drawn with bps.posterior of denoisers; law: {kind: s}."""
     prior, posteriors = denoisers
     return held_out.draw(lambda z_t, t, _: posterior(
         prior(z_t, t), [posteriors[kind](z_t, t) for kind in law], list(law.values())))
@@ -172,21 +171,21 @@ def algebra(world, prior, args):
     sources = {"exact": (pinwheel_laws, exact_denoisers(pinwheel)),
                "learned": (pinwheel_laws, learned_denoisers(pinwheel, prior, args)),
                "exact, grid": (Laws(other), exact_denoisers(other))}
-    rows, drawn = [], {}                    # drawn: at last, the points of the last law, composed
+    rows, points = [], {}                   # points keeps those of the last law, the composition
     for law in tqdm(LAWS, desc="algebra"):
         name = " ".join(f"{kind}^{s:g}" for kind, s in law.items())
         for source, (laws, denoisers) in sources.items():
             true = laws.draw(law)
-            drawn[source] = draw_law(laws.held_out, denoisers, law)
+            points[source] = draw_law(laws.held_out, denoisers, law)
             floor = toy2d.energy_distance(laws.draw(law, seed=1)[:, :toy2d.SAMPLES], true)
             rows.append(dict(law=name, denoisers=source, floor=floor.mean().item(),
-                             energy=toy2d.energy_distance(drawn[source], true).mean().item()))
+                             energy=toy2d.energy_distance(points[source], true).mean().item()))
     toy2d.save_table(rows, args.out / "algebra.md")
-    draw_algebra(world, rows, dict(true=pinwheel_laws.draw(LAWS[-1])) | drawn, args)
+    draw_algebra(world, rows, dict(true=pinwheel_laws.draw(LAWS[-1])) | points, args)
 
 
-def draw_algebra(world, rows, composed, args):
-    """Draws distances by strength, and the points composed of two conditions: {source: points}."""
+def draw_algebra(world, rows, composition, args):
+    """Draws distances by strength, and {source: points} of two conditions that are composed."""
     figure = Figure(5, [*(f"p(z) p({kind} | z)^s: energy distance by s" for kind in LAWS[-1]),
                         "arm and place: true", "composed, exact denoisers",
                         "composed, learned denoisers"])
@@ -198,7 +197,7 @@ def draw_algebra(world, rows, composed, args):
     large, _ = world.draw(5000, torch.Generator().manual_seed(args.seed))
     for axes, source in zip(figure.axes[2:], ("true", "exact", "learned")):
         axes.dots(dict(light=large) | dict(enumerate(
-            composed[source][:toy2d.ARMS, :toy2d.SAMPLES])))
+            composition[source][:toy2d.ARMS, :toy2d.SAMPLES])))
     figure.save(args.out / "algebra.png")
 
 
@@ -207,11 +206,7 @@ def main():
     studies = dict(modes=modes, robustness=robustness, algebra=algebra, rates=rates)
     parser = Parser(__doc__)
     parser.add_argument("study", choices=studies)
-    args = toy2d.parse_args(parser, n=None)
-    if args.n is None:
-        args.n = toy2d.LABELLED
-    elif args.study in ("modes", "robustness"):
-        parser.error(f"--n {args.n}: {args.study} has numbers of its own; leave it out")
+    args = toy2d.parse_args(parser)
     toy2d.run_study(studies[args.study], args)
 
 

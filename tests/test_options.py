@@ -1,4 +1,4 @@
-"""What the scripts share: texts that begin with a dash, quoting, consoles and names of all kinds."""
+"""What the scripts share: texts that begin with a dash, quoting, consoles, names of all kinds."""
 import os
 import random
 import shlex
@@ -64,8 +64,16 @@ def test_a_command_is_split_into_its_words_again():
         words = ["".join(random.choices(letters, k=random.randrange(8))) for _ in range(4)]
         assert shlex.split(shell_command(words), comments=True) == words
     command = shell_command(["python", "sample.py", "--prompt", "a cat's toy, red", "--n", 4])
-    assert command == 'python sample.py --prompt "a cat\'s toy, red" --n 4'     # as cmd.exe takes it
+    assert command == 'python sample.py --prompt "a cat\'s toy, red" --n 4'    # for cmd.exe, too
     assert shell_command(["a", "$b"]) == "a '$b' # quoted for a POSIX shell"
+    assert shell_command(["%TEMP%"]) == "%TEMP% # quoted for a POSIX shell"
+
+
+def test_on_windows_what_cmd_would_split_is_in_double_quotes(monkeypatch):
+    monkeypatch.setattr(os, "name", "nt")
+    words = ["C:\\my\\a.png", "C:\\my pics\\a.png", "a&b", "x>y", "100%", ""]
+    assert shell_command(words) == (
+        'C:\\my\\a.png "C:\\my pics\\a.png" "a&b" "x>y" "100%" ""')
 
 
 def test_the_last_seeds_picture_can_be_drawn_again(run, tmp_path, capsys):

@@ -358,3 +358,32 @@ def test_a_picture_whose_latent_runs_over_is_named(monkeypatch):
     pairs = load_pairs("sketch", "val")[:2]
     with pytest.raises(UserError, match=f"{pairs[0].name}: the autoencoder, .* no finite latent"):
         LatentCache(pairs, "sketch", 64, base)
+
+
+def test_weights_whose_numbers_run_over_are_no_fault_of_the_options(tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(options.BASE, base)
+    file = base / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = {name: torch.full_like(tensor, 6e4) if "conv_in" in name else tensor
+               for name, tensor in load_file(file).items()}
+    tensors["conv_out.weight"] = torch.full_like(tensors["conv_out.weight"], 6e4)
+    save_file({name: tensor.float() * 1e30 if name == "conv_out.weight" else tensor
+               for name, tensor in tensors.items()}, file)
+    with pytest.raises(UserError, match=f"{base}: its own validation loss is not finite"):
+        run(train, monkeypatch, *SHORT, "--base", base, "--out", tmp_path / "run")
+    with pytest.raises(UserError, match=f"the numbers of {base} ran over; .* or another --base"):
+        run(sample, monkeypatch, "--bps", "none", "--base", base, "--steps", "2", "--n", "1",
+            "--out", tmp_path / "pictures")
+
+
+def test_a_saturated_picture_is_an_error(tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    shutil.copytree(options.BASE, base)
+    file = base / "vae" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["decoder.conv_out.weight"].fill_(6e4)
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"{base}: the numbers of its autoencoder ran over"):
+        run(sample, monkeypatch, "--bps", "none", "--base", base, "--steps", "2", "--n", "1",
+            "--out", tmp_path / "pictures")
+    assert not list((tmp_path / "pictures").glob("*.png"))

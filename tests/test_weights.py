@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weights
+from bps import load_bps
 from clip import CLIPTextConfig, CLIPTextModel
 from inputs import checkpoints
 from tiny.pretrain import save_part
@@ -191,6 +192,26 @@ def test_a_header_damaged_at_random_loads_or_is_refused_in_one_line(tmp_path):
         file.write_bytes(content)
         refused += not all([loads_or_is_refused(read, file) for read in readers])
     assert refused > 250
+
+
+def test_a_bps_file_damaged_at_random_loads_or_is_refused_in_one_line(tmp_path, bps_file):
+    whole, pick, file = bps_file.read_bytes(), random.Random(0), tmp_path / "damaged.safetensors"
+    length = struct.unpack("<Q", whole[:8])[0]
+    values = (None, 0, -1, 2**63, 1e300, float("nan"), "x", [], {}, [0], [2**40], True)
+    refused = 0
+    for i in range(120):
+        header = json.loads(whole[8:8 + length])
+        if i % 3 == 0:
+            damaged(header, pick)
+        else:
+            key = pick.choice(("config", "training"))
+            content = json.loads(header["__metadata__"][key])
+            content[pick.choice(sorted(content))] = pick.choice(values)
+            header["__metadata__"][key] = json.dumps(content if i % 7 else pick.choice(values))
+        text = json.dumps(header).encode()
+        file.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length:])
+        refused += not loads_or_is_refused(load_bps, file)
+    assert refused > 60
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element")

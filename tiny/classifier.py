@@ -1,18 +1,16 @@
-"""The embedded base's CLIP as a whole: the image tower beside its text encoder, and what it sees.
+"""The embedded base's CLIP as a whole: text encoder and image tower, and a classifier with them.
 
-Nothing that draws needs the image tower. With it the CLIP names the category of a picture, without
-any training for that, and finds a picture's own caption among others.
+Nothing that draws needs the image tower. With it the CLIP tells the category of a picture, without
+any training for that, and finds the caption of a picture among others.
 
     category = Classifier()(x)              # indices of world.CATEGORIES
 
 Shapes: B batch, L tokens (77), D width, C channels, H W rows and columns.
 """
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
 
 import weights
@@ -21,11 +19,12 @@ from inputs import checkpoints
 from inputs.options import BASE
 from tiny import world
 
-BATCH = 48
+BATCH = 48                  # pictures or captions at a time
 
 
 class ImageTower(nn.Module):
-    """Image to a vector: strided convolutions, a residual block at each size, then the mean."""
+    """Maps an image to a vector by strided convolutions, a residual block per size, and the mean.
+    """
 
     def __init__(self, widths, dim):
         super().__init__()
@@ -57,10 +56,10 @@ class CLIPScore(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(2.66))       # exp: 1 / 0.07, as CLIP's start
 
     def embed_text(self, ids, end):
-        """Returns unit vectors (B, dim) of ids (B, 77): the state at the first `end` token."""
+        """Returns unit vectors (B, dim) of ids (B, 77), from the state at the first `end`."""
         context = self.text_model(ids)
-        last = (ids == end).int().argmax(dim=1)                               # (B,)
-        return F.normalize(self.text_projection(context[torch.arange(len(ids)), last]), dim=-1)
+        position = (ids == end).int().argmax(dim=1)                           # (B,)
+        return F.normalize(self.text_projection(context[torch.arange(len(ids)), position]), dim=-1)
 
     def embed_image(self, x):
         """Returns unit vectors (B, dim) of images x (B, 3, H, W) in [-1, 1]."""
@@ -68,12 +67,10 @@ class CLIPScore(nn.Module):
 
 
 def save_score(score, file):
-    """Writes what a CLIPScore has beyond its text encoder, in fp16, with its sizes as metadata."""
+    """Writes what a CLIPScore has beyond its text encoder, in fp16."""
     tensors = {key: tensor.half() for key, tensor in score.state_dict().items()
                if not key.startswith("text_model.")}
-    widths = [norm.num_channels for norm in score.image_tower.norms]
-    dim = score.text_projection.out_features
-    weights.save(tensors, file, dict(image_widths=json.dumps(widths), dim=str(dim)))
+    weights.save(tensors, file, dict(format="pt"))
 
 
 def load_score(path, device="cpu"):
@@ -81,9 +78,9 @@ def load_score(path, device="cpu"):
     tokenizer, text_model = load_clip(path)
     file = Path(path) / "clip_score.safetensors"
     state = weights.read_header(file)
-    with safe_open(file, "pt") as f:
-        metadata = f.metadata()
-    score = CLIPScore(text_model, json.loads(metadata["image_widths"]), int(metadata["dim"]))
+    norms = sorted(name for name in state if ".norms." in name and name.endswith(".weight"))
+    score = CLIPScore(text_model, [state[name].shape[0] for name in norms],
+                      state["text_projection.weight"].shape[0])
     state |= {f"text_model.{name}": stored
               for name, stored in checkpoints.read_text(path).state.items()}
     return tokenizer, weights.load_strict(score, weights.Checkpoint({}, state, str, file),
@@ -91,14 +88,14 @@ def load_score(path, device="cpu"):
 
 
 class Classifier:
-    """A picture belongs to the category whose captions fit it best, taken together.
+    """Names the category whose captions, taken together, fit a picture best.
 
-    The captions are those of all names and styles, or of one split's names.
+    The captions are those of all names and styles, or of the names of one split.
     """
 
     def __init__(self, base=BASE, device="cpu", split=None):
-        self.tokenizer, self.score = load_score(base, device)
         self.device = device
+        self.tokenizer, self.score = load_score(base, device)
         rows = world.records(split)
         self.texts = self.embed_captions([world.full_caption(row) for row in rows])
         categories = [world.CATEGORIES.index(row["category"]) for row in rows]
@@ -121,9 +118,9 @@ class Classifier:
         return self.embed_pictures(x) @ self.embed_captions(captions).T
 
     def __call__(self, x):
-        """Returns the index (n,) of the category of each of pictures x (n, 3, 64, 64).
+        """Returns the indices (n,) of the categories of pictures x (n, 3, 64, 64).
 
-        p(category | x) = the sum over its captions of p(caption | x), CLIP's softmax of cosines.
+        p(category | x) is the sum over its captions of p(caption | x), the softmax of cosines.
         """
-        p_caption = (self.score.logit_scale.exp() * self.embed_pictures(x) @ self.texts.T)
-        return (p_caption.softmax(dim=1) @ self.member).argmax(dim=1)
+        logits = self.score.logit_scale.exp() * self.embed_pictures(x) @ self.texts.T
+        return (logits.softmax(dim=1) @ self.member).argmax(dim=1)

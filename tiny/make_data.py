@@ -4,8 +4,8 @@ Only this script needs more than requirements.txt: `pip install resvg-py`, and n
 
     python -m tiny.make_data            # writes tiny/data, which is committed: nobody has to
 
-A picture keeps its alpha, so that it can be pasted on any ground. Its colours are rounded to
-six bits a channel (at most 2 of 255 off), which saves a third of the bytes.
+A picture keeps its alpha, so that it can be pasted on any ground. Its colours are rounded to six
+bits per channel (at most 2 of 255 off), which saves a third of the bytes.
 """
 import hashlib
 import io
@@ -21,8 +21,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from inputs.options import Parser
+from tiny import world
 
-SIZE = 64
 # style word in captions -> npm package, pinned
 PACKAGES = {
     "3d": "@iconify-json/fluent-emoji@1.2.7",
@@ -33,23 +33,17 @@ PACKAGES = {
     "emojitwo": "@iconify-json/emojione@1.2.3",
     "firefox": "@iconify-json/fxemoji@1.2.2",
 }
-# the set's own category -> the one word that captions and classes use
-CATEGORIES = {
-    "Food & Drink": "food",
-    "Animals & Nature": "nature",
-    "Objects": "object",
-    "Travel & Places": "place",
-    "Activities": "activity",
-    "Smileys & Emotion": "face",
-}
-# Symbols, near-copies that differ by a clock hand, and pictures whose point is text.
+# categories of the set, in the order of world.CATEGORIES
+CATEGORIES = ("Food & Drink", "Animals & Nature", "Objects", "Travel & Places", "Activities",
+              "Smileys & Emotion")
+# Names of symbols, and of pictures whose point is text.
 LEFT_OUT = {
     "anger-symbol", "hundred-points", "zzz", "eye-in-speech-bubble", "left-speech-bubble",
     "right-anger-bubble", "speech-balloon", "thought-balloon", "face-with-symbols-on-mouth", "dvd",
     "chart-increasing-with-yen", "japanese-post-office", "globe-with-meridians", "love-hotel",
     "heart-decoration", "heart-exclamation", "high-voltage", "bus-stop", "label",
 }
-# Names whose hyphens are not spaces, or that the sets spell without their accents.
+# Captions of names whose hyphens are not spaces, or that lack an accented letter.
 SPELLING = {"e-mail": "e-mail", "t-shirt": "t-shirt", "x-ray": "x-ray", "t-rex": "t-rex",
             "yo-yo": "yo-yo", "jack-o-lantern": "jack-o-lantern", "piata": "pinata"}
 TEST_SHARE, VAL_SHARE = 0.16, 0.06
@@ -57,32 +51,35 @@ TEST_SHARE, VAL_SHARE = 0.16, 0.06
 
 def fetch(package, folder):
     """Returns (icons.json, metadata.json) of an npm package as dicts, unpacked by `npm pack`."""
-    done = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True,
-                          capture_output=True, text=True)
-    with tarfile.open(Path(folder) / done.stdout.split()[-1]) as tar:
+    process = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True,
+                             capture_output=True, text=True)
+    with tarfile.open(Path(folder) / process.stdout.split()[-1]) as tar:
         names = tar.getnames()
         return [json.load(tar.extractfile(f"package/{part}.json"))
                 if f"package/{part}.json" in names else {} for part in ("icons", "metadata")]
 
 
 def choose_names(metadata):
-    """Returns {name: category word} of the things in the line-drawing set, sorted."""
-    chosen = {name: word for category, word in CATEGORIES.items()
-              for name in metadata["categories"][category]
-              if name not in LEFT_OUT and not name.endswith(("-oclock", "-thirty"))}
-    return dict(sorted(chosen.items()))
+    """Returns {name: category word} of the things in the line-drawing set, sorted.
+
+    Clocks are left out, as they differ by a hand only.
+    """
+    return dict(sorted((name, word) for category, word in zip(CATEGORIES, world.CATEGORIES)
+                       for name in metadata["categories"][category]
+                       if name not in LEFT_OUT and not name.endswith(("-oclock", "-thirty"))))
 
 
 def split_of(name):
-    """Returns train, val or test: a fixed function of the name alone, the same for every style."""
+    """Returns train, val or test, as a fixed function of the name, so the same for all styles."""
     u = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big") / 2**32
     return "test" if u < TEST_SHARE else "val" if u < TEST_SHARE + VAL_SHARE else "train"
 
 
 def find_icon(icons, name):
-    """Returns the icon called `name` in a set, through its aliases; None where it has none.
+    """Returns the icon with this name or alias in a set, or None if there is none.
 
-    fxemoji writes names without hyphens."""
+    fxemoji writes names without hyphens.
+    """
     for candidate in (name, name.replace("-", "")):
         candidate = icons.get("aliases", {}).get(candidate, {}).get("parent", candidate)
         if candidate in icons["icons"]:
@@ -91,13 +88,13 @@ def find_icon(icons, name):
 
 
 def render(icons, icon):
-    """Returns the icon as PNG bytes, SIZE x SIZE RGBA."""
+    """Returns the icon as the bytes of a PNG, RGBA."""
     import resvg_py
     left, top = icon.get("left", 0), icon.get("top", 0)
     width = icon.get("width", icons.get("width", 16))
     height = icon.get("height", icons.get("height", 16))
     svg = (f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-           f'viewBox="{left} {top} {width} {height}" width="{SIZE}" height="{SIZE}">'
+           f'viewBox="{left} {top} {width} {height}" width="{world.SIZE}" height="{world.SIZE}">'
            f'{icon["body"]}</svg>')
     image = Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg)))).convert("RGBA")
     pixels = np.asarray(image).astype(int)
@@ -112,7 +109,7 @@ def render(icons, icon):
 def main():
     """Fetches, renders and writes all of tiny/data."""
     parser = Parser(__doc__)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "data")
+    parser.add_argument("--out", type=Path, default=world.DATA, help="(default: tiny/data)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:

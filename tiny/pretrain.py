@@ -2,16 +2,19 @@
 
     python -m tiny.pretrain --stage vae --minutes 60
 
-Runs on CPU or GPU, resumes from tiny/work by itself, appends held-out numbers to
+It runs on CPU or GPU, resumes from tiny/work by itself, appends held-out numbers to
 tiny/work/STAGE/log.jsonl, and writes its part of the SD folder tiny/model at the end. `--minutes`
-is the stage's whole budget over all its runs; the learning rate falls to zero over its last
-quarter. All randomness is a function of (seed, step).
+is the budget of the stage, all its runs together; the learning rate falls to zero over the last
+quarter of it. All randomness is a function of (seed, step).
+
+Shapes: B batch, H W rows and columns of the image.
 """
 import copy
 import json
 import re
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,39 +24,32 @@ from tokenizers import pre_tokenizers
 from torch import nn
 from tqdm import tqdm
 
-from inputs import checkpoints
+import clip
 import weights
-from inputs.options import Parser, run
-from clip import (
-    BEGIN,
-    CONTEXT_LENGTH,
-    END,
-    CLIPTextConfig,
-    CLIPTextModel,
-    load_clip,
-    load_tokenizer,
-    split_words,
-)
 from diffusion import NoiseSchedule
+from inputs import checkpoints
+from inputs.options import Parser, run
 from tiny import world
-from tiny.classifier import CLIPScore, save_score
+from tiny.classifier import BATCH, CLIPScore, save_score
 from unet import ResBlock, SpatialTransformer, UNet, UNetConfig, load_unet
 from vae import AutoencoderKL, VAEConfig, load_vae
 
 HERE = Path(__file__).parent
 EMA_DECAY = 0.9995
+WARM_UP_STEPS = 200
 COOLDOWN = 0.25             # share of the budget over which the learning rate falls to zero
-SAVE_SECONDS = 120
+SAVE_SECONDS = 120          # between two checkpoints
 VOCAB_SIZE = 3000           # at most; the captions have fewer words
 IMAGE_WIDTHS = (32, 64, 128, 192)
-KL_WEIGHT = 1e-4            # on the mean over latent elements; keeps the latent space smooth
+KL_WEIGHT = 1e-4            # weight of the mean over latent elements: keeps the latents smooth
+HELD_OUT = 256              # pictures to evaluate with
 
 
 def compose(rows, seeds):
     """Returns (pictures (n, 3, 64, 64) uint8, captions), each a function of its own seed."""
-    made = [world.random_picture(rows, np.random.default_rng(seed)) for seed in seeds]
-    pictures = np.stack([world.to_array(image) for image, _ in made])
-    return torch.from_numpy(pictures), [caption for _, caption in made]
+    images, captions = zip(*(world.random_picture(rows, np.random.default_rng(seed))
+                             for seed in seeds))
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2), list(captions)
 
 
 def make_pool(split, count, seed):
@@ -68,6 +64,21 @@ def to_x(pictures, device):
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def encode_means(vae, x):
+    """Returns the mean latents of images x, a part at a time."""
+    return torch.cat([vae.encode(part).mean for part in x.split(BATCH)])
+
+
+def decoder_errors(vae, z, x):
+    """Returns what images x and their decoded latents z differ by: (PSNR in dB, L1).
+
+    PSNR is taken over the mean squared error of all images.
+    """
+    decoded = torch.cat([vae.decode(part) for part in z.split(BATCH)]).clamp(-1, 1)
+    psnr = 10 * torch.log10(4 / (decoded - x).square().mean())
+    return psnr.item(), (decoded - x).abs().mean().item()
+
+
 class VAEStage:
     """The autoencoder: L1 and squared error, and a light pull of the latents to the unit normal."""
     batch, rate = 8, 1e-3
@@ -75,10 +86,9 @@ class VAEStage:
     def __init__(self, args):
         self.args = args
         self.pool, _ = make_pool("train", args.pool, args.seed)
-        self.held_out, _ = make_pool("val", 256, args.seed + 1)
-        config = VAEConfig(channels=(16, 32, 64), blocks_per_level=1, norm_groups=8,
-                           scaling_factor=1.0)
-        self.model = AutoencoderKL(config)
+        self.held_out, _ = make_pool("val", HELD_OUT, args.seed + 1)
+        self.model = AutoencoderKL(VAEConfig(channels=(16, 32, 64), blocks_per_level=1,
+                                             norm_groups=8, scaling_factor=1.0))
 
     def loss(self, generator):
         """Returns the loss of a batch drawn with the generator."""
@@ -93,35 +103,17 @@ class VAEStage:
     @torch.inference_mode()
     def evaluate(self, model):
         """Returns PSNR (dB) and L1 over held-out pictures, and the latents' standard deviation."""
-        squared, absolute, latents = [], [], []
-        for pictures in self.held_out.split(32):
-            x = to_x(pictures, self.args.device)
-            latent = model.encode(x)
-            error = model.decode(latent.mean).clamp(-1, 1) - x
-            squared.append(error.square().mean(dim=(1, 2, 3)))
-            absolute.append(error.abs().mean(dim=(1, 2, 3)))
-            latents.append(latent.mean)
-        psnr = 10 * torch.log10(4 / torch.cat(squared).mean())
-        return dict(psnr=psnr.item(), l1=torch.cat(absolute).mean().item(),
-                    latent_std=torch.cat(latents).std().item())
+        x = to_x(self.held_out, self.args.device)
+        z = encode_means(model, x)
+        psnr, l1 = decoder_errors(model, z, x)
+        return dict(psnr=psnr, l1=l1, latent_std=z.std().item())
 
     @torch.inference_mode()
     def export(self, model):
         """Writes vae/ of the model folder, with the factor that gives latents unit variance."""
-        sample = torch.cat([model.encode(to_x(pictures, self.args.device)).mean
-                            for pictures in self.pool[:2048].split(64)])
-        config = model.config
-        levels = len(config.channels)
-        save_part(model, self.args.out / "vae",
-                  lambda key: checkpoints.vae_folder_name(key, levels),
-                  dict(_class_name="AutoencoderKL", in_channels=3, out_channels=3,
-                       latent_channels=config.latent_channels, sample_size=world.SIZE,
-                       block_out_channels=config.channels, act_fn="silu",
-                       layers_per_block=config.blocks_per_level,
-                       down_block_types=["DownEncoderBlock2D"] * levels,
-                       up_block_types=["UpDecoderBlock2D"] * levels,
-                       norm_num_groups=config.norm_groups,
-                       scaling_factor=round(1 / sample.std().item(), 4)))
+        z = encode_means(model, to_x(self.pool[:2048], self.args.device))
+        model.config = replace(model.config, scaling_factor=round(1 / z.std().item(), 4))
+        save_vae(model, self.args.out / "vae")
 
 
 def random_init(module):
@@ -158,7 +150,7 @@ def learn_merges(captions, most):
 
     Ties go to the alphabet, so that the same captions always give the same tokens.
     """
-    normalizer, splitter = split_words()
+    normalizer, splitter = clip.split_words()
     words = Counter(word for caption in captions
                     for word, _ in splitter.pre_tokenize_str(normalizer.normalize_str(caption)))
     tokens = {word: (*word[:-1], word[-1] + "</w>") for word in words}
@@ -177,7 +169,7 @@ def learn_merges(captions, most):
 
 
 def merge(parts, pair):
-    """Returns the tuple of tokens with every occurrence of the pair, from the left, made one."""
+    """Returns the tuple of tokens, in which each occurrence of the pair, from the left, is one."""
     merged, i = [], 0
     while i < len(parts):
         step = 2 if parts[i:i + 2] == pair else 1
@@ -190,17 +182,18 @@ def train_tokenizer(captions, folder):
     """Learns a BPE of at most VOCAB_SIZE tokens and writes it in CLIP's file format."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = learn_merges(captions, VOCAB_SIZE - 2 * len(alphabet) - 2)
-    tokens = alphabet + [token + "</w>" for token in alphabet] + ["".join(m) for m in merges]
-    vocab = {token: i for i, token in enumerate([*dict.fromkeys(tokens), BEGIN, END])}
+    tokens = alphabet + [token + "</w>" for token in alphabet] + list(map("".join, merges))
+    tokens = [*dict.fromkeys(tokens), clip.BEGIN, clip.END]
+    vocab = {token: i for i, token in enumerate(tokens)}
     folder.mkdir(parents=True, exist_ok=True)
     weights.write_json(vocab, folder / "vocab.json")
     (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(
         f"{left} {right}\n" for left, right in merges), encoding="utf-8")
-    special = dict(bos_token=BEGIN, eos_token=END, unk_token=END, pad_token=END)
-    weights.write_json(special, folder / "special_tokens_map.json")
-    facts = dict(tokenizer_class="CLIPTokenizer", model_max_length=CONTEXT_LENGTH,
-                 add_prefix_space=False, do_lower_case=True, errors="replace")
-    weights.write_json(facts | special, folder / "tokenizer_config.json")
+    weights.write_json(dict(
+        tokenizer_class="CLIPTokenizer", model_max_length=clip.CONTEXT_LENGTH,
+        add_prefix_space=False, do_lower_case=True, errors="replace", bos_token=clip.BEGIN,
+        eos_token=clip.END, unk_token=clip.END, pad_token=clip.END),
+        folder / "tokenizer_config.json")
 
 
 class CLIPStage:
@@ -208,21 +201,23 @@ class CLIPStage:
     batch, rate = 128, 5e-4
 
     def __init__(self, args):
-        self.args, self.rows = args, world.pool("train")
-        self.held_out, held_out_captions = make_pool("val", 256, args.seed + 1)
+        self.args = args
+        self.rows = world.pool("train")
+        self.held_out, held_out_captions = make_pool("val", HELD_OUT, args.seed + 1)
         if not (args.out / "tokenizer" / "vocab.json").exists():
             train_tokenizer(make_pool("train", args.pool, args.seed)[1], args.out / "tokenizer")
-        self.tokenizer = load_tokenizer(args.out / "tokenizer")
-        self.end = self.tokenizer.end
+        self.tokenizer = clip.load_tokenizer(args.out / "tokenizer")
         self.held_out_ids = self.tokenizer(held_out_captions)
-        config = CLIPTextConfig(width=128, layers=3, heads=4, vocab_size=self.end + 1)
-        self.model = CLIPScore(random_init(CLIPTextModel(config)), IMAGE_WIDTHS, 128)
+        config = clip.CLIPTextConfig(width=128, layers=3, heads=4,
+                                     vocab_size=self.tokenizer.end + 1)
+        self.model = CLIPScore(random_init(clip.CLIPTextModel(config)), IMAGE_WIDTHS, 128)
 
     def logits(self, model, x, ids):
         """Returns scaled cosines (B, B) between images x (rows) and captions (columns)."""
-        used = int((ids == self.end).int().argmax(dim=1).max()) + 1     # the rest is padding
+        end = self.tokenizer.end
+        length = int((ids == end).int().argmax(dim=1).max()) + 1        # the rest is padding
         images = model.embed_image(x)
-        texts = model.embed_text(ids[:, :used].to(self.args.device), self.end)
+        texts = model.embed_text(ids[:, :length].to(self.args.device), end)
         return model.logit_scale.clamp(max=4.6).exp() * images @ texts.T
 
     def loss(self, generator):
@@ -236,26 +231,14 @@ class CLIPStage:
 
     @torch.inference_mode()
     def evaluate(self, model):
-        """Returns how often a held-out picture finds its caption among 256."""
+        """Returns how often a held-out picture finds its caption among all of them."""
         x = to_x(self.held_out, self.args.device)
         nearest = self.logits(model, x, self.held_out_ids).argmax(dim=1).cpu()
         return dict(retrieval_of_256=(nearest == torch.arange(len(nearest))).float().mean().item())
 
     def export(self, model):
         """Writes text_encoder/ and the scores' part of the model folder."""
-        folder, config = self.args.out / "text_encoder", model.text_model.config
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"text_model.{key}": tensor.half()
-                   for key, tensor in model.text_model.state_dict().items()}
-        weights.save(tensors, folder / "model.safetensors", dict(format="pt"))
-        facts = dict(architectures=["CLIPTextModel"], model_type="clip_text_model",
-                     hidden_size=config.width, intermediate_size=config.width * 4,
-                     num_hidden_layers=config.layers, num_attention_heads=config.heads,
-                     max_position_embeddings=CONTEXT_LENGTH, vocab_size=config.vocab_size,
-                     hidden_act=config.activation, projection_dim=128, layer_norm_eps=1e-5,
-                     bos_token_id=self.end - 1, eos_token_id=self.end, pad_token_id=self.end,
-                     torch_dtype="float32")
-        weights.write_json(facts, folder / "config.json")
+        save_text_encoder(model.text_model, self.args.out / "text_encoder")
         save_score(model, self.args.out / "clip_score.safetensors")
 
 
@@ -283,13 +266,14 @@ class UNetStage:
         self.loss_weights = (snr.clamp(max=self.snr_gamma) / snr).float()
         self.loss_weights /= self.loss_weights.mean()
         vae = load_vae(args.out, device=args.device)
-        tokenizer, text_model = load_clip(args.out, device=args.device)
+        tokenizer, text_model = clip.load_clip(args.out, device=args.device)
         self.pool = self.encode(vae, tokenizer, text_model, "train", args.pool, args.seed)
-        self.held_out = self.encode(vae, tokenizer, text_model, "val", 256, args.seed + 1)
+        self.held_out = self.encode(vae, tokenizer, text_model, "val", HELD_OUT, args.seed + 1)
         self.empty = text_model(tokenizer([""]).to(args.device)).cpu()
         self.model = load_unet(args.init).requires_grad_(True) if args.init else zero_last_layers(
             UNet(UNetConfig(channels=(64, 128, 192), attention=(False, True, True),
-                            heads=(4, 4, 4), blocks_per_level=1, context_dim=128)))
+                            heads=(4, 4, 4), blocks_per_level=1, context_dim=128,
+                            sample_size=world.SIZE // 4)))
 
     @torch.inference_mode()
     def encode(self, vae, tokenizer, text_model, split, count, seed):
@@ -326,25 +310,15 @@ class UNetStage:
     def evaluate(self, model):
         """Returns the held-out loss in quarters of the t range, always with the same noise."""
         generator = torch.Generator().manual_seed(self.args.seed)
-        t = torch.arange(256) * 1000 // 256                 # picture i at its own t
+        t = torch.arange(HELD_OUT) * 1000 // HELD_OUT       # picture i at its own t
         error = torch.cat([self.eps_error(model, self.held_out, i, t[i], generator).cpu()
-                           for i in torch.arange(256).split(64)])
+                           for i in torch.arange(HELD_OUT).split(64)])
         return dict(held_out=error.mean().item(),
-                    held_out_quarters=error.view(4, 64).mean(dim=1).tolist())
+                    held_out_quarters=error.view(4, -1).mean(dim=1).tolist())
 
     def export(self, model):
         """Writes unet/, scheduler/ and model_index.json of the model folder."""
-        config = model.config
-        kinds = [("CrossAttn" if attention else "") for attention in config.attention]
-        save_part(model, self.args.out / "unet",
-                  lambda key: checkpoints.unet_folder_name(key, config.blocks_per_level), dict(
-                      _class_name="UNet2DConditionModel", sample_size=world.SIZE // 4,
-                      in_channels=4, out_channels=4, block_out_channels=config.channels,
-                      layers_per_block=config.blocks_per_level,
-                      down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
-                      up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
-                      attention_head_dim=list(config.heads),
-                      cross_attention_dim=config.context_dim, norm_num_groups=config.norm_groups))
+        save_unet(model, self.args.out / "unet")
         (self.args.out / "scheduler").mkdir(exist_ok=True)
         scheduler = dict(_class_name="DDIMScheduler", beta_schedule="scaled_linear",
                          beta_start=self.schedule.beta_start, beta_end=self.schedule.beta_end,
@@ -362,23 +336,60 @@ class UNetStage:
         weights.write_json(index, self.args.out / "model_index.json")
 
 
-def save_part(model, folder, folder_name, config):
-    """Writes config.json and the model's weights in fp16, under the folder layout's names."""
+def save_part(model, folder, folder_name, config, dtype=torch.float16,
+              stem=checkpoints.UNET_STEM):
+    """Writes config.json and the model's weights, under the folder layout's names."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {folder_name(key): tensor.half() for key, tensor in model.state_dict().items()}
+    tensors = {folder_name(key): tensor.to(dtype) for key, tensor in model.state_dict().items()}
     # the folder layout holds the autoencoder's attention as linear layers, not 1x1 convolutions
     tensors = {name: tensor.flatten(1) if re.search(r"\.to_\w+(\.0)?\.weight", name) else tensor
                for name, tensor in tensors.items()}
-    weights.save(tensors, folder / "diffusion_pytorch_model.safetensors", dict(format="pt"))
+    weights.save(tensors, folder / f"{stem}.safetensors", dict(format="pt"))
     weights.write_json(config, folder / "config.json")
 
 
+def save_text_encoder(text_model, folder, dtype=torch.float16):
+    """Writes the text_encoder/ of an SD folder."""
+    config = text_model.config
+    end = config.vocab_size - 1
+    save_part(text_model, folder, "text_model.{}".format, dict(
+        architectures=["CLIPTextModel"], model_type="clip_text_model", hidden_size=config.width,
+        intermediate_size=config.width * 4, num_hidden_layers=config.layers,
+        num_attention_heads=config.heads, max_position_embeddings=clip.CONTEXT_LENGTH,
+        vocab_size=config.vocab_size, hidden_act=config.activation, projection_dim=config.width,
+        layer_norm_eps=1e-5, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end,
+        torch_dtype="float32"), dtype, checkpoints.TEXT_STEM)
+
+
+def save_vae(vae, folder, dtype=torch.float16):
+    """Writes the vae/ of an SD folder."""
+    config = vae.config
+    levels = len(config.channels)
+    save_part(vae, folder, lambda key: checkpoints.vae_folder_name(key, levels), dict(
+        _class_name="AutoencoderKL", in_channels=3, out_channels=3,
+        latent_channels=config.latent_channels, block_out_channels=config.channels,
+        act_fn="silu", layers_per_block=config.blocks_per_level,
+        down_block_types=["DownEncoderBlock2D"] * levels,
+        up_block_types=["UpDecoderBlock2D"] * levels, norm_num_groups=config.norm_groups,
+        scaling_factor=config.scaling_factor), dtype)
+
+
+def save_unet(unet, folder, dtype=torch.float16):
+    """Writes the unet/ of an SD folder; without a sample_size, that of SD 1.5 is written."""
+    config = unet.config
+    kinds = ["CrossAttn" if attention else "" for attention in config.attention]
+    save_part(unet, folder,
+              lambda key: checkpoints.unet_folder_name(key, config.blocks_per_level), dict(
+                  _class_name="UNet2DConditionModel", sample_size=config.sample_size or 64,
+                  in_channels=config.latent_channels, out_channels=config.latent_channels,
+                  block_out_channels=config.channels, layers_per_block=config.blocks_per_level,
+                  down_block_types=[f"{kind}DownBlock2D" for kind in kinds],
+                  up_block_types=[f"{kind}UpBlock2D" for kind in reversed(kinds)],
+                  attention_head_dim=config.heads, cross_attention_dim=config.context_dim,
+                  norm_num_groups=config.norm_groups), dtype)
+
+
 STAGES = {"clip": CLIPStage, "vae": VAEStage, "unet": UNetStage}
-
-
-def rate_factor(step, share_used):
-    """Returns what the learning rate is multiplied by: a short warm-up, then 1, then a descent."""
-    return min(1.0, (step + 1) / 200) * min(1.0, max(0.0, 1 - share_used) / COOLDOWN)
 
 
 def train(stage, args):
@@ -389,18 +400,20 @@ def train(stage, args):
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.rate, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=True)
-    step, used = 0, 0.0
-    modules, checkpoint = dict(model=model, ema=ema), folder / "checkpoint.safetensors"
+    facts = dict(step=0, seconds=0.0)
+    modules = dict(model=model, ema=ema)
+    checkpoint = folder / "checkpoint.safetensors"
     if checkpoint.exists():
         facts = weights.load_training(checkpoint, modules, "model", optimizer)
-        step, used = facts["step"], facts["seconds"]
-        print(f"resumed at step {step}, {used / 60:.1f} min used")
+        print(f"resumed at step {facts['step']}, after {facts['seconds'] / 60:.1f} min")
+    step = facts["step"]
     budget = args.minutes * 60
     start = last_save = time.monotonic()
-    average, bar = None, tqdm(desc=args.stage, initial=step, unit="step", mininterval=5)
+    average = None
+    bar = tqdm(desc=args.stage, initial=step, unit="step", mininterval=5)
 
     def seconds():
-        return used + time.monotonic() - start
+        return facts["seconds"] + time.monotonic() - start
 
     def save_and_log():
         weights.save_training(checkpoint, modules, "model", optimizer,
@@ -413,8 +426,9 @@ def train(stage, args):
 
     while seconds() < budget and step < args.steps:
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = stage.rate * rate_factor(step, seconds() / budget)
+        warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
+        cool_down = min(1.0, max(0.0, 1 - seconds() / budget) / COOLDOWN)
+        optimizer.param_groups[0]["lr"] = stage.rate * warm_up * cool_down
         loss = stage.loss(generator)
         optimizer.zero_grad()
         loss.backward()
@@ -422,7 +436,7 @@ def train(stage, args):
         optimizer.step()
         step += 1
         decay = min(EMA_DECAY, step / (step + 10))
-        with torch.no_grad():       # else every average would hold on to the one before
+        with torch.no_grad():       # otherwise each average would keep the one before in memory
             torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - decay)
         if step % 20 == 0:
             average = loss.item() if average is None else 0.9 * average + 0.1 * loss.item()
@@ -438,14 +452,15 @@ def train(stage, args):
 def main():
     """Trains one stage and writes its part of the SD folder."""
     parser = Parser(__doc__)
-    parser.add_argument("--stage", choices=STAGES, required=True)
-    parser.add_argument("--minutes", type=float, default=60.0, help="budget of the stage")
-    parser.add_argument("--steps", type=int, default=10**9, help="stop after so many steps")
-    parser.add_argument("--pool", type=int, default=32_000, help="training pictures composed")
-    parser.add_argument("--work", type=Path, default=HERE / "work", help="checkpoints and logs")
-    parser.add_argument("--out", type=Path, default=HERE / "model", help="the SD folder")
-    parser.add_argument("--init", metavar="PATH", help="SD folder whose U-Net to go on from")
-    parser.add_argument("--seed", type=int, default=0)
+    add = parser.add_argument
+    add("--stage", choices=STAGES, required=True)
+    add("--minutes", type=float, default=60.0, help="budget of the stage (default: %(default)s)")
+    add("--steps", type=int, default=10**9, help="stop after this many steps (default: never)")
+    add("--pool", type=int, default=32_000, help="training pictures (default: %(default)s)")
+    add("--work", type=Path, default=HERE / "work", help="checkpoints (default: tiny/work)")
+    add("--out", type=Path, default=HERE / "model", help="SD folder (default: tiny/model)")
+    add("--init", metavar="PATH", help="SD folder whose U-Net the training starts from")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_device()
     args = parser.parse_args()
     torch.manual_seed(args.seed)            # the initial weights

@@ -1,4 +1,4 @@
-"""The embedded tasks: the labelled pairs of four small spaces, made of the pictures in tiny/data.
+"""The embedded tasks: labelled pairs of four small spaces, made from the pictures in tiny/data.
 
 | task | condition | picture | pairs: train, val, test |
 |---|---|---|---|
@@ -24,33 +24,34 @@ ARTISTIC_STYLE, ARTISTIC_TRAIN = "firefox", 40
 
 
 def embedded_pairs(task, split):
-    """Returns (name, open_cond, open_image, prompts) of the pairs of a task and split.
+    """Returns [(name, open_cond, open_image, prompts)], the pairs of a task and split.
 
-    The first of the prompts is the one to validate with; the pictures are opened when asked for.
+    open_cond and open_image are functions without arguments that open the pictures. The first of
+    the prompts is for validation.
     """
     return PAIRS_OF_TASK[task](split)
 
 
 def sketch_pairs(split):
-    """Returns a pair per name: Fluent's line drawing and its 3d picture."""
+    """Returns a pair for each name: Fluent's line drawing and 3d picture."""
     return [(row["name"], functools.partial(open_emoji, "line", row["name"]),
              functools.partial(open_emoji, "3d", row["name"]),
              (world.full_caption(row), row["caption"])) for row in world.records(split, ("3d",))]
 
 
 def scene_pairs(task, split):
-    """Returns a pair per scene: its label map for the task, and its picture."""
+    """Returns a pair for each scene: the task's label map, and the picture."""
     return [(f"scene {i}", lambda i=i: scene(split, i)[1][task], lambda i=i: scene(split, i)[0],
              (scene(split, i)[2],)) for i in range(SCENES[split])]
 
 
 def artistic_pairs(split):
-    """Returns a pair per name of the style that the base never saw; few of them for training."""
+    """Returns a pair for each name of the style that the base never saw; few are for training."""
     rows = world.records(split, (ARTISTIC_STYLE,))
     if split == "train":
         rows = rows[::len(rows) // ARTISTIC_TRAIN][:ARTISTIC_TRAIN]
     pairs = []
-    for row in rows:                        # a caption without a style means any
+    for row in rows:                        # a caption without a style means any style
         open_picture = functools.partial(open_emoji, ARTISTIC_STYLE, row["name"])
         prompts = (f"{row['caption']}, {row['category']}",)
         pairs.append((row["name"], open_picture, open_picture, prompts))
@@ -71,10 +72,10 @@ def open_emoji(style, name):
 def scene(split, i):
     """Returns (RGB image, {task: label map of mode P}, caption) of scene i of a split.
 
-    The map of layout has each emoji's box, that of segmentation its outline.
+    The map for layout has the box of each emoji, that for segmentation its outline.
     """
     rng = np.random.default_rng((list(SCENES).index(split), i))
-    # the base has seen other designers' pictures of validation and test names, not these
+    # of validation and test names the base has seen other designers' pictures only
     rows = world.records("train") if split == "train" else world.pool(split)
     image, caption, places = world.scene(rows, rng)
     maps = {}
@@ -85,7 +86,7 @@ def scene(split, i):
             covered[top:top + size, left:left + size] = 255
             if task == "segmentation":
                 emoji = world.picture(row["style"], row["name"])
-                covered = np.asarray(world.placed(emoji, size, left, top, False))[..., 3]
+                covered = np.asarray(world.place(emoji, size, left, top))[..., 3]
             classes[covered >= 128] = list(CLASSES).index(row["category"])
         maps[task] = Image.fromarray(classes)
         maps[task].putpalette(bytes.fromhex("".join(CLASSES.values()).replace("#", "")))

@@ -1,7 +1,8 @@
 """The embedded base's large probability space: emoji on plain grounds, alone or in scenes.
 
-Every picture and its caption is a function of a numpy Generator, so that any of them can be made
-again from (seed, index). 64 x 64 px; a caption is like "red apple, food, flat style, on teal".
+Each picture and its caption are a function of a numpy Generator, so that any of them can be made
+again from (seed, index). Pictures are 64 x 64 px; a caption is like "red apple, food, flat style,
+on teal".
 """
 import functools
 import io
@@ -15,14 +16,15 @@ from PIL import Image
 DATA = Path(__file__).parent / "data"
 SIZE = 64
 BASE_STYLES = ("3d", "flat", "noto", "twemoji", "emojitwo")     # "firefox" is kept for a task
-FLUENT_STYLES = ("3d", "flat")      # by one designer, with the outlines of the line drawings
+FLUENT_STYLES = ("3d", "flat")      # these have the designer and the outlines of the line drawings
 CATEGORIES = ("food", "nature", "object", "place", "activity", "face")
 # colour word in captions -> RGB of the ground
 GROUNDS = {"white": (255, 255, 255), "grey": (190, 190, 190), "cream": (250, 240, 210),
            "pink": (250, 200, 210), "pale blue": (190, 220, 250), "pale green": (200, 235, 200),
            "yellow": (250, 225, 120), "teal": (60, 150, 150), "navy": (30, 40, 90),
            "black": (20, 20, 20)}
-WHITE_SHARE = 0.6       # of all grounds; a caption without a ground means white
+WHITE_SHARE = 0.6       # share of white grounds; a caption without a ground means white
+SINGLE_SHARE = 0.85     # share of pictures with a single emoji; the others are scenes
 
 
 @functools.cache
@@ -38,7 +40,7 @@ def picture(style, name):
 
 @functools.cache
 def records(split=None, styles=BASE_STYLES):
-    """Returns the rows of metadata.jsonl as dicts, of one split (train, val, test) or of all."""
+    """Returns the rows of metadata.jsonl as dicts; split: train, val, test, or None for all."""
     rows = map(json.loads, (DATA / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
     return [row for row in rows if row["style"] in styles and split in (None, row["split"])]
 
@@ -46,8 +48,8 @@ def records(split=None, styles=BASE_STYLES):
 def pool(split):
     """Returns the rows whose pictures the base learns from (train) or is tested on (val, test).
 
-    Held out are pictures, not names: the base learns every name from other designers, but sees
-    Fluent's own pictures of training names only. Those of the other names are what it is tested on.
+    Pictures are held out, not names: the base learns every name from other designers, but Fluent's
+    pictures of training names only. Fluent's pictures of the other names are for testing.
     """
     if split != "train":
         return records(split, FLUENT_STYLES)
@@ -56,13 +58,13 @@ def pool(split):
 
 
 def on_ground(emoji, ground="white"):
-    """Returns an RGB image: the RGBA picture over a plain ground, named as in GROUNDS."""
+    """Returns an RGB image of the RGBA picture over a plain ground; ground: a name in GROUNDS."""
     canvas = Image.new("RGBA", emoji.size, (*GROUNDS[ground], 255))
     return Image.alpha_composite(canvas, emoji).convert("RGB")
 
 
-def placed(emoji, size, left, top, flip):
-    """Returns the emoji scaled to size px, on a transparent 64 x 64 canvas."""
+def place(emoji, size, left, top, flip=False):
+    """Returns a transparent 64 x 64 canvas with the emoji, scaled to size px."""
     if flip:
         emoji = emoji.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if size != SIZE:
@@ -76,16 +78,16 @@ def _random_ground(rng):
     return "white" if rng.random() < WHITE_SHARE else str(rng.choice(list(GROUNDS)[1:]))
 
 
-def full_caption(row, ground="white"):
-    """Returns the caption that says all there is to say of a single picture."""
-    caption = f"{row['caption']}, {row['category']}, {row['style']} style"
-    return caption if ground == "white" else f"{caption}, on {ground}"
+def full_caption(row):
+    """Returns a caption with the name, category and style of a single picture, on white."""
+    return f"{row['caption']}, {row['category']}, {row['style']} style"
 
 
 def vary_caption(row, ground, rng):
-    """Returns a caption of a single picture that leaves out now the name, category or style.
+    """Returns a caption of a single picture that leaves out some of name, category and style.
 
-    The ground is left out only where it is white."""
+    The ground is left out only if it is white.
+    """
     caption = row["caption"]
     if rng.random() < 0.25:
         caption = ("an " if caption[0] in "aeiou" else "a ") + caption
@@ -100,43 +102,37 @@ def vary_caption(row, ground, rng):
     return caption
 
 
-def single(rows, rng, plain=False):
-    """Returns (RGB image, caption) of one random emoji on a random ground.
-
-    It is moved, scaled and mirrored a little; plain leaves it as drawn, on white."""
+def single(rows, rng):
+    """Returns (RGB image, caption) of one random emoji, moved, scaled or mirrored, on a ground."""
     row = rows[rng.integers(len(rows))]
-    ground = "white" if plain else _random_ground(rng)
-    size = SIZE if plain or rng.random() < 0.5 else int(rng.integers(50, SIZE + 1))
+    ground = _random_ground(rng)
+    size = SIZE if rng.random() < 0.5 else int(rng.integers(50, SIZE + 1))
     left, top = (int(rng.integers(SIZE - size + 1)) for _ in range(2))
-    flip = not plain and rng.random() < 0.3
-    emoji = placed(picture(row["style"], row["name"]), size, left, top, flip)
+    flip = rng.random() < 0.3
+    emoji = place(picture(row["style"], row["name"]), size, left, top, flip)
     return on_ground(emoji, ground), vary_caption(row, ground, rng)
 
 
 def scene(rows, rng):
     """Returns (RGB image, caption, [(row, left, top, size)]) of two to four emoji of one style."""
     style = rows[rng.integers(len(rows))]["style"]
-    same = [row for row in rows if row["style"] == style]
-    ground, count = _random_ground(rng), int(rng.integers(2, 5))
-    cells = rng.permutation(4)[:count]                  # of a 2 x 2 grid, so nothing overlaps
+    rows = [row for row in rows if row["style"] == style]
+    ground = _random_ground(rng)
+    count = int(rng.integers(2, 5))
+    cells = rng.permutation(4)[:count]                  # cells of a 2 x 2 grid do not overlap
     canvas, places = Image.new("RGBA", (SIZE, SIZE)), []
     for cell in cells:
-        row = same[rng.integers(len(same))]
+        row = rows[rng.integers(len(rows))]
         size = int(rng.integers(26, 33))
         left = 32 * int(cell % 2) + int(rng.integers(32 - size + 1))
         top = 32 * int(cell // 2) + int(rng.integers(32 - size + 1))
-        canvas.alpha_composite(placed(picture(style, row["name"]), size, left, top, False))
+        canvas.alpha_composite(place(picture(style, row["name"]), size, left, top))
         places.append((row, left, top, size))
     names = [row["caption"] for row, *_ in places]
     caption = f"{', '.join(names[:-1])} and {names[-1]}, {style} style, on {ground}"
     return on_ground(canvas, ground), caption, places
 
 
-def random_picture(rows, rng, alone=0.85):
-    """Returns (RGB image, caption): a single emoji with probability `alone`, else a scene."""
-    return single(rows, rng) if rng.random() < alone else scene(rows, rng)[:2]
-
-
-def to_array(image):
-    """Returns (3, H, W) uint8 of an RGB image."""
-    return np.asarray(image).transpose(2, 0, 1)
+def random_picture(rows, rng):
+    """Returns (RGB image, caption) of a single emoji or a scene."""
+    return single(rows, rng) if rng.random() < SINGLE_SHARE else scene(rows, rng)[:2]
