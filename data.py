@@ -8,14 +8,18 @@ width.
     cond, z, context = cache.batch(16, generator)
 """
 import hashlib
+import json
 import os
 import warnings
+from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 from PIL import Image, ImageOps
+from safetensors import safe_open
 from tqdm import tqdm
 
+import weights
 from inputs.conditions import (
     TASKS,
     class_colours,
@@ -27,12 +31,16 @@ from inputs.conditions import (
     to_x,
 )
 from inputs.pairs import CAPTION_KEYS, find_pairs, group_pairs, same_shape, shape_fault
+from inputs.processes import Processes
 from inputs.train_options import EMPTY_SHARE
 from tiny.tasks import embedded_pairs
 from weights import UserError
 
 TEST_SHARE, VAL_SHARE = 0.15, 0.05      # of a user's pairs
 MIN_PAIRS = 10
+PART = 32                       # pairs in a file of the cache
+MOST_PROMPTS = 2000             # that are encoded beforehand: 240 MB at SD 1.5's size
+CACHE_VERSION = 1               # of what is cached, and how
 
 
 class Pair(NamedTuple):
@@ -114,52 +122,133 @@ def open_pair(pair, task, size, extract=False, flip=False):
     return (to_cond(cond) * 255).round().byte(), to_x(image), colours
 
 
+class DiskCache(NamedTuple):
+    """A folder of what is computed once, by what it depends on; trainings share it."""
+    folder: Path
+    facts: dict                 # of the base, that all of it depends on
+    processes: Processes = Processes()
+
+    def file(self, facts, make):
+        """Returns the file of (tensors, metadata) that make() returns, which is made if need be.
+
+        facts: what it depends on, as JSON takes it. A file's name holds the digests of these and
+        of its own content, so that a damaged one is made again.
+        """
+        facts = json.dumps([CACHE_VERSION, self.facts, facts], sort_keys=True)
+        key = hashlib.sha256(facts.encode()).hexdigest()[:24]
+        for file in self.folder.glob(f"{key}-*.safetensors"):
+            if weights.fingerprint(file) == file.stem.removeprefix(f"{key}-"):
+                return file
+        temporary = self.folder / f"{key}.{os.getpid()}"
+        tensors, metadata = make()
+        weights.save(tensors, temporary, metadata)
+        file = self.folder / f"{key}-{weights.fingerprint(temporary)}.safetensors"
+        temporary.replace(file)
+        return file
+
+
 class LatentCache:
     """Everything a training step needs of some pairs, computed once: latents and text states.
 
     With mirror, every pair is there a second time, flipped left to right. Latents and text states
-    are kept in fp16, conditions in 8 bits. Attribute palettes: {((colour as in "#1f77b4", number),
-    ..): name of a pair whose label map has these classes}.
+    are kept in fp16, conditions in 8 bits: in memory for the embedded pairs, else in a DiskCache,
+    from which a batch's rows are mapped. Attributes: palettes: {((colour as in "#1f77b4", number),
+    ..): name of a pair whose label map has these classes}; blank: names of pairs whose conditions
+    say nothing.
     """
 
-    def __init__(self, pairs, task, size, base, mirror=False, extract=False):
+    def __init__(self, pairs, task, size, base, mirror=False, extract=False, disk=None):
         """size: pixels of the square that pairs are scaled and cropped to. base: StableDiffusion.
 
-        extract: conditions are made from the images' own lines. Errors: UserError if a picture or
-        the base is at fault.
+        extract: conditions are made from the images' own lines. disk: a DiskCache, for pairs of
+        files. Errors: UserError if a picture or the base is at fault.
         """
-        self.pairs, self.size, self.palettes = pairs, size, {}
-        device = next(base.vae.parameters()).device
-        conds, means, stds = [], [], []
-        for flip in (False, True) if mirror else (False,):
-            parts = range(0, len(pairs), images_at_a_time(size))
-            for i in tqdm(parts, desc="latents", leave=False):
-                opened = [open_pair(pair, task, size, extract, flip)
-                          for pair in pairs[i:i + parts.step]]
-                for pair, (cond, _, colours) in zip(pairs[i:], opened):
-                    conds.append(cond)
-                    self.palettes.setdefault(tuple(colours.items()), pair.name)
-                x = torch.stack([x for _, x, _ in opened]).to(device)
-                with torch.inference_mode():
-                    mean, std = base.vae.encode(x.contiguous(memory_format=torch.channels_last))
-                means.append(mean.half().cpu())
-                stds.append(std.half().cpu())
-                if not (means[-1].isfinite().all() and stds[-1].isfinite().all()):
-                    raise UserError(f"{pairs[i].name}: the autoencoder, {base.vae_path}, makes no "
-                                    f"finite latent of it or of one soon after it; give another "
-                                    f"--vae")
-        self.conds = torch.stack(conds)                            # (n, C, H, W) uint8
-        self.mean, self.std = torch.cat(means), torch.cat(stds)    # (n, 4, H/f, W/f)
+        self.pairs, self.task, self.size, self.extract = pairs, task, size, extract
+        self.palettes, self.blank, self.base = {}, [], base
+        parts = [(pairs[i:i + PART], flip) for flip in ((False, True) if mirror else (False,))
+                 for i in range(0, len(pairs), PART)]
+        if disk:
+            disk.folder.mkdir(parents=True, exist_ok=True)
+            own = disk.processes.slots(len(parts)).tolist()
+            for i in tqdm(own, desc="latents", leave=False):
+                self.part_file(disk, *parts[i])
+            disk.processes.wait()                       # for the others' parts
+        self.parts = []                                 # dicts of tensors, or files
+        for part in tqdm(parts, desc="latents", leave=False):
+            if disk:
+                content = self.part_file(disk, *part)
+                with safe_open(content, "pt") as f:
+                    metadata = f.metadata()
+            else:
+                content, metadata = self.make_part(*part)
+            self.parts.append(content)
+            names = [pair.name for pair in part[0]]
+            self.blank += [names[i] for i in json.loads(metadata["blank"]) if not part[1]]
+            for classes, i in json.loads(metadata["palettes"]):
+                self.palettes.setdefault(tuple(map(tuple, classes)), names[i])
         prompts = sorted({prompt for pair in pairs for prompt in pair.prompts} | {""})
-        self.prompt_ids = {prompt: i for i, prompt in enumerate(prompts)}
+        self.contexts = None                            # too many: encoded as they are needed
+        if len(prompts) <= MOST_PROMPTS:
+            self.contexts = dict(zip(prompts, self.encode(prompts)))
+
+    def part_file(self, disk, pairs, flip):
+        """Returns the file of a part in the DiskCache."""
+        facts = [self.task, self.size, self.extract, flip,
+                 weights.fingerprint(*(file for pair in pairs for file in pair.files))]
+        return disk.file(facts, lambda: self.make_part(pairs, flip))
+
+    def make_part(self, pairs, flip):
+        """Returns (tensors, metadata) of some pairs: cond uint8 (n, C, H, W), mean and std fp16.
+
+        metadata, as JSON: blank, the rows of conditions that say nothing, and palettes, a row for
+        each set of classes.
+        """
+        device = next(self.base.vae.parameters()).device
+        conds, means, stds, blank, palettes = [], [], [], [], {}
+        for i in range(0, len(pairs), images_at_a_time(self.size)):
+            some = pairs[i:i + images_at_a_time(self.size)]
+            opened = [open_pair(pair, self.task, self.size, self.extract, flip) for pair in some]
+            for cond, _, colours in opened:
+                blank += [len(conds)] if is_blank(cond / 255, self.task) else []
+                palettes.setdefault(tuple(colours.items()), len(conds))
+                conds.append(cond)
+            x = torch.stack([x for _, x, _ in opened]).to(device)
+            with torch.inference_mode():
+                mean, std = self.base.vae.encode(x.contiguous(memory_format=torch.channels_last))
+            means.append(mean.half().cpu())
+            stds.append(std.half().cpu())
+            if not (means[-1].isfinite().all() and stds[-1].isfinite().all()):
+                raise UserError(f"{some[0].name}: the autoencoder, {self.base.vae_path}, makes no "
+                                f"finite latent of it or of one soon after it; give another --vae")
+        tensors = dict(cond=torch.stack(conds), mean=torch.cat(means), std=torch.cat(stds))
+        return tensors, dict(blank=json.dumps(blank), palettes=json.dumps(list(palettes.items())))
+
+    def encode(self, prompts):
+        """Returns text states (B, L, D) in fp16 of prompts."""
         with torch.inference_mode():
-            self.contexts = base.encode(prompts).half().cpu()      # (prompts, L, D)
-        if not self.contexts.isfinite().all():
-            raise UserError(f"{base.path}: its text states are too large for half precision; give "
-                            f"another --base")
+            contexts = self.base.encode(prompts).half().cpu()
+        if not contexts.isfinite().all():
+            raise UserError(f"{self.base.path}: its text states are too large for half precision; "
+                            f"give another --base")
+        return contexts
 
     def __len__(self):
-        return len(self.conds)
+        return len(self.pairs) * (1 + (len(self.parts) > -(-len(self.pairs) // PART)))
+
+    def rows(self, name, indices):
+        """Returns the rows (n, ..) of "cond", "mean" or "std" of pairs; from len(pairs) on, flipped.
+        """
+        rows = []
+        for i in torch.as_tensor(indices).tolist():
+            flipped, i = divmod(i, len(self.pairs))
+            part, row = divmod(i, PART)
+            content = self.parts[part + flipped * -(-len(self.pairs) // PART)]
+            if isinstance(content, dict):
+                rows.append(content[name][row])
+            else:
+                with safe_open(content, "pt") as f:     # mapped no longer than it takes to copy
+                    rows.append(f.get_slice(name)[row].clone())
+        return torch.stack(rows)
 
     def image(self, i):
         """Returns the true picture of pair i as it was trained on, an RGB image."""
@@ -167,11 +256,13 @@ class LatentCache:
 
     def cond(self, indices):
         """Returns conditions (B, C, H, W) float in [0, 1]."""
-        return self.conds[indices].float() / 255
+        return self.rows("cond", indices).float() / 255
 
     def context(self, prompts):
         """Returns text states (B, L, D) of prompts that occur in the pairs, or of the empty one."""
-        return self.contexts[[self.prompt_ids[prompt] for prompt in prompts]].float()
+        if self.contexts is None:
+            return self.encode(prompts).float()
+        return torch.stack([self.contexts[prompt] for prompt in prompts]).float()
 
     def first_prompts(self, indices):
         """Returns the prompt to validate with of each pair."""
@@ -184,10 +275,10 @@ class LatentCache:
         That share of the prompts is empty; the others are any of the pair's own.
         """
         indices = torch.randint(len(self), (size,), generator=generator)
-        noise = torch.randn(size, *self.mean.shape[1:], generator=generator)[slots]
+        mean, std = (self.rows(name, indices[slots]).float() for name in ("mean", "std"))
+        noise = torch.randn(size, *mean.shape[1:], generator=generator)[slots]
         choices = torch.rand(size, 2, generator=generator)[slots]
-        indices = indices[slots]
-        z = self.mean[indices].float() + self.std[indices].float() * noise
+        indices, z = indices[slots], mean + std * noise
         prompts = []
         for i, (u, v) in zip(indices.tolist(), choices.tolist()):
             captions = self.pairs[i % len(self.pairs)].prompts
@@ -197,14 +288,14 @@ class LatentCache:
 
 def check_conditions(caches, task):
     """Warns of conditions that say nothing; raises UserError if all are so or palettes differ."""
-    conds = [(pair.name, cond) for cache in caches for pair, cond in zip(cache.pairs, cache.conds)]
-    blank = [name for name, cond in conds if is_blank(cond / 255, task)]
-    if len(blank) == len(conds):
+    blank = [name for cache in caches for name in cache.blank]
+    number_of_pairs = sum(len(cache.pairs) for cache in caches)
+    if len(blank) == number_of_pairs:
         raise UserError(f"{blank[0]}: blank, and so are all other conditions; a drawing needs ink, "
                         f"a label map two classes")
     if blank:
-        warnings.warn(f"{len(blank)} of {len(conds)} conditions are blank, such as {blank[0]}; "
-                      f"--check-data names them")
+        warnings.warn(f"{len(blank)} of {number_of_pairs} conditions are blank, such as "
+                      f"{blank[0]}; --check-data names them")
     fault = palette_fault({classes: name for cache in caches
                            for classes, name in cache.palettes.items()})
     if fault and TASKS[task].has_numbers:

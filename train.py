@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import weights
 from bps import build_bps, config_for, load_bps, save_bps
-from data import LatentCache, check_conditions, load_pairs, warn_of_losses
+from data import DiskCache, LatentCache, check_conditions, load_pairs, warn_of_losses
 from inputs import checkpoints
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
 from inputs.options import BASE, DTYPES, run, shell_command
@@ -44,7 +44,8 @@ from weights import UserError
 
 CHECKPOINT = "checkpoint.safetensors"           # there as long as a run is unfinished
 SPLITS = ("train", "val", "test")
-CHANGEABLE = {"out", "accumulate", "checkpointing"}     # arguments that a run may go on with
+CHANGEABLE = {"out", "cache", "accumulate", "checkpointing"}    # arguments a run may go on with
+BASE_FACTS = ("vae_sha256", "configs_sha256")           # what latents depend on
 
 
 # ---- training ------------------------------------------------------------------------------
@@ -277,9 +278,10 @@ def train_in(out, args, facts, base, splits, processes):
     started = time.monotonic()
     config = config_for(base.unet.config, TASKS[args.task].channels, base.vae.factor, args.weights,
                         args.foot)
+    disk = args.data and DiskCache(args.cache, {key: facts[key] for key in BASE_FACTS}, processes)
     cache, val_cache, test_cache = (
         LatentCache(pairs, args.task, args.size, base, mirror=split == "train",
-                    extract=args.extract) for split, pairs in splits.items())
+                    extract=args.extract, disk=disk) for split, pairs in splits.items())
     check_conditions((cache, val_cache, test_cache), args.task)
     print(f"{len(cache.pairs)} training, {len(val_cache.pairs)} validation and "
           f"{len(test_cache.pairs)} test pairs; latents and text states are cached")

@@ -53,6 +53,8 @@ def parse_args(description):
     add("--save-every", type=int, default=150, help="steps between checkpoints, each with a "
                                                     "validation (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="(default: %(default)s)")
+    add("--cache", type=unicode_path, default=Path("runs/cache"), help="folder of the latents of "
+        "--data, which trainings share (default: %(default)s)")
     parser.add_device()
     add("--out", type=unicode_path, help="folder of the run (default: runs/TASK)")
     args = parser.parse_args()

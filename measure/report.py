@@ -45,20 +45,20 @@ def paired_errors(base, cache, bps=None, shift=0):
     """
     device = next(base.unet.parameters()).device
     errors = torch.zeros(len(cache.pairs))
-    conds = cache.cond(slice(0, len(errors))).roll(shift, 0)
-    context = cache.context(cache.first_prompts(range(len(errors))))
     for t in VALIDATION_T:
         generator = torch.Generator().manual_seed(t)
-        noise = torch.randn(cache.mean[:len(errors)].shape, generator=generator)
         for i in torch.arange(len(errors)).split(images_at_a_time(cache.size)):
             ts = torch.full((len(i),), t)
-            z = cache.mean[i].float()
-            target = base.schedule.target(z, noise[i], ts)
-            z_t = base.schedule.add_noise(z, noise[i], ts).to(device)
+            z = cache.rows("mean", i).float()
+            noise = torch.randn(z.shape, generator=generator)
+            target = base.schedule.target(z, noise, ts)
+            z_t = base.schedule.add_noise(z, noise, ts).to(device)
             z_t, ts = z_t.contiguous(memory_format=torch.channels_last), ts.to(device)
+            context = cache.context(cache.first_prompts(i.tolist())).to(device)
+            cond = cache.cond((i - shift) % len(errors)).to(device)
             with base.autocast():
-                residuals = bps and bps(conds[i].to(device), base.unet.time_embedding(ts))
-                eps = base.unet(z_t, ts, context[i].to(device), residuals).float().cpu()
+                residuals = bps and bps(cond, base.unet.time_embedding(ts))
+                eps = base.unet(z_t, ts, context, residuals).float().cpu()
             errors[i] += (eps - target).square().mean(dim=(1, 2, 3)) / len(VALIDATION_T)
     return errors
 
@@ -175,13 +175,13 @@ def report(base, cache, bps, out, seed, meter):
     numbers = validate(base, cache, bps)
     print_losses(numbers)
     count = min(OBEDIENCE_PICTURES, len(cache.pairs))
-    conds = cache.cond(slice(0, count))
+    conds = cache.cond(range(count))
     prior = draw_pairs(base, cache, None, count, seed)
     steered = draw_pairs(base, cache, bps, count, seed)
     with torch.inference_mode():
         device = next(base.vae.parameters()).device
-        round_trip = torch.cat([base.vae.decode(z.float().to(device)).cpu()
-                                for z in cache.mean[:count].split(images_at_a_time(cache.size))])
+        round_trip = torch.cat([base.vae.decode(cache.rows("mean", i).float().to(device)).cpu()
+                                for i in torch.arange(count).split(images_at_a_time(cache.size))])
     numbers["obedience"] = measure_obedience(meter, conds, prior, steered, round_trip)
     rows = range(min(SHEET_ROWS, count))
     true = torch.stack([to_x(cache.image(i)) for i in rows])

@@ -6,13 +6,15 @@ import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from data import LatentCache, Pair, load_pairs, open_pair, split_names
+import data
+from data import DiskCache, LatentCache, Pair, load_pairs, open_pair, split_names
 from inputs.conditions import (
     extract_lines,
     is_light_on_dark,
     level_drawing,
     line_f1,
     open_drawing,
+    open_image,
     read_condition,
     to_image,
     to_x,
@@ -238,9 +240,10 @@ def test_a_condition_of_another_size_than_its_picture_is_refused(base):
 
 def test_a_batch_has_pairs_mirrored_or_not_their_own_prompts_and_a_tenth_empty(base):
     cache = LatentCache(drawn_pairs(lambda image: image), "sketch", 64, base, mirror=True)
-    assert len(cache) == 12 and torch.equal(cache.conds[:6].flip(-1), cache.conds[6:])
+    assert len(cache) == 12 and torch.equal(
+        cache.cond(range(6)).flip(-1), cache.cond(range(6, 12)))
     cond, z, context = cache.batch(torch.arange(2000), 2000, torch.Generator().manual_seed(0))
-    which = (cond[:, None] == cache.cond(slice(0, 12))[None]).flatten(2).all(dim=2).int().argmax(1)
+    which = (cond[:, None] == cache.cond(range(12))[None]).flatten(2).all(dim=2).int().argmax(1)
     empty = (context == cache.context([""])).flatten(1).all(dim=1)
     assert empty.float().mean().item() == pytest.approx(0.1, abs=0.03)
     for i in range(6):
@@ -248,7 +251,7 @@ def test_a_batch_has_pairs_mirrored_or_not_their_own_prompts_and_a_tenth_empty(b
         chosen = context[(which % 6 == i) & ~empty]
         hits = (chosen[:, None] == own[None]).flatten(2).all(dim=2)
         assert hits.any(dim=1).all() and hits.any(dim=0).all()      # both prompts, no other's
-    spread = (z - cache.mean[which].float()).std() / cache.std[which].float().square().mean().sqrt()
+    spread = (z - cache.rows("mean", which).float()).std() / cache.rows("std", which).float().square().mean().sqrt()
     assert spread.item() == pytest.approx(1, abs=0.05)
 
 
@@ -259,3 +262,91 @@ def test_a_users_pairs_are_split_by_name_with_some_on_every_side():
         assert splits == split_names(names[::-1])
         sides = [sum(side == wanted for side in splits.values()) for wanted in ("test", "val")]
         assert sides == [max(1, round(0.15 * count)), max(1, round(0.05 * count))]
+
+
+# ---- the cache on disk ---------------------------------------------------------------------
+
+@pytest.fixture
+def pairs(tmp_path):
+    """Forty pairs of files, of which each part holds some."""
+    (tmp_path / "pairs").mkdir()
+    found = []
+    for i in range(40):
+        files = tmp_path / "pairs" / f"{i}-cond.png", tmp_path / "pairs" / f"{i}.png"
+        ring(64 - i, 64 - i).save(files[0])
+        ring(64 - i, 64 - i).rotate(90).save(files[1])
+        found.append(Pair(str(files[0]), lambda file=files[0]: open_drawing(file),
+                          lambda file=files[1]: open_image(file), (f"ring {i}",), files))
+    return found
+
+
+@pytest.fixture
+def base(monkeypatch):
+    """The embedded base, whose autoencoder counts the pictures that it encodes."""
+    base = load_base(BASE)
+    base.vae.encoded, encode = 0, base.vae.encode
+
+    def counted(x):
+        base.vae.encoded += len(x)
+        return encode(x)
+
+    monkeypatch.setattr(base.vae, "encode", counted)
+    return base
+
+
+def batches(cache):
+    """Returns all that a training would read."""
+    return [tensor for seed in range(3) for tensor in
+            cache.batch(torch.arange(8), 8, torch.Generator().manual_seed(seed))]
+
+
+def test_a_cache_on_disk_is_the_one_in_memory_and_is_computed_once(pairs, base, tmp_path):
+    disk = DiskCache(tmp_path / "cache", {"vae": "a"})
+    expected = batches(LatentCache(pairs, "sketch", 64, base, mirror=True))
+    for encoded in (80, 0):                             # the second training finds it there
+        base.vae.encoded = 0
+        cache = LatentCache(pairs, "sketch", 64, base, mirror=True, disk=disk)
+        assert base.vae.encoded == encoded and len(cache) == 80
+        assert all(map(torch.equal, batches(cache), expected))
+    for others, size, facts in ((pairs, 64, {"vae": "b"}), (pairs[1:], 64, {"vae": "a"}),
+                                (pairs, 48, {"vae": "a"})):
+        base.vae.encoded = 0                            # another autoencoder, pictures or size
+        LatentCache(others, "sketch", size, base, disk=disk._replace(facts=facts))
+        assert base.vae.encoded == len(others)
+
+
+def test_an_interrupted_pass_goes_on_and_a_damaged_part_is_made_again(pairs, base, tmp_path,
+                                                                      monkeypatch):
+    disk = DiskCache(tmp_path / "cache", {})
+    expected = batches(LatentCache(pairs, "sketch", 64, base))
+    encode = base.vae.encode
+
+    def interrupted(x):
+        if base.vae.encoded >= 72:
+            raise KeyboardInterrupt
+        return encode(x)
+
+    monkeypatch.setattr(base.vae, "encode", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        LatentCache(pairs, "sketch", 64, base, disk=disk)
+    monkeypatch.setattr(base.vae, "encode", encode)
+    base.vae.encoded = 0
+    LatentCache(pairs, "sketch", 64, base, disk=disk)
+    assert base.vae.encoded == 8                        # the part that was not finished
+    file = max((tmp_path / "cache").iterdir(), key=lambda file: file.stat().st_size)
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+    base.vae.encoded = 0
+    cache = LatentCache(pairs, "sketch", 64, base, disk=disk)
+    assert base.vae.encoded == 32
+    assert all(map(torch.equal, batches(cache), expected))
+
+
+def test_many_prompts_are_encoded_as_they_are_needed(pairs, base, monkeypatch):
+    expected = batches(LatentCache(pairs, "sketch", 64, base))
+    monkeypatch.setattr(data, "MOST_PROMPTS", 10)
+    cache = LatentCache(pairs, "sketch", 64, base)
+    assert cache.contexts is None
+    for ours, theirs in zip(batches(cache), expected):
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)      # a rounding of fp16

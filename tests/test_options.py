@@ -113,7 +113,7 @@ def test_files_whose_names_are_not_utf8_are_drawn_with_and_trained_on(run, folde
         (folder / kind / "03.png").rename(folder / kind / f"{NOT_UTF8}.png")
     folder.rename(folder.with_name(f"pairs {NOT_UTF8}"))
     run(train, "--data", folder.with_name(f"pairs {NOT_UTF8}"), "--steps", "1", "--batch", "2",
-        "--out", tmp_path / "run")
+        "--cache", tmp_path / "cache", "--out", tmp_path / "run")
     with pytest.raises(SystemExit):                     # safetensors could not open what it writes
         run(train, "--steps", "1", "--out", out / "run")
     assert "not UTF-8" in capsys.readouterr().err
@@ -130,7 +130,7 @@ def test_a_run_whose_pictures_or_base_were_replaced_is_another_run(run, folder, 
     base = tmp_path / "base"
     shutil.copytree(BASE, base)
     arguments = ("--base", base, "--data", folder, "--steps", "2", "--save-every", "1", "--batch",
-                 "2", "--out", tmp_path / "run")
+                 "2", "--cache", tmp_path / "cache", "--out", tmp_path / "run")
 
     def interrupted(*_):
         raise KeyboardInterrupt

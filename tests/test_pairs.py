@@ -516,7 +516,8 @@ def train_main(folder, task):
     """Runs train.py on a folder for a step."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["train.py", "--data", str(folder), "--task", task, "--steps",
-                                    "1", "--size", "48", "--out", str(folder.parent / "run")])
+                                    "1", "--size", "48", "--cache", str(folder.parent / "cache"),
+                                    "--out", str(folder.parent / "run")])
         train.main()
 
 

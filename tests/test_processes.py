@@ -83,7 +83,7 @@ def test_a_batch_in_parts_is_the_same_batch(plain):
     assert_same(trained(accumulate=3), plain, 2e-5, 5e-5)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_base_in_a_narrow_dtype_trains_nearly_alike(dtype):
     losses, _ = trained(dtype=dtype, steps=3, batch=4)
     plain_losses, _ = trained(steps=3, batch=4)
@@ -113,7 +113,8 @@ def torchrun(count, *arguments):
 
 @pytest.mark.slow
 def test_a_run_of_one_process_goes_on_in_two_and_one_process_writes(tmp_path, pairs):
-    arguments = ["--steps", "4", "--save-every", "2", "--batch", "4", "--data", pairs]
+    arguments = ["--steps", "4", "--save-every", "2", "--batch", "4", "--data", pairs,
+                 "--cache", tmp_path / "cache"]
     whole = subprocess.run([sys.executable, "train.py", *arguments, "--out", tmp_path / "whole"],
                            cwd=HERE, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr

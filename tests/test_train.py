@@ -236,7 +236,8 @@ def test_a_users_folder_of_pairs_can_be_trained_on(tmp_path, monkeypatch):
         lines.append(json.dumps(dict(source=f"source/{i}.png", target=f"target/{i}.png",
                                      prompt=pair.prompts[0])))
     (tmp_path / "prompt.json").write_text("\n".join(lines))
-    run(train, monkeypatch, *SHORT, "--data", tmp_path, "--size", 48, "--out", tmp_path / "run")
+    run(train, monkeypatch, *SHORT, "--data", tmp_path, "--size", 48, "--cache",
+        tmp_path / "cache", "--out", tmp_path / "run")
     assert load_bps(tmp_path / "run" / "bps.safetensors").metadata["size"] == 48
 
 
