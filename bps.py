@@ -14,15 +14,16 @@ of gradients:
     M = -sigma_t grad log p_t(c | z_t, text)                                    the steering
 
 BPS learns M with a network that sees the condition and the timestep only. Its maps r(c, t) are
-added inside the frozen U-Net, whose layers make them depend on z_t and on the text:
+added inside the frozen U-Net, behind each residual block and each transformer, and the layers that
+follow make them depend on z_t and on the text:
 
     M_hat(z_t, t, text, c) = unet(z_t; r(c, t)) - unet(z_t)
 
 Trained by plain noise prediction on labelled pairs, M_hat becomes the best approximation of M that
 this family of functions has. What is learned is the labelled set's law: if its pictures differ
-from the base's, M_hat also holds the gradient of that ratio. That r does not depend on z_t is a
-restriction, and it buys speed: one pass of BPS serves all seeds, all prompts and both passes of
-guidance.
+from the base's, M_hat also holds -sigma_t grad log (p_t(z_t | text) of the set / that of the base).
+That r does not depend on z_t is a restriction, and it buys speed: one pass of BPS serves all seeds,
+all prompts and both passes of guidance.
 
     python bps.py --ports               # where the maps are added, and what they cost
 
@@ -60,7 +61,7 @@ class BPSConfig:
     are not built, nor is the middle if it has no port either. foot is "faithful" for the authors'
     network and "light" for LightBPS.
     """
-    cond_channels: int = 1                             # 1 sketch, 3 segmentation or layout
+    cond_channels: int = 1                             # sketch 1, label maps 3, artistic 4
     factor: int = 8                                    # f: a latent pixel covers f x f of the image
     channels: tuple = (320, 640, 1280, 1280)
     blocks_per_level: int = 2
@@ -88,7 +89,8 @@ class TimeResBlock(nn.Module):
     """A residual block that the timestep scales and shifts, in the contracting path and middle.
 
     Its last convolution starts at zero, and so does the port behind it: the ports learn from the
-    first step, the skip's convolutions from the second, these branches from the third.
+    first step, the skips and the last convolutions from the second, what lies before these from
+    the third.
     """
 
     def __init__(self, channels_in, channels, t_emb_dim, norm_groups):
@@ -281,7 +283,7 @@ def config_for(unet_config, cond_channels, factor, port_weights="head-heavy", fo
 def posterior(eps_prior, eps_posteriors, strengths):
     """Returns eps* + sum_i s_i (eps_bar_i* - eps*), the combined posterior denoiser.
 
-    eps_prior, each of eps_posteriors: (B, 4, H, W), all eps or all v: the weights sum to 1, and v
+    eps_prior, each of eps_posteriors: (B, 4, H, W), all eps or all v: coefficients sum to 1, and v
     is affine in eps. strengths: one float s_i each; 0 is the prior, 1 the posterior. At each t
     this is -sigma_t grad log [p_t(z_t) prod_i p_t(c_i | z_t)^s_i]. A sampler reaches
     p(z_0) prod_i p(c_i | z_0)^s_i exactly only if each s_i is 0 or 1 and the conditions are
@@ -393,8 +395,9 @@ def save_bps(bps, file, metadata):
         if not tensor.isfinite().all():
             raise weights.UserError(f"{file}: not written, as {key} is not finite or too large; "
                                     f"train with a smaller --lr")
-    weights.save(tensors, file, dict(config=json.dumps(asdict(bps.config)),
-                                     training=json.dumps(metadata)))
+    # one entry, because safetensors writes several in any order: the same run gives the same bytes
+    header = dict(config=asdict(bps.config), training=metadata)
+    weights.save(tensors, file, dict(bps=json.dumps(header)))
 
 
 def load_bps(file, dtype=torch.float32, device="cpu"):
@@ -405,13 +408,16 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
     state = weights.read_header(file)
     try:
         with safe_open(file, "pt") as f:
-            metadata = f.metadata() or {}
-        header = json.loads(metadata["config"])
+            entries = f.metadata() or {}
+        # version 1 had an entry for each
+        content = json.loads(entries["bps"]) if "bps" in entries else {
+            name: json.loads(entries[name]) for name in ("config", "training")}
+        header, metadata = content["config"], content["training"]
         config = migrate_config(header)
         weights.check_sizes(config, file)
         with torch.device("meta"):
             bps = build_bps(BPSConfig(**config))
-        bps.metadata = json.loads(metadata["training"])
+        bps.metadata = dict(metadata)
     except weights.UserError:
         raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
@@ -423,7 +429,7 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
 
 
 def migrate_state(state, bps):
-    """Returns the tensors of a file of before under today's names, without ports of weight 0."""
+    """Returns the tensors of a version-1 file under today's names, without ports of weight 0."""
     state = {name.replace("light_foot.levels.", "output_blocks."): stored
              for name, stored in state.items()}
     known = bps.state_dict()
@@ -432,8 +438,9 @@ def migrate_state(state, bps):
 
 
 def migrate_config(config):
-    """Returns a header's config as today's: tuples for lists, and weights of 0 for `paths`, which
-    files of before have, that are not steered.
+    """Returns a header's config with tuples for lists.
+
+    Version 1 of these files named the `paths` that are steered; weights of 0 leave out the others.
     """
     config = {key: tuple(value) if isinstance(value, list) else value
               for key, value in config.items()}

@@ -31,6 +31,7 @@ from inputs import checkpoints
 from inputs.conditions import (
     crop,
     images_at_a_time,
+    load_image,
     open_image,
     read_condition,
     to_image,
@@ -186,6 +187,19 @@ def unused(files):
     return free
 
 
+def is_drawn(file, text):
+    """Returns whether a file, or one of its names with -2, -3 .., is the picture of a text's options.
+    """
+    number, candidate = 1, file
+    while candidate.exists():
+        record = getattr(load_image(candidate), "text", {})
+        if all(record.get(key) == str(text[key]) for key in ("options", "files")):
+            return True
+        number += 1
+        candidate = file.with_stem(f"{file.stem}-{number}")
+    return False
+
+
 def write_pictures(name, pictures, seeds, texts, conditions, out):
     """Writes NAME SEED.png for each of pictures x (3, H, W), with its text fields.
 
@@ -231,9 +245,17 @@ def main():
     check_clip_skip(args.clip_skip, base.text_model)
     size = picture_size(args, [bps.metadata for bps in networks.values()], base)
     jobs = list_jobs(args.conditions, args.prompt)
-    read = {c: read_condition(c.cond, networks[c.bps].metadata["task"], *size,
-                              networks[c.bps].metadata.get("classes"))
-            for job in jobs for c in job.conditions}
+
+    def read(condition):
+        """Returns (cond, picture of it) of a Condition."""
+        metadata = networks[condition.bps].metadata
+        return read_condition(condition.cond, metadata["task"], *size, metadata.get("classes"))
+
+    for job in jobs:                    # before the work, should one not be readable
+        for condition in job.conditions:
+            read(condition)
+    if len(jobs) > 1:
+        print(f"{len(jobs)} conditions, {args.n} pictures each")
     z_init = None
     if args.init:
         with torch.inference_mode():
@@ -247,15 +269,21 @@ def main():
             print(f"note: {file} was trained on other weights than {args.base}; it fits, but may "
                   f"follow the condition less", file=sys.stderr)
     args.out.mkdir(parents=True, exist_ok=True)         # before the work, should it not be possible
+    seeds = range(args.seed, args.seed + args.n)
     for job, used in zip(jobs, files):
-        print(f"prompt: {job.prompt}")
-        steerings = [Steering(networks[c.bps], base.unet, read[c][0][None], c.scale, c.strength,
-                              c.window) for c in job.conditions]
-        pictures = draw_job(job, steerings, args, base, z_init, size)
-        seeds = range(args.seed, args.seed + args.n)
         texts = [describe(args, job, seed, size, used, base) for seed in seeds]
-        write_pictures(job.name, pictures, seeds, texts, [read[c][1] for c in job.conditions],
-                       args.out)
+        if job.name and all(is_drawn(args.out / f"{job.name}{seed:04d}.png", text)
+                            for seed, text in zip(seeds, texts)):
+            print(f"{args.out / job.name}*: drawn before by this command")
+            continue
+        print(f"prompt: {job.prompt}")
+        for condition in job.conditions:
+            print(f"steered by {condition.bps} and {condition.cond} (--bps none: not steered)")
+        conds, images = zip(*map(read, job.conditions)) if job.conditions else ((), ())
+        steerings = [Steering(networks[c.bps], base.unet, cond[None], c.scale, c.strength, c.window)
+                     for c, cond in zip(job.conditions, conds)]
+        pictures = draw_job(job, steerings, args, base, z_init, size)
+        write_pictures(job.name, pictures, seeds, texts, images, args.out)
 
 
 if __name__ == "__main__":

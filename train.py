@@ -3,8 +3,9 @@
     python train.py --task sketch                       # embedded base, embedded line drawings
     python train.py --base SD_FOLDER --data PAIRS --size 512 --batch 16 --lr 1e-5
 
-Writes to runs/TASK: bps.safetensors, samples.png, log.jsonl, args.json. Interrupted, the same
-command goes on from the last checkpoint; a finished run is never overwritten.
+Writes to runs/TASK: bps.safetensors (the weights of the lowest validation loss), samples.png,
+condition.png, log.jsonl, curve.png, args.json. Interrupted, the same command goes on from the last
+checkpoint; a finished run is never overwritten.
 
 Shapes: B batch, C channels, H W rows and columns of the latent.
 """
@@ -102,7 +103,7 @@ def check_finite(value, what, lr):
     """Raises UserError if a value is not finite, so that nothing is saved of it."""
     if not value.isfinite():
         raise UserError(f"{what} is not finite, most likely because --lr {lr:g} is too large; give "
-                        f"a smaller one. A checkpoint from before is kept")
+                        f"a smaller one. What was saved before is kept")
 
 
 # ---- the run's folder ----------------------------------------------------------------------

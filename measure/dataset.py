@@ -101,6 +101,8 @@ def check_captions(pairs, tokenizer, default_prompt):
           f"{default_prompt!r}")
     if bare:
         captions.append(("--default-prompt", default_prompt))
+    for pair in [pair for pair in pairs if not pair.prompts][:ENTRIES]:
+        print(f"no caption: {pair.image}")
     for place, text in captions:
         _, rest = tokenizer.fit(text)
         if rest:
@@ -121,16 +123,20 @@ def check_data(args):
     counts = Counter(side_of[group] for group in groups)
     print(f"pairs: {len(pairs)}, of which " + ", ".join(
         f"{counts[side]} {side}" for side in ("train", "val", "test")))
-    for file in unused:
+    for file in unused[:ENTRIES]:
         print(f"belongs to no pair: {file}")
+    if unused[ENTRIES:]:
+        print(f"and {len(unused) - ENTRIES} more files belong to no pair")
     survey.report(args.data, len(pairs))
     check_captions(pairs, load_clip(args.base, args.tokenizer)[0], args.default_prompt)
     problems += survey.problems
     for problem in problems:
         print(f"problem: {problem}")
     if problems:
-        raise UserError(f"{args.data}: problems, each named above: {len(problems)}")
+        raise UserError(f"{args.data}: problems, each named above: {len(problems)}; no sheet is "
+                        f"written")
     write_sheet(args)
+    print("no problem found; the sheet shows what the network will see")
 
 
 def write_sheet(args):

@@ -143,6 +143,8 @@ def print_losses(numbers):
           f"steered {numbers['steered']:.4f}, shuffled conditions {numbers['shuffled']:.4f}")
     print(f"gain {gain:.4f} +- {gain_error:.4f} ({ratio(gain, gain_error):.1f} standard errors), "
           f"shuffled-condition gap {gap:.4f} +- {gap_error:.4f} ({ratio(gap, gap_error):.1f})")
+    if gain < 0:
+        print("worse than the frozen base: train for more steps, or with a smaller --lr")
     if numbers["pairs"] < FEW_PAIRS:
         print(f"(these are {numbers['pairs']} pairs only: other pairs would give other numbers)")
 

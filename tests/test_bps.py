@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import bps as bps_module
 from bps import (
@@ -240,7 +241,6 @@ def test_a_saved_bps_comes_back_with_its_config_and_facts(parts, tmp_path):
 
 @pytest.mark.parametrize("size", [dict(norm_groups=0), dict(cond_channels=-1)], ids=str)
 def test_a_bps_file_of_senseless_sizes_is_refused_in_one_line(size, parts, tmp_path):
-    from safetensors.torch import save_file
     config = json.dumps(dataclasses.asdict(parts[1].config) | size)
     save_file(parts[1].state_dict(), tmp_path / "bad.safetensors", dict(config=config,
                                                                         training="{}"))
@@ -248,8 +248,19 @@ def test_a_bps_file_of_senseless_sizes_is_refused_in_one_line(size, parts, tmp_p
         load_bps(tmp_path / "bad.safetensors")
 
 
+def test_a_file_of_one_entry_for_each_part_of_its_header_still_loads(parts, tmp_path):
+    bps = parts[1]
+    save_file(bps.state_dict(), tmp_path / "old.safetensors",
+              dict(config=json.dumps(dataclasses.asdict(bps.config)), training='{"task": "sketch"}'))
+    loaded = load_bps(tmp_path / "old.safetensors")
+    assert loaded.metadata == {"task": "sketch"} and loaded.config == bps.config
+    save_bps(bps, tmp_path / "new.safetensors", {"task": "sketch"})
+    first = (tmp_path / "new.safetensors").read_bytes()
+    save_bps(bps, tmp_path / "new.safetensors", {"task": "sketch"})
+    assert (tmp_path / "new.safetensors").read_bytes() == first
+
+
 def test_a_file_that_is_no_bps_is_refused(tmp_path):
-    from safetensors.torch import save_file
     save_file(dict(a=torch.zeros(2)), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="not a BPS file"):
         load_bps(tmp_path / "other.safetensors")

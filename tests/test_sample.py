@@ -425,3 +425,32 @@ def counting(load_base, batches):
         return base
 
     return load
+
+
+def test_a_folder_of_conditions_goes_on_where_it_was_interrupted(draw, tmp_path, monkeypatch,
+                                                                 capsys):
+    folder, out = tmp_path / "conditions", tmp_path / "drawn"
+    folder.mkdir()
+    for name in "abc":
+        shutil.copy(DEFAULT_DRAWING, folder / f"{name}.png")
+    draw_job, jobs = sample.draw_job, []
+
+    def counted(job, *arguments):
+        if len(jobs) == 2:
+            raise KeyboardInterrupt
+        jobs.append(job.name)
+        return draw_job(job, *arguments)
+
+    monkeypatch.setattr(sample, "draw_job", counted)
+    with pytest.raises(KeyboardInterrupt):
+        draw("--cond", folder, "--n", 2, "--out", out)
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    jobs.clear()
+    draw("--cond", folder, "--n", 2, "--out", out)
+    assert jobs == ["c-"] and capsys.readouterr().out.count("drawn before by this command") == 2
+    assert all((out / name).read_bytes() == content for name, content in before.items())
+    assert len(list(out.glob("*00*.png"))) == 6
+    jobs.clear()
+    with pytest.raises(KeyboardInterrupt):              # another command draws them anew
+        draw("--cond", folder, "--n", 2, "--steps", 3, "--out", out)
+    assert jobs == ["a-", "b-"] and (out / "a-0000-2.png").exists()

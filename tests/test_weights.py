@@ -204,10 +204,12 @@ def test_a_bps_file_damaged_at_random_loads_or_is_refused_in_one_line(tmp_path, 
         if i % 3 == 0:
             damaged(header, pick)
         else:
-            key = pick.choice(("config", "training"))
-            content = json.loads(header["__metadata__"][key])
-            content[pick.choice(sorted(content))] = pick.choice(values)
-            header["__metadata__"][key] = json.dumps(content if i % 7 else pick.choice(values))
+            content = json.loads(header["__metadata__"]["bps"])
+            part = content[pick.choice(("config", "training"))]
+            part[pick.choice(sorted(part))] = pick.choice(values)
+            if i % 7 == 0:
+                content = pick.choice((*values, dict(content, training=3), dict(config={})))
+            header["__metadata__"]["bps"] = json.dumps(content)
         text = json.dumps(header).encode()
         file.write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + length:])
         refused += not loads_or_is_refused(load_bps, file)
