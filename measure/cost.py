@@ -1,7 +1,7 @@
 """What loading, predicting and steering cost at SD 1.5's sizes, beside diffusers if installed.
 
-    python -m measure.cost                  # four tables: half an hour on two cores
-    python -m measure.cost --only steering  # or load, forward, rounding
+    python -m measure.cost                  # five tables: an hour on two cores
+    python -m measure.cost --only training  # or load, forward, steering, rounding
 
 The base is made if it is missing: a folder and a single file of SD 1.5's sizes with random weights,
 8.5 GB in all. Each measurement of memory runs in a process of its own. Files are in the page cache.
@@ -12,6 +12,9 @@ Steering is timed relative to drawing the same pictures unsteered, without text 
 autoencoder. "naive" is how the authors' code runs: BPS in every call of the U-Net, for both passes
 of guidance. "amortised" is how sample.py runs: once per timestep and condition, for all pictures.
 At SD 1.5's sizes one step of 512 px, timed once, stands for all of them.
+
+Training is one step on one picture: BPS and base forward, backward, AdamW, on random weights.
+ControlNet is diffusers'.
 """
 import importlib.util
 import multiprocessing
@@ -134,6 +137,57 @@ def measure_forward(programs, path, device, dtype, repeat):
                    repeat), memory
 
 
+def training_networks(program, checkpointing, dtype):
+    """Returns (trained network, prediction(z_t, t, context, cond)) at SD 1.5's sizes.
+
+    program: a foot of BPS, or "controlnet".
+    """
+    if program == "controlnet":
+        import diffusers
+        unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
+        trained = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=1)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+            trained.enable_gradient_checkpointing()
+        unet = unet.to(dtype).requires_grad_(False)
+
+        def predict(z_t, t, context, cond):
+            down, middle = trained(z_t, t, context, cond, return_dict=False)
+            return unet(z_t, t, context, down_block_additional_residuals=down,
+                        mid_block_additional_residual=middle).sample
+    else:
+        unet = UNet(UNetConfig()).to(dtype, memory_format=torch.channels_last)
+        unet.requires_grad_(False)
+        trained = build_bps(config_for(unet.config, 1, 8, foot=program))
+        trained = trained.to(memory_format=torch.channels_last)
+        unet.checkpointing = trained.checkpointing = checkpointing
+
+        def predict(z_t, t, context, cond):
+            return unet(z_t, t, context, trained(cond, unet.time_embedding(t)))
+    return trained.train(), predict
+
+
+def measure_training(program, size, checkpointing, dtype, device, repeat):
+    """Returns (median seconds of a step, peak memory in GB) of a training on one picture."""
+    torch.manual_seed(0)
+    dtype = DTYPES[dtype]
+    trained, predict = training_networks(program, checkpointing, dtype)
+    trained, optimizer = trained.to(device), torch.optim.AdamW(trained.parameters(), lr=1e-5)
+    z_t = torch.randn(1, 4, size // 8, size // 8, device=device)
+    noise, context = torch.randn_like(z_t), torch.randn(1, 77, 768, device=device)
+    cond, t = torch.rand(1, 1, size, size, device=device), torch.tensor([500], device=device)
+
+    def step():
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=dtype != torch.float32):
+            loss = (predict(z_t, t, context, cond).float() - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    step()                                                      # makes the optimiser's state
+    return np.median([seconds(step, device) for _ in range(repeat)]), peak_memory(device)
+
+
 # ---- tables --------------------------------------------------------------------------------
 
 def medians(measures, repeat):
@@ -241,6 +295,18 @@ def steering_table(args):
                           amortised / plain)
 
 
+def training_table(args):
+    """Prints seconds and memory of a training step, beside ControlNet if diffusers is installed."""
+    print_head("training step, batch 1", "px", "base", "checkpointing", "s", "GB")
+    programs = [*reversed(FEET), *(["controlnet"] if len(PROGRAMS) > 1 else [])]
+    for size, dtype in ((256, "fp32"), (512, "bf16")):
+        for checkpointing in (False, True):
+            for program in programs:
+                cost = in_a_process(measure_training, program, size, checkpointing, dtype,
+                                    args.device, args.repeat)
+                print_row(program, size, dtype, "on" if checkpointing else "off", *cost)
+
+
 @torch.inference_mode()
 def rounding_table(args):
     """Prints how far fp16 and bf16 are from fp32: the largest difference, relative to the largest
@@ -277,12 +343,12 @@ def main():
         "(default: %(default)s)")
     add("--repeat", type=int, default=5, help="runs of each program (default: %(default)s)")
     # The last two make this process big, and the peak of a child begins with that of its parent.
-    tables = dict(load=load_table, forward=forward_table, steering=steering_table,
-                  rounding=rounding_table)
+    tables = dict(load=load_table, forward=forward_table, training=training_table,
+                  steering=steering_table, rounding=rounding_table)
     add("--only", choices=tables, help="print only one table (default: all)")
     parser.add_device()
     args = parser.parse_args()
-    if not (args.base / "sd15.safetensors").is_file():
+    if args.only != "training" and not (args.base / "sd15.safetensors").is_file():
         in_a_process(make_base, args.base)
     if len(PROGRAMS) == 1:
         print(f"not all of {', '.join(PEERS)} are installed: only our own figures")

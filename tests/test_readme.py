@@ -28,6 +28,7 @@ MODULES = {"train.py": train, "sample.py": sample, "toy2d.py": toy2d,
 def split(command):
     """Returns (module or None, its arguments) of a command line of README."""
     words = shlex.split(command.split("&&")[-1], comments=True)
+    words = ["python", *words[3:]] if words[:2] == ["torchrun", "--nproc-per-node"] else words
     assert words[0] == "python", command
     name, arguments = (words[2], words[3:]) if words[1] == "-m" else (words[1], words[2:])
     return MODULES.get(name), arguments
