@@ -266,8 +266,8 @@ def main():
               for split in SPLITS}
     if args.data:
         warn_of_losses(args.data, args.extract, args.default_prompt)
-    facts = run_facts(args, splits)
-    out = processes.from_first(choose_out(args.out, facts))
+    facts = processes.from_first(lambda: run_facts(args, splits))
+    out = processes.from_first(lambda: choose_out(args.out, facts))
     renamed = out.resolve() != args.out.resolve()
     print(f"run: {out} ({args.out} holds another run)" if renamed else f"run: {out}")
     with lock(out) if processes.rank == 0 else contextlib.nullcontext():

@@ -41,9 +41,9 @@ class Processes(NamedTuple):
             dist.all_reduce(value)
         return value / self.count
 
-    def from_first(self, value):
-        """Returns what the first process has for a value."""
-        values = [value]
+    def from_first(self, function):
+        """Returns what a function without arguments returns in the first process, to all of them."""
+        values = [function() if self.rank == 0 else None]
         if self.count > 1:
             dist.broadcast_object_list(values)
         return values[0]
