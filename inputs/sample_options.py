@@ -66,8 +66,8 @@ def make_parser(description):
     """Returns the parser."""
     parser = Parser(description)
     add = parser.add_argument
-    add("--bps", type=Path, nargs="+", help="trained BPS files, or none (default: the embedded "
-        "base's for drawings, none for another --base)")
+    add("--bps", type=Path, nargs="+", help="trained BPS files, or the word none "
+        "(default: the embedded base's for drawings, none for another --base)")
     add("--cond", type=Path, nargs="+", help="the condition of each --bps: a picture, or a folder "
         "of pictures (default: tiny/drawing.png)")
     add("--scale", type=float, nargs="+", default=[1.0], help="factor on the maps: how strong "
