@@ -87,7 +87,7 @@ def test_the_last_seeds_picture_can_be_drawn_again(run, tmp_path, capsys):
     assert (tmp_path / "again" / f"{last}.png").is_file()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
 def test_a_console_that_cannot_show_a_prompt_shows_an_escape(tmp_path, encoding):
     done = subprocess.run(
         [sys.executable, "sample.py", "--bps", "none", "--prompt", "grün 苹果", "--steps", "1",

@@ -72,7 +72,7 @@ def test_several_processes_are_the_same_training(plain, count, weight_tolerance,
     assert_same(result, plain, 1e-5, weight_tolerance)
 
 
-@pytest.mark.parametrize("foot", ["faithful", "light"])
+@pytest.mark.parametrize("foot", [pytest.param("faithful", marks=pytest.mark.slow), "light"])
 def test_checkpointing_gives_the_same_gradients(foot):
     plain = trained(foot=foot, steps=3)
     assert_same(trained(foot=foot, steps=3, checkpointing=True), plain, 1e-6, 1e-6)
@@ -142,6 +142,7 @@ train.main()
         file.name for file in (tmp_path / "whole").iterdir())
 
 
+@pytest.mark.slow
 def test_what_all_processes_meet_is_told_once(tmp_path):
     done = torchrun(2, "--batch", "1", "--out", tmp_path / "run")
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -306,7 +306,8 @@ def poisoned(part, folder):
 
 
 @pytest.mark.parametrize("part, words", [
-    ("unet", "U-Net"), ("vae", "autoencoder"), ("text_encoder", "text encoder")])
+    ("unet", "U-Net"), pytest.param("vae", "autoencoder", marks=pytest.mark.slow),
+    pytest.param("text_encoder", "text encoder", marks=pytest.mark.slow)])
 def test_weights_that_are_not_finite_are_named_in_training_and_sampling(part, words, tmp_path,
                                                                         monkeypatch):
     base = poisoned(part, tmp_path / "base")

@@ -174,7 +174,9 @@ WRITERS = {"args.json": (weights, "write_json"), "checkpoint": (weights, "save_f
            "samples.png": (report, "contact_sheet")}
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", [
+    name if name == "checkpoint" else pytest.param(name, marks=pytest.mark.slow)
+    for name in WRITERS])
 def test_a_full_disk_is_one_line_and_older_files_stay_whole(run, tmp_path, monkeypatch, capsys,
                                                             name):
     out, (owner, function) = tmp_path / "run", WRITERS[name]
