@@ -192,7 +192,10 @@ def is_drawn(file, text):
     """
     number, candidate = 1, file
     while candidate.exists():
-        record = getattr(load_image(candidate), "text", {})
+        try:
+            record = getattr(load_image(candidate), "text", {})
+        except UserError:               # some other file, which is not overwritten
+            record = {}
         if all(record.get(key) == str(text[key]) for key in ("options", "files")):
             return True
         number += 1

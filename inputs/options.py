@@ -45,9 +45,14 @@ class Parser(argparse.ArgumentParser):
             message += "; write --option=VALUE if the value begins with a dash"
         self.exit(2, f"error: {message}\n")
 
-    def check_out(self, out):
+    def check_out(self, out, *sources):
         """Ends the script if --out, or a folder it would lie in, is a file or write-protected.
+
+        Nor may it lie in a source, a folder whose pictures are read: its own would be among them.
         """
+        for source in sources:
+            if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
+                self.error(f"--out {out}: lies in {source}, whose pictures are read; give another")
         for folder in (out, *out.absolute().parents):
             if folder.is_file():
                 self.error(f"--out {out}: {folder} is a file; a folder is wanted")

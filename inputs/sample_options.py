@@ -195,7 +195,7 @@ def check_settings(parser, args):
         if not any(start <= i / steps < end for i in range(steps)):
             parser.error(f"--window {start:g} {end:g}: holds none of the {steps} steps; widen it "
                          f"or give more --steps")
-    parser.check_out(args.out)
+    parser.check_out(args.out, *(c.cond for c in args.conditions if c.cond))
 
 
 # ---- what belongs together -----------------------------------------------------------------

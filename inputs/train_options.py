@@ -76,7 +76,7 @@ def parse_args(description):
         parser.error(f"--extract: makes no conditions for --task {args.task}; allowed are "
                      f"{', '.join(name for name, task in TASKS.items() if task.extract)}")
     args.out = args.out or Path("runs") / ("check" if args.check_data else args.task)
-    parser.check_out(args.out)
+    parser.check_out(args.out, *([args.data] if args.extract else []))
     return args
 
 

@@ -364,6 +364,7 @@ def test_what_comes_with_the_project_is_found_again_where_the_project_has_moved(
     (["--init", "tiny/drawing.png", "--denoise", "0"], "--denoise 0.0: allowed is above 0"),
     (["--from", "tiny/drawing.png"], "tiny/drawing.png: does not say how it was drawn"),
     (["--cond", "tests"], "--cond tests: no image in it"),
+    (["--cond", "tests", "--out", "tests/x"], "--out tests/x: lies in tests, whose pictures are"),
 ])
 def test_a_wrong_option_is_named_with_what_is_allowed(arguments, message, draw, monkeypatch,
                                                       capsys):
