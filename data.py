@@ -38,7 +38,7 @@ from weights import UserError
 
 TEST_SHARE, VAL_SHARE = 0.15, 0.05      # of a user's pairs
 MIN_PAIRS = 10
-PART = 32                       # pairs in a file of the cache
+PART = 48                       # pairs in a part of the cache
 MOST_PROMPTS = 2000             # that are encoded beforehand: 240 MB at SD 1.5's size
 CACHE_VERSION = 1               # of what is cached, and how
 
@@ -165,27 +165,27 @@ class LatentCache:
         """
         self.pairs, self.task, self.size, self.extract = pairs, task, size, extract
         self.palettes, self.blank, self.base = {}, [], base
-        parts = [(pairs[i:i + PART], flip) for flip in ((False, True) if mirror else (False,))
+        self.flips = (False, True) if mirror else (False,)
+        parts = [(pairs[i:i + PART], flip) for flip in self.flips
                  for i in range(0, len(pairs), PART)]
+        files = {}                                      # of the parts that this process makes
         if disk:
             disk.folder.mkdir(parents=True, exist_ok=True)
-            own = disk.processes.slots(len(parts)).tolist()
-            for i in tqdm(own, desc="latents", leave=False):
-                self.part_file(disk, *parts[i])
-            disk.processes.wait()                       # for the others' parts
+            for i in tqdm(disk.processes.slots(len(parts)).tolist(), desc="latents", leave=False):
+                files[i] = self.part_file(disk, *parts[i])
+            disk.processes.wait()                       # for the parts of the others
         self.parts = []                                 # dicts of tensors, or files
-        for part in tqdm(parts, desc="latents", leave=False):
+        for i, (part, flip) in enumerate(tqdm(parts, desc="latents", leave=False)):
             if disk:
-                content = self.part_file(disk, *part)
+                content = files.get(i) or self.part_file(disk, part, flip)
                 with safe_open(content, "pt") as f:
                     metadata = f.metadata()
             else:
-                content, metadata = self.make_part(*part)
+                content, metadata = self.make_part(part, flip)
             self.parts.append(content)
-            names = [pair.name for pair in part[0]]
-            self.blank += [names[i] for i in json.loads(metadata["blank"]) if not part[1]]
-            for classes, i in json.loads(metadata["palettes"]):
-                self.palettes.setdefault(tuple(map(tuple, classes)), names[i])
+            self.blank += [part[row].name for row in json.loads(metadata["blank"]) if not flip]
+            for classes, row in json.loads(metadata["palettes"]):
+                self.palettes.setdefault(tuple(map(tuple, classes)), part[row].name)
         prompts = sorted({prompt for pair in pairs for prompt in pair.prompts} | {""})
         self.contexts = None                            # too many: encoded as they are needed
         if len(prompts) <= MOST_PROMPTS:
@@ -233,16 +233,16 @@ class LatentCache:
         return contexts
 
     def __len__(self):
-        return len(self.pairs) * (1 + (len(self.parts) > -(-len(self.pairs) // PART)))
+        return len(self.pairs) * len(self.flips)
 
     def rows(self, name, indices):
         """Returns the rows (n, ..) of "cond", "mean" or "std" of pairs; from len(pairs) on, flipped.
         """
-        rows = []
+        rows, parts_of_a_flip = [], len(self.parts) // len(self.flips)
         for i in torch.as_tensor(indices).tolist():
-            flipped, i = divmod(i, len(self.pairs))
+            flip, i = divmod(i, len(self.pairs))
             part, row = divmod(i, PART)
-            content = self.parts[part + flipped * -(-len(self.pairs) // PART)]
+            content = self.parts[flip * parts_of_a_flip + part]
             if isinstance(content, dict):
                 rows.append(content[name][row])
             else:

@@ -268,13 +268,13 @@ def test_a_users_pairs_are_split_by_name_with_some_on_every_side():
 
 @pytest.fixture
 def pairs(tmp_path):
-    """Forty pairs of files, of which each part holds some."""
+    """Sixty pairs of files, more than a part holds."""
     (tmp_path / "pairs").mkdir()
     found = []
-    for i in range(40):
+    for i in range(60):
         files = tmp_path / "pairs" / f"{i}-cond.png", tmp_path / "pairs" / f"{i}.png"
-        ring(64 - i, 64 - i).save(files[0])
-        ring(64 - i, 64 - i).rotate(90).save(files[1])
+        ring(80 - i, 80 - i).save(files[0])
+        ring(80 - i, 80 - i).rotate(90).save(files[1])
         found.append(Pair(str(files[0]), lambda file=files[0]: open_drawing(file),
                           lambda file=files[1]: open_image(file), (f"ring {i}",), files))
     return found
@@ -303,10 +303,10 @@ def batches(cache):
 def test_a_cache_on_disk_is_the_one_in_memory_and_is_computed_once(pairs, base, tmp_path):
     disk = DiskCache(tmp_path / "cache", {"vae": "a"})
     expected = batches(LatentCache(pairs, "sketch", 64, base, mirror=True))
-    for encoded in (80, 0):                             # the second training finds it there
+    for encoded in (120, 0):                             # the second training finds it there
         base.vae.encoded = 0
         cache = LatentCache(pairs, "sketch", 64, base, mirror=True, disk=disk)
-        assert base.vae.encoded == encoded and len(cache) == 80
+        assert base.vae.encoded == encoded and len(cache) == 120
         assert all(map(torch.equal, batches(cache), expected))
     for others, size, facts in ((pairs, 64, {"vae": "b"}), (pairs[1:], 64, {"vae": "a"}),
                                 (pairs, 48, {"vae": "a"})):
@@ -322,7 +322,7 @@ def test_an_interrupted_pass_goes_on_and_a_damaged_part_is_made_again(pairs, bas
     encode = base.vae.encode
 
     def interrupted(x):
-        if base.vae.encoded >= 72:
+        if base.vae.encoded >= 60 + 48:
             raise KeyboardInterrupt
         return encode(x)
 
@@ -332,14 +332,14 @@ def test_an_interrupted_pass_goes_on_and_a_damaged_part_is_made_again(pairs, bas
     monkeypatch.setattr(base.vae, "encode", encode)
     base.vae.encoded = 0
     LatentCache(pairs, "sketch", 64, base, disk=disk)
-    assert base.vae.encoded == 8                        # the part that was not finished
+    assert base.vae.encoded == 12                       # the part that was not finished
     file = max((tmp_path / "cache").iterdir(), key=lambda file: file.stat().st_size)
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
     base.vae.encoded = 0
     cache = LatentCache(pairs, "sketch", 64, base, disk=disk)
-    assert base.vae.encoded == 32
+    assert base.vae.encoded == 48
     assert all(map(torch.equal, batches(cache), expected))
 
 
