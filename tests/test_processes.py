@@ -83,7 +83,8 @@ def test_a_batch_in_parts_is_the_same_batch(plain):
     assert_same(trained(accumulate=3), plain, 2e-5, 5e-5)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_a_base_in_a_narrow_dtype_trains_nearly_alike(dtype):
     losses, _ = trained(dtype=dtype, steps=3, batch=4)
     plain_losses, _ = trained(steps=3, batch=4)

@@ -382,6 +382,7 @@ def test_the_mode_named_time_blind_is_the_only_one_that_is(modes_run):
     assert "+0.000 +- 0.000" in table.split("| CP+TP+EP |")[1].split("\n")[0]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_table_and_another_seed_another(compared, run_toy):
     toy2d.train_prior.cache_clear()             # so that it is trained again
     text = (compared / "toy2d.md").read_text()
