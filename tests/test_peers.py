@@ -18,7 +18,11 @@ from test_references import relative
 
 import clip
 import diffusion
+from bps import Steering, load_bps
+from inputs.conditions import read_condition
 from inputs.options import BASE
+from inputs.sample_options import DEFAULT_BPS, DEFAULT_DRAWING
+from measure.obedience import sketch
 from sample import draw, load_base
 from unet import load_unet
 from vae import load_vae
@@ -164,3 +168,69 @@ def test_diffusers_loads_the_embedded_base_and_draws_its_picture():
     theirs = pipe(prompts[0], latents=noise, num_inference_steps=50, guidance_scale=3.0, height=64,
                   width=64, output_type="pt").images
     assert (drawn - theirs).abs().max() < 1 / 255
+
+
+# ---- the recipe of docs/steer_diffusers.py ---------------------------------------------------
+
+PROMPT = "red apple, food, 3d style"
+
+
+@pytest.fixture
+def pipe():
+    """A pipeline of the embedded base, ready to be steered."""
+    diffusers = pytest.importorskip("diffusers")
+    from docs.steer_diffusers import SteeredUNet
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet = SteeredUNet(pipe.unet)
+    return pipe
+
+
+@pytest.fixture
+def bps():
+    """The shipped BPS, whose `.runs` counts how often it was run."""
+    bps = load_bps(DEFAULT_BPS)
+    bps.runs = 0
+
+    def count(*_):
+        bps.runs += 1
+
+    bps.register_forward_hook(count)
+    return bps
+
+
+def drawn_by(pipe, steps):
+    """Returns a pipeline's picture (1, 3, 64, 64) in [0, 1] of seed 0."""
+    return pipe(PROMPT, latents=diffusion.draw_noise([0], (4, 16, 16)), num_inference_steps=steps,
+                guidance_scale=3.0, height=64, width=64, output_type="pt").images
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("options", [
+    {}, dict(scale=0.7, strength=0.8, mask=torch.linspace(0, 1, 16).expand(1, 1, 16, 16))], ids=len)
+def test_diffusers_pipeline_draws_the_steered_picture_that_we_draw(options, pipe, bps):
+    cond = read_condition(DEFAULT_DRAWING, "sketch", 64, 64)[0][None]
+    pipe.unet.steerings = [Steering(bps, pipe.unet, cond, **options)]
+    theirs = drawn_by(pipe, 50)
+    assert bps.runs == 50                                   # once per timestep, for both passes
+    base = load_base(BASE)
+    drawn = draw(base, *base.encode([PROMPT, ""]).split(1), [0], 64, 50, 3.0,
+                 [Steering(bps, base.unet, cond, **options)])
+    difference = (drawn.clamp(-1, 1) / 2 + 0.5 - theirs).abs().max()
+    print(f"\nsteered picture in [0, 1]: {difference:.1e}")
+    assert difference < 1e-3
+
+
+@pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler",
+                                  "UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler"])
+@torch.inference_mode()
+def test_diffusers_schedulers_draw_what_the_condition_says(name, pipe, bps):
+    import diffusers
+    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    cond = read_condition(DEFAULT_DRAWING, "sketch", 64, 64)[0][None]
+    torch.manual_seed(0)                                    # of the ancestral one
+    prior = sketch(drawn_by(pipe, 25) * 2 - 1, cond)["line F1"]
+    pipe.unet.steerings = [Steering(bps, pipe.unet, cond)]
+    steered = sketch(drawn_by(pipe, 25) * 2 - 1, cond)["line F1"]
+    print(f"\n{name}: line F1 {prior:.2f}, steered {steered:.2f}")
+    assert bps.runs == 25 and steered > prior + 0.2

@@ -1,0 +1,58 @@
+"""Steers diffusers' StableDiffusionPipeline, with its schedulers and LoRAs, by BPS trained here.
+
+    unet = SteeredUNet(pipe.unet)
+    unet.steerings = [Steering(load_bps(file), unet, cond)]         # cond: (1, C, H, W) in [0, 1]
+    pipe.unet = unet
+"""
+from functools import partial
+
+import torch
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
+
+from bps import make_denoiser
+
+
+class SteeredUNet(torch.nn.Module):
+    """A UNet2DConditionModel's stand-in; it steers with what is in `.steerings`."""
+    device, dtype = (property(lambda self, name=name: getattr(self.unet, name))
+                     for name in ("device", "dtype"))
+
+    def __init__(self, unet):
+        super().__init__()
+        self.unet, self.config, self.steerings, self.residuals = unet, unet.config, [], None
+        blocks = [[]]                                       # no map behind the stem ...
+        for level in unet.down_blocks:
+            blocks += self.layers(level) + ([[]] if level.downsamplers else [])     # nor these
+        blocks.append([*unet.mid_block.resnets, *unet.mid_block.attentions])
+        for level in unet.up_blocks:
+            blocks += self.layers(level)
+        for i, block in enumerate(blocks):
+            for layer in block:
+                layer.register_forward_hook(partial(self.add_map, i))
+
+    def layers(self, level):
+        """Returns for each block of a level its residual block, and its transformer if it has one.
+        """
+        return [*zip(level.resnets, *filter(None, [getattr(level, "attentions", None)]))]
+
+    def add_map(self, i, layer, inputs, output):
+        """Adds block i's map to what a layer returns; a transformer returns a tuple of one."""
+        if self.residuals is None or self.residuals[i] is None:
+            return output
+        h = output[0] if isinstance(output, tuple) else output
+        return (h + self.residuals[i],) if isinstance(output, tuple) else h + self.residuals[i]
+
+    def time_embedding(self, t):
+        """Returns what the residual blocks and BPS know of t (B,)."""
+        return self.unet.time_embedding(self.unet.time_proj(t).to(self.dtype))
+
+    def predict(self, z_t, t, context, residuals=None):
+        """Returns eps (B, 4, H, W), as our own UNet does."""
+        self.residuals = residuals
+        return self.unet(z_t, t, context, return_dict=False)[0]
+
+    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True, **_):
+        """Returns the posterior's eps for both passes of the pipeline's guidance at once."""
+        denoise = make_denoiser(self.predict, encoder_hidden_states, None, 1.0, self.steerings)
+        eps = denoise(sample, timestep.item()).to(sample.dtype)
+        return UNet2DConditionOutput(eps) if return_dict else (eps,)
