@@ -54,7 +54,7 @@ class NoiseSchedule:
         like: z (B, 4, H, W), or of any other rank, as in the plane; they get its rank, dtype and
         device.
         """
-        abar = self.alphas_cumprod.to(like.device, like.dtype)[t]
+        abar = self.alphas_cumprod.to(like.dtype).to(like.device)[t]    # Apple's GPU has no float64
         abar = abar.view(-1, *(1 for _ in like.shape[1:]))
         return abar.sqrt(), (1 - abar).sqrt()
 

@@ -62,9 +62,10 @@ class Parser(argparse.ArgumentParser):
                 return
 
     def add_device(self):
-        """Adds --device: the GPU if there is one, else the CPU."""
-        self.add_argument("--device", type=usable_device,
-                          default="cuda" if torch.cuda.is_available() else "cpu",
+        """Adds --device: the GPU if there is one, NVIDIA's or Apple's, else the CPU."""
+        gpus = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
+        default = next((name for name, is_there in gpus.items() if is_there), "cpu")
+        self.add_argument("--device", type=usable_device, default=default,
                           help="(default: %(default)s)")
 
     def add_base(self):

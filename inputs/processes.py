@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from weights import UserError
+
 LONGEST_WAIT = timedelta(days=1)        # of the others, while the first one validates
 
 
@@ -57,11 +59,14 @@ class Processes(NamedTuple):
 def join_processes(device):
     """Returns (Processes, this one's device); all but the first are silent from here on.
 
-    Sources: the environment variables that torchrun sets.
+    Sources: the environment variables that torchrun sets. Errors: UserError for several on mps.
     """
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
         return Processes(), device
+    if device == "mps":
+        raise UserError("--device mps: has no way to join processes; leave out torchrun, or give "
+                        "--device cpu")
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image, ImageOps
 
 import sample
@@ -67,6 +68,17 @@ def test_a_command_is_split_into_its_words_again():
     assert command == 'python sample.py --prompt "a cat\'s toy, red" --n 4'    # for cmd.exe, too
     assert shell_command(["a", "$b"]) == "a '$b' # quoted for a POSIX shell"
     assert shell_command(["%TEMP%"]) == "%TEMP% # quoted for a POSIX shell"
+
+
+@pytest.mark.parametrize("there, device", [
+    ((), "cpu"), (("mps",), "mps"), (("cuda",), "cuda"), (("cuda", "mps"), "cuda")], ids=str)
+def test_a_gpu_is_the_default_where_there_is_one(there, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in there)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in there)
+    monkeypatch.setattr(options, "usable_device", lambda name: name)
+    parser = options.Parser("")
+    parser.add_device()
+    assert parser.parse_args([]).device == device
 
 
 def test_on_windows_what_cmd_would_split_is_in_double_quotes(monkeypatch):

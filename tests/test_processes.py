@@ -15,6 +15,7 @@ from bps import build_bps, config_for
 from data import LatentCache, load_pairs
 from inputs.options import BASE, DTYPES, HERE
 from inputs.processes import Processes, join_processes
+from weights import UserError
 
 ARGS = dict(steps=20, lr=1e-3, batch=16, seed=0, save_every=1, device="cpu", prompt_drop=0.1,
             accumulate=1, keep="best", dtype="fp32")
@@ -60,6 +61,12 @@ def process(rank, count, port, folder):
     if rank == 0:
         torch.save(result, folder / "result.pt")
     torch.distributed.destroy_process_group()
+
+
+def test_several_processes_on_apples_gpu_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--device mps: has no way to join processes"):
+        join_processes("mps")
 
 
 # AdamW turns a rounded gradient of nearly 0 into a step of either sign: hence not 1e-6
