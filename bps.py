@@ -284,11 +284,12 @@ def posterior(eps_prior, eps_posteriors, strengths):
     """Returns eps* + sum_i s_i (eps_bar_i* - eps*), the combined posterior denoiser.
 
     eps_prior, each of eps_posteriors: (B, 4, H, W), all eps or all v: coefficients sum to 1, and v
-    is affine in eps. strengths: one float s_i each; 0 is the prior, 1 the posterior. At each t
-    this is -sigma_t grad log [p_t(z_t) prod_i p_t(c_i | z_t)^s_i]. A sampler reaches
+    is affine in eps. strengths: s_i for each; 0 is the prior, 1 the posterior. For numbers, at each
+    t this is -sigma_t grad log [p_t(z_t) prod_i p_t(c_i | z_t)^s_i]. A sampler reaches
     p(z_0) prod_i p(c_i | z_0)^s_i exactly only if each s_i is 0 or 1 and the conditions are
     independent given z_t at every t, for a power or product of means is not the mean of the power
-    or product (arXiv 2302.11552). Errors: ValueError if the counts differ.
+    or product (arXiv 2302.11552). A strength may also be a map (1, 1, H, W): then it is a
+    heuristic, as the sum is no gradient. Errors: ValueError if the counts differ.
     """
     if len(eps_posteriors) != len(strengths):
         raise ValueError(f"{len(eps_posteriors)} posteriors but {len(strengths)} strengths")
@@ -303,12 +304,16 @@ class Steering:
     all pictures that are drawn side by side share them.
     """
 
-    def __init__(self, bps, unet, cond, scale=1.0, strength=1.0, window=(0.0, 1.0)):
+    def __init__(self, bps, unet, cond, scale=1.0, strength=1.0, window=(0.0, 1.0), mask=None):
         """cond: (B or 1, C, f H, f W) in [0, 1]. scale multiplies the maps. strength is s in
         p_t(c | z_t)^s. window: the part of the sampler's steps that is steered, from 0 to 1.
+        mask: (1, 1, H, W) in [0, 1], the share of the strength at each place; None is 1 everywhere.
         """
         self.bps, self.unet, self.cond = bps, unet, cond
-        self.scale, self.strength, self.window = scale, strength, window
+        self.scale, self.window = scale, window
+        self.strength = strength if mask is None else strength * mask
+        strengths = torch.as_tensor(self.strength)
+        self.is_full, self.is_off = bool((strengths == 1).all()), not strengths.any()
         self.last_t, self.last_residuals = None, None
 
     def __call__(self, t):
@@ -324,7 +329,7 @@ class Steering:
     def is_active(self, share):
         """Returns whether it steers a step before which a share of the steps is done, 0 to 1."""
         start, end = self.window
-        return self.scale != 0 and self.strength != 0 and start <= share < end
+        return self.scale != 0 and not self.is_off and start <= share < end
 
 
 def make_denoiser(unet, context, context_empty, guidance_scale, conditions=(), timesteps=()):
@@ -336,7 +341,7 @@ def make_denoiser(unet, context, context_empty, guidance_scale, conditions=(), t
     Conditions steer both passes of guidance, so guidance does not raise their exponent: s_i stays
     s_i, if c_i and the text are independent given z_t. context: (B, L, D). context_empty:
     (1, L, D) of the empty or negative prompt, unused (may be None) if guidance_scale is 1.
-    conditions: Steerings; a single one of strength 1 costs no further pass of the U-Net, every
+    conditions: Steerings; a single one of full strength costs no further pass of the U-Net, every
     other costs one. timesteps: all that the sampler will go through, in order, which windows are a
     share of; a denoiser that was given them serves one run of a sampler. z_t and eps are float32,
     whatever the U-Net computes in. Errors: ValueError for a window without timesteps, and for a
@@ -373,7 +378,7 @@ def make_denoiser(unet, context, context_empty, guidance_scale, conditions=(), t
                 residuals = [r if r is None or len(r) == 1 else torch.cat([r, r])
                              for r in residuals]           # for both passes; 1 broadcasts
             posteriors.append(unet(z, ts, context, residuals).float())
-        if len(active) == 1 and active[0].strength == 1:
+        if len(active) == 1 and active[0].is_full:
             eps = posteriors[0]                            # eps* cancels
         else:
             eps = posterior(unet(z, ts, context).float(), posteriors,

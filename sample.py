@@ -3,13 +3,15 @@
     python sample.py --cond drawing.png --prompt "a red apple" --n 4
     python sample.py --base SD --prompt "a red apple" --negative-prompt "a bowl" --size 768x512
     python sample.py --bps A B --cond a.png b.png --strength 0.7 1 --window 0 0.5 0 1
+    python sample.py --bps A A --cond a.png b.png --mask left.png right.png
     python sample.py --from pictures/0000.png
 
 Without arguments it draws from a drawing and a BPS file that come with the project; with --base
-alone it is a plain Stable Diffusion sampler. Of --cond, --scale, --strength and --window give one
-for all --bps, or one for each. A condition may have any size, a drawing either polarity;
+alone it is a plain Stable Diffusion sampler. Of --cond, --scale, --strength, --window and --mask
+give one for all --bps, or one for each. A condition may have any size, a drawing either polarity;
 --cond FOLDER draws from each image in it, with NAME.txt as its prompt if that is there. Picture i
-depends on seed + i alone, not on --n. Each PNG holds the options that draw it, for --from.
+depends on seed + i alone, not on --n; --batch changes its last bits. Each PNG holds the options
+that draw it, for --from.
 
 Shapes: B batch, L tokens, D width, H W rows and columns of the picture.
 """
@@ -34,6 +36,7 @@ from inputs.conditions import (
     load_image,
     open_image,
     read_condition,
+    read_mask,
     to_image,
     to_x,
 )
@@ -146,20 +149,22 @@ def draw_job(job, steerings, args, base, z_init, size):
     context, empty = base.encode([job.prompt, args.negative_prompt], args.clip_skip).split(1)
     width, height = (side // base.vae.factor for side in size)
     samplers = []
-    # One sampler per seed, not one batch, so that a picture is the same to the bit whatever --n
-    # is. They go side by side, so that BPS runs once per timestep for all of them.
-    for seed in range(args.seed, args.seed + args.n):
-        z_t = diffusion.draw_noise([seed], (base.unet.config.latent_channels, height, width))
+    # With --batch 1 each seed has a sampler, so that a picture is the same to the bit whatever --n
+    # is. Samplers go side by side, so that BPS runs once per timestep for all of them.
+    for seeds in torch.arange(args.seed, args.seed + args.n).split(args.batch):
+        z_t = diffusion.draw_noise(seeds.tolist(),
+                                   (base.unet.config.latent_channels, height, width))
         z_t = z_t.to(args.device)
         if args.start:
             alpha, sigma = levels[args.start]
             z_t = alpha * z_init + sigma * z_t
-        denoise = make_denoiser(base.unet, context, empty, args.guidance, steerings,
-                                timesteps[args.start:])
+        denoise = make_denoiser(base.unet, context.expand(len(seeds), -1, -1), empty,
+                                args.guidance, steerings, timesteps[args.start:])
         samplers.append(diffusion.sample(denoise, z_t, base.schedule, args.steps, args.sampler,
                                          args.start))
     for latents in tqdm(zip(*samplers), total=args.steps - args.start, desc="draw", leave=False):
         pass
+    latents = torch.cat(latents).split(1)
     pictures = [base.vae.decode(z)[0] for z in latents]
     if not all(x.abs().mean() < FAR_OUTSIDE for x in pictures):         # NaN is not less either
         base.check_finite()
@@ -250,9 +255,11 @@ def main():
     jobs = list_jobs(args.conditions, args.prompt)
 
     def read(condition):
-        """Returns (cond, picture of it) of a Condition."""
+        """Returns (cond, picture of it, mask or None) of a Condition."""
         metadata = networks[condition.bps].metadata
-        return read_condition(condition.cond, metadata["task"], *size, metadata.get("classes"))
+        mask = condition.mask and read_mask(condition.mask, *size, base.vae.factor).to(args.device)
+        return (*read_condition(condition.cond, metadata["task"], *size, metadata.get("classes")),
+                mask)
 
     for job in jobs:                    # before the work, should one not be readable
         for condition in job.conditions:
@@ -282,9 +289,10 @@ def main():
         print(f"prompt: {job.prompt}")
         for condition in job.conditions:
             print(f"steered by {condition.bps} and {condition.cond} (--bps none: not steered)")
-        conds, images = zip(*map(read, job.conditions)) if job.conditions else ((), ())
-        steerings = [Steering(networks[c.bps], base.unet, cond[None], c.scale, c.strength, c.window)
-                     for c, cond in zip(job.conditions, conds)]
+        conds, images, masks = zip(*map(read, job.conditions)) if job.conditions else ((),) * 3
+        steerings = [
+            Steering(networks[c.bps], base.unet, cond[None], c.scale, c.strength, c.window, mask)
+            for c, cond, mask in zip(job.conditions, conds, masks)]
         pictures = draw_job(job, steerings, args, base, z_init, size)
         write_pictures(job.name, pictures, seeds, texts, images, args.out)
 

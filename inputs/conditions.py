@@ -134,6 +134,22 @@ def crop(image, width, height):
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
+def read_mask(file, width, height, factor):
+    """Returns mask (1, 1, height / factor, width / factor) in [0, 1] of an image file: 1 is white.
+
+    It covers the picture, width x height, and is cropped like it. What is transparent is black.
+    Errors: UserError, as load_image has them, and if it holds the numbers 0 and 1 of a label map.
+    """
+    image = load_image(file)
+    with naming_file(file):
+        tones = to_rgb(image, "black").convert("L")
+    if tones.getextrema()[1] == 1:
+        raise UserError(f"{file}: its lightest tone is 1 of 255, all but black; a mask steers where "
+                        f"it is white; save it with 255 for 1")
+    tones = ImageOps.fit(tones, (width // factor, height // factor), Image.Resampling.BOX)
+    return torch.from_numpy(np.asarray(tones, np.float32) / 255)[None, None]
+
+
 def images_at_a_time(size):
     """Returns how many pictures of `size` px go through a network at a time; 1 from 512 px on."""
     return max(1, PIXELS_AT_A_TIME // size**2)

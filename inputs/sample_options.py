@@ -28,7 +28,7 @@ from weights import UserError
 
 DEFAULT_BPS = HERE / "tiny" / "bps_sketch.safetensors"      # of the embedded base
 DEFAULT_DRAWING = HERE / "tiny" / "drawing.png"
-NO_BPS = Path("none")
+NONE = Path("none")             # for --bps and --mask
 DENOISE = 0.6                   # share of the steps after --init
 MOST = 1000                     # of a strength, either way
 PATHS = ("base", "tokenizer", "vae", "init")                # options that name one file or folder
@@ -44,6 +44,7 @@ class Condition(NamedTuple):
     scale: float
     strength: float
     window: tuple
+    mask: Path | None           # None steers everywhere
 
 
 class Job(NamedTuple):
@@ -76,11 +77,15 @@ def make_parser(description):
         "others temper it and cost a second pass of the U-Net (default: 1)")
     add("--window", type=float, nargs="+", default=[0.0, 1.0], metavar="START END", help="the part "
         "of the steps that is steered (default: 0 1)")
+    add("--mask", type=Path, nargs="+", help="a picture that says where to steer, white where "
+        "fully, or the word none for everywhere; if not all is white, it costs a second pass")
     add("--prompt", type=unicode_text, default="a red apple", help="what to draw (default: "
         "%(default)s)")
     add("--negative-prompt", type=unicode_text, default="", help="what guidance leads away from "
         "(default: nothing)")
     add("--n", type=int, default=4, help="how many pictures (default: %(default)s)")
+    add("--batch", type=int, default=1, help="how many pictures the U-Net draws at a time; more are "
+        "faster on a GPU, and equal up to rounding (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="the seed of picture 0 (default: %(default)s)")
     add("--size", type=width_and_height, help="pixels, as in 768x512 (default: what BPS, or else "
         "the base, was trained with)")
@@ -138,13 +143,13 @@ def finish(parser, args):
 
 def join_conditions(parser, args, is_embedded):
     """Returns a Condition for each --bps; ends the script if the options do not go together."""
-    files = [Path(file) for file in args.bps or ([DEFAULT_BPS] if is_embedded else [NO_BPS])]
+    files = [Path(file) for file in args.bps or ([DEFAULT_BPS] if is_embedded else [NONE])]
     conds = [Path(file) for file in args.cond or []]
-    if NO_BPS in files:
-        others = [file for file in files if file != NO_BPS]
+    if NONE in files:
+        others = [file for file in files if file != NONE]
         if others:
             parser.error(f"--bps {others[0]}: beside --bps none; leave one of them out")
-        for name in ("cond", "scale", "strength", "window"):
+        for name in ("cond", "scale", "strength", "window", "mask"):
             values = getattr(args, name)
             if values != parser.get_default(name):
                 reason = "not none" if args.bps else "a file that train.py wrote for this base"
@@ -153,12 +158,13 @@ def join_conditions(parser, args, is_embedded):
     if len(files) > 1 and not conds:
         parser.error(f"--bps {files[0]}: without --cond; of several, each needs its own")
     columns = []
+    masks = [None if mask == NONE else Path(mask) for mask in args.mask or [NONE]]
     windows = list(zip(args.window[::2], args.window[1::2]))
     if len(args.window) % 2:
         parser.error(f"--window {args.window[-1]:g}: give a START and an END for each --bps, as in "
                      f"0 0.5")
     for name, values in (("cond", conds or [None]), ("scale", args.scale),
-                         ("strength", args.strength), ("window", windows)):
+                         ("strength", args.strength), ("window", windows), ("mask", masks)):
         if len(values) not in (1, len(files)):
             parser.error(f"--{name}: {len(values)} values for {len(files)} --bps; give one for "
                          f"all, or one for each")
@@ -168,7 +174,7 @@ def join_conditions(parser, args, is_embedded):
 
 def check_settings(parser, args):
     """Ends the script if a setting is out of range; sets args.start, the first step to do."""
-    for name, low, high in (("n", 1, 10_000), ("steps", 1, 999), ("guidance", -MOST, MOST)):
+    for name, low, high in (("n", 1, 10_000), ("batch", 1, 10_000), ("steps", 1, 999), ("guidance", -MOST, MOST)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} {getattr(args, name)}: allowed are {low} to {high}")
     if args.seed + args.n > MOST_SEEDS:
@@ -306,6 +312,9 @@ def picture_options(args, job, seed, size, prediction_type):
     for name in ("bps", "cond", "scale", "strength"):
         options[name] = [getattr(condition, name) for condition in job.conditions]
     options["window"] = [share for condition in job.conditions for share in condition.window]
+    if any(condition.mask for condition in job.conditions):
+        options["mask"] = [str(condition.mask.resolve()) if condition.mask else str(NONE)
+                           for condition in job.conditions]
     for name, default in (("bps", DEFAULT_BPS), ("cond", DEFAULT_DRAWING)):
         paths = options.pop(name)
         if paths != [default]:
@@ -345,6 +354,8 @@ def files_of(args):
         files["init"] = args.init
     for i, condition in enumerate(args.conditions, 1):
         files |= {f"bps {i}": condition.bps, f"cond {i}": condition.cond or DEFAULT_DRAWING}
+        if condition.mask:
+            files[f"mask {i}"] = condition.mask
     return files
 
 

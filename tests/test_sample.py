@@ -14,7 +14,7 @@ import diffusion
 import sample
 from bps import BPS, BPSConfig, Steering, config_for, load_bps, save_bps
 from inputs import options
-from inputs.conditions import crop, open_image, to_x
+from inputs.conditions import crop, open_image, read_mask, to_x
 from inputs.sample_options import DEFAULT_DRAWING
 from unet import load_unet
 from vae import load_vae
@@ -169,6 +169,71 @@ def test_conditions_add_up_in_any_order_each_with_its_own_options(draw, bps_file
                "--strength", 1, 0.5, "--scale", 0.5, 1)
     assert np.array_equal(pixels(one / "0000.png"), pixels(two / "0000.png"))
     assert not np.array_equal(pixels(one / "0000.png"), alone)
+
+
+def test_a_batch_draws_the_same_pictures_up_to_rounding(draw):
+    alone = draw("--n", 3, "--seed", 5)
+    for batch in (2, 8):                                    # 2 + 1, and more than there are
+        together = draw("--n", 3, "--seed", 5, "--batch", batch)
+        for name in ("0005.png", "0006.png", "0007.png"):
+            difference = pixels(alone / name).astype(int) - pixels(together / name)
+            assert np.abs(difference).max() <= 1
+
+
+@pytest.fixture
+def mask(tmp_path):
+    """A function that writes a mask of 40 x 40 px, white from a column on, and returns its file."""
+    def write(white_from, name="mask.png", size=(40, 40)):
+        image = Image.new("L", size)
+        image.paste(255, (white_from, 0, *size))
+        image.save(tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.mark.parametrize("strength", [1, 0.7])
+def test_a_white_mask_is_none_and_a_black_one_the_base_bit_for_bit(strength, draw, mask):
+    options = ["--n", 1, "--strength", strength]
+    white, black, half = (pixels(draw(*options, "--mask", mask(column)) / "0000.png")
+                          for column in (0, 40, 20))
+    steered, named = (pixels(draw(*options, *more) / "0000.png")
+                      for more in ([], ["--mask", "none"]))
+    alone = pixels(draw("--bps", "none", "--n", 1, "--size", 64) / "0000.png")
+    assert np.array_equal(white, steered) and np.array_equal(named, steered)
+    assert np.array_equal(black, alone)
+    assert not np.array_equal(half, steered) and not np.array_equal(half, alone)
+
+
+def test_two_masks_steer_by_one_condition_each_and_come_again_from_the_picture(
+        draw, draw_again, mask, bps_file, other):
+    right = mask(20, "right.png")
+    left = right.with_name("left.png")
+    ImageOps.invert(Image.open(right)).save(left)
+    out = draw("--n", 1, "--bps", bps_file, other[0], "--cond", DEFAULT_DRAWING, other[1],
+               "--mask", left, right)
+    again = draw_again(out / "0000.png")
+    assert np.array_equal(pixels(out / "0000.png"), pixels(again / "0000.png"))
+    one = draw("--n", 1, "--bps", bps_file, other[0], "--cond", DEFAULT_DRAWING, other[1],
+               "--mask", left, "none")
+    assert not np.array_equal(pixels(out / "0000.png"), pixels(one / "0000.png"))
+    mask(10, "right.png")
+    with pytest.raises(UserError, match="right.png: not the file that .* was drawn with"):
+        draw_again(out / "0000.png")
+
+
+def test_a_mask_covers_the_picture_and_is_averaged_over_each_latent_pixel(mask, tmp_path):
+    assert torch.equal(read_mask(mask(48, size=(80, 40)), 40, 40, 4)[0, 0, 0],
+                       torch.tensor([0.0] * 7 + [1.0] * 3))       # the middle 40 of 80 columns
+    shares = read_mask(mask(22), 40, 40, 4)[0, 0]                 # 2 of 4 columns
+    assert shares.shape == (10, 10)
+    torch.testing.assert_close(shares[3], torch.tensor([0.0] * 5 + [0.5] + [1.0] * 4), atol=0.01,
+                               rtol=0)
+    Image.new("LA", (8, 8), (255, 0)).save(tmp_path / "transparent.png")
+    assert not read_mask(tmp_path / "transparent.png", 40, 40, 4).any()
+    Image.new("L", (8, 8), 1).save(tmp_path / "labels.png")
+    with pytest.raises(UserError, match="labels.png: its lightest tone is 1 of 255"):
+        read_mask(tmp_path / "labels.png", 40, 40, 4)
 
 
 def test_one_value_counts_for_all_conditions(draw, bps_file, other):
@@ -359,6 +424,10 @@ def test_what_comes_with_the_project_is_found_again_where_the_project_has_moved(
     (["--bps", "x", "y"], "--bps x: without --cond; of several, each needs its own"),
     (["--bps", "none", "x"], "--bps x: beside --bps none"),
     (["--bps", "none", "--cond", "a.png"], "--cond a.png: needs --bps, not none"),
+    (["--bps", "none", "--mask", "a.png"], "--mask a.png: needs --bps, not none"),
+    (["--mask", "a.png", "b.png"], "--mask: 2 values for 1 --bps; give one for all, or one"),
+    (["--mask", "nowhere.png"], "nowhere.png: no such file"),
+    (["--batch", "0"], "--batch 0: allowed are 1 to 10000"),
     (["--bps", "none", "--strength", "0.5"], "--strength 0.5: needs --bps, not none"),
     (["--denoise", "0.5"], "--denoise 0.5: needs --init"),
     (["--init", "tiny/drawing.png", "--denoise", "0"], "--denoise 0.0: allowed is above 0"),

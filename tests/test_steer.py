@@ -71,6 +71,22 @@ def test_strengths_are_powers_of_the_conditions_likelihoods(strengths, t):
     torch.testing.assert_close(denoise(z_t, t), (-s * score).float())
 
 
+def test_a_mask_is_a_strength_of_its_own_at_each_place():
+    """A row of readings: each place is steered as by a number, its mask times the strength."""
+    world, shares = Gaussian(), torch.tensor([0.0, 0.25, 1.0]).view(1, 1, 1, 3)
+    z_t = torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1).expand(-1, -1, -1, 3)
+    context = torch.zeros(7, 1, 1, dtype=torch.float64)
+
+    def denoise(**options):
+        conditions = [world.steering(1.5, 0.4, **options), world.steering(-0.5, 1.0)]
+        return make_denoiser(world, context, context[:1], 1.0, conditions)(z_t, 501)
+
+    masked = denoise(strength=2.0, mask=shares)
+    for place, share in enumerate(shares.flatten().tolist()):
+        expected = denoise(strength=2.0 * share)
+        torch.testing.assert_close(masked[..., place], expected[..., place])
+
+
 @pytest.mark.parametrize("readings", [[], [(1.5, 0.5)], [(1.5, 0.5), (0.5, 1.0)]], ids=len)
 def test_sampling_draws_the_posterior_of_gaussian_readings(readings):
     """Precisions add up: 1 of the prior, 1 / error^2 of each reading."""
@@ -189,7 +205,8 @@ def test_the_scale_multiplies_the_maps(unet):
         assert a is None or torch.allclose(2.5 * a, b)
 
 
-@pytest.mark.parametrize("nothing", [dict(scale=0.0), dict(strength=0.0)], ids=str)
+@pytest.mark.parametrize("nothing", [
+    dict(scale=0.0), dict(strength=0.0), dict(mask=torch.zeros(1, 1, 12, 8))], ids=str)
 def test_what_steers_nothing_costs_nothing(unet, nothing):
     bps = CountedBPS()
     run(unet, Steering(bps, unet, torch.rand(1, 1, 48, 32), **nothing))
