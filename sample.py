@@ -121,19 +121,21 @@ def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_
     return StableDiffusion(unet, vae, tokenizer, text_model, schedule, path, vae_path or path)
 
 
-def draw(base, context, context_empty, seeds, size, steps, guidance_scale, conditions=()):
+def draw(base, context, context_empty, seeds, size, sampling=diffusion.Sampling(), conditions=()):
     """Returns pictures x (B, 3, size, size), one per text state and seed, drawn as one batch.
 
     context: (B, L, D). context_empty: (1, L, D). seeds: B integers. conditions: Steerings of B
     conditions each.
     """
-    timesteps, _ = diffusion.sampler_steps(steps, base.schedule)
+    sampler, steps, guidance_scale = sampling
+    timesteps, _ = diffusion.sampler_steps(steps, base.schedule, sampler)
     denoise = make_denoiser(base.unet, context, context_empty, guidance_scale, conditions,
                             timesteps)
     side = size // base.vae.factor
     noise = diffusion.draw_noise(seeds, (base.unet.config.latent_channels, side, side))
-    for z in tqdm(diffusion.sample(denoise, noise.to(context.device), base.schedule, steps),
-                  total=steps, leave=False, desc="draw with BPS" if conditions else "draw"):
+    noise = noise.to(context.device)
+    for z in tqdm(diffusion.sample(denoise, noise, base.schedule, steps, sampler), total=steps,
+                  leave=False, desc="draw with BPS" if conditions else "draw"):
         pass
     return torch.cat([base.vae.decode(part) for part in z.split(images_at_a_time(size))])
 

@@ -29,6 +29,8 @@ from weights import UserError
 DEFAULT_BPS = HERE / "tiny" / "bps_sketch.safetensors"      # of the embedded base
 DEFAULT_DRAWING = HERE / "tiny" / "drawing.png"
 NONE = Path("none")             # for --bps and --mask
+DEFAULTS = diffusion.Sampling()
+SD_GUIDANCE = 7.5
 DENOISE = 0.6                   # share of the steps after --init
 MOST = 1000                     # of a strength, either way
 PATHS = ("base", "tokenizer", "vae", "init")                # options that name one file or folder
@@ -92,10 +94,11 @@ def make_parser(description):
     add("--init", type=Path, help="a picture to start from instead of noise")
     add("--denoise", type=float, help="the share of the steps that --init goes through: a small "
         f"one keeps it, 1 forgets it (default: {DENOISE})")
-    add("--sampler", choices=diffusion.SAMPLERS, default="ddim", help="(default: %(default)s)")
-    add("--steps", type=int, default=50, help="sampling steps (default: %(default)s)")
-    add("--guidance", type=float, help="how much the prompt counts; 1 is no guidance (default: 3 "
-        "for the embedded base, else 7.5)")
+    add("--sampler", choices=diffusion.SAMPLERS, default=DEFAULTS.sampler,
+        help="(default: %(default)s)")
+    add("--steps", type=int, default=DEFAULTS.steps, help="sampling steps (default: %(default)s)")
+    add("--guidance", type=float, help="how much the prompt counts; 1 is no guidance (default: "
+        f"{DEFAULTS.guidance_scale:g} for the embedded base, else {SD_GUIDANCE})")
     add("--clip-skip", type=int, default=1, help="2 reads the text encoder's last layer but one, "
         "as many fine-tunes want (default: %(default)s)")
     parser.add_base()
@@ -137,7 +140,7 @@ def finish(parser, args):
     is_embedded = args.base.resolve() == BASE.resolve()
     args.conditions = join_conditions(parser, args, is_embedded)
     if args.guidance is None:
-        args.guidance = 3.0 if is_embedded else 7.5
+        args.guidance = DEFAULTS.guidance_scale if is_embedded else SD_GUIDANCE
     return args
 
 

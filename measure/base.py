@@ -11,16 +11,15 @@ import torch
 
 from inputs.conditions import to_x
 from inputs.options import BASE, Parser, run
+from measure.quality import CANDIDATES, recognition_rates
 from measure.report import contact_sheet, ratio
 from sample import draw, load_base
 from tiny import world
 from tiny.classifier import BATCH, Classifier
 from tiny.pretrain import decoder_errors, encode_means
 
-STEPS, GUIDANCE = 50, 3.0
 T_EDGES = (0, 250, 500, 750, 1000)
 TIMESTEPS_PER_RANGE = 4         # for each picture
-CANDIDATES = 24                 # captions among which a picture has to find its own
 SHEET_ROWS = 24
 
 
@@ -50,20 +49,8 @@ def eps_losses(base, context, z, seed):
 def draw_captions(base, captions, seed):
     """Returns pictures x (n, 3, 64, 64) of n captions; picture i has the noise of seed + i."""
     context, empty = base.encode(captions), base.encode([""])
-    return torch.cat([draw(base, context[i], empty, (seed + i).tolist(), world.SIZE, STEPS,
-                           GUIDANCE) for i in torch.arange(len(captions)).split(BATCH)])
-
-
-def recognition_rates(classify, x, captions, categories):
-    """Returns how often the CLIP sees the right category, and how often the right caption.
-
-    A picture's candidates are its own caption and those of the pictures that follow it.
-    """
-    cosines = classify.cosines(x, captions).cpu()                              # (n, n)
-    order = (torch.arange(len(x))[:, None] + torch.arange(CANDIDATES)) % len(x)
-    best = cosines.gather(1, order).argmax(dim=1)
-    return ((classify(x).cpu() == categories).float().mean().item(),
-            (best == 0).float().mean().item())
+    return torch.cat([draw(base, context[i], empty, (seed + i).tolist(), world.SIZE)
+                      for i in torch.arange(len(captions)).split(BATCH)])
 
 
 @torch.inference_mode()

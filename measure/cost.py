@@ -1,7 +1,7 @@
 """What loading, predicting and steering cost at SD 1.5's sizes, beside diffusers if installed.
 
-    python -m measure.cost                  # five tables: an hour on two cores
-    python -m measure.cost --only training  # or load, forward, steering, rounding
+    python -m measure.cost                  # six tables: over an hour on two cores
+    python -m measure.cost --only training  # or load, forward, controlnet, steering, rounding
 
 The base is made if it is missing: a folder and a single file of SD 1.5's sizes with random weights,
 8.5 GB in all. Each measurement of memory runs in a process of its own. Files are in the page cache.
@@ -13,7 +13,8 @@ autoencoder. "naive" is how the authors' code runs: BPS in every call of the U-N
 of guidance. "amortised" is how sample.py runs: once per timestep and condition, for all pictures.
 At SD 1.5's sizes one step of 512 px, timed once, stands for all of them.
 
-Training is one step on one picture: BPS and base forward, backward, AdamW, on random weights.
+Beside ControlNet both programs draw with guidance, in fp32: ours each picture as a batch of two,
+diffusers all in one batch. Training is one step on one picture: BPS and base forward, backward, AdamW, on random weights.
 ControlNet is diffusers'.
 """
 import importlib.util
@@ -48,7 +49,8 @@ PARTS = dict(
 SIDE = 64                       # rows and columns of the latent: 512 px
 PICTURES = (1, 4, 16)           # how many are steered at once
 STEERING_BASES = {"embedded base": (BASE, 10, 7), "SD 1.5": ("sd15", 1, 1)}    # base, steps, repeat
-STEPS = 25                      # steps of the picture whose rounding is measured
+SHARED_STEP = 4                 # pictures drawn at once beside ControlNet
+PEER = "diffusers with ControlNet"
 PEERS = ("diffusers", "transformers", "accelerate")
 PROGRAMS = ("ours", "diffusers") if all(map(importlib.util.find_spec, PEERS)) else ("ours",)
 
@@ -295,6 +297,45 @@ def steering_table(args):
                           amortised / plain)
 
 
+def peer_steps(device):
+    """Returns {name: function that predicts SHARED_STEP pictures with guidance} of diffusers."""
+    import diffusers
+    unet = diffusers.UNet2DConditionModel(cross_attention_dim=768).to(device)
+    controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=1)
+    batch = 2 * SHARED_STEP
+    inputs = (torch.randn(batch, 4, SIDE, SIDE, device=device), torch.tensor(981, device=device),
+              torch.randn(batch, 77, 768, device=device))
+    cond = torch.rand(batch, 1, 8 * SIDE, 8 * SIDE, device=device)
+
+    def steered():
+        down, middle = controlnet(*inputs, cond, return_dict=False)
+        unet(*inputs, down_block_additional_residuals=down, mid_block_additional_residual=middle)
+
+    return {"diffusers": partial(unet, *inputs), PEER: steered}
+
+
+@torch.inference_mode()
+def controlnet_table(args):
+    """Prints what a step of several pictures costs beside diffusers' ControlNet, all random."""
+    unet = UNet(UNetConfig()).to(args.device, memory_format=torch.channels_last)
+    cond = torch.rand(1, 1, 8 * SIDE, 8 * SIDE, device=args.device)
+    calls = {"ours": partial(draw_latents, unet, None, SHARED_STEP, 1)}
+    for foot in FEET:
+        bps = build_bps(config_for(unet.config, 1, 8, foot=foot))
+        bps = bps.to(args.device, memory_format=torch.channels_last)
+        calls[f"ours with BPS, {foot} foot"] = partial(
+            draw_latents, unet, partial(Steering, bps, unet, cond), SHARED_STEP, 1)
+    if "diffusers" in PROGRAMS:
+        calls |= peer_steps(args.device)
+    for call in calls.values():
+        call()                                                  # warms up
+    times = medians({name: partial(seconds, call, args.device) for name, call in calls.items()},
+                    args.repeat)
+    print_head(f"a step of {SHARED_STEP} pictures, 512 px", "s", "of the same unsteered", f"of {PEER}")
+    for name, taken in times.items():
+        print_row(name, taken, taken / times[name.split()[0]], taken / times.get(PEER, nan))
+
+
 def training_table(args):
     """Prints seconds and memory of a training step, beside ControlNet if diffusers is installed."""
     print_head("training step, batch 1", "px", "base", "checkpointing", "s", "GB")
@@ -325,12 +366,12 @@ def rounding_table(args):
         eps = unet(z_t.to(dtype), t, context)
         tiny = load_base(BASE, device=args.device, dtype=dtype)
         states, empty = tiny.encode(["a red apple", ""]).split(1)
-        picture = draw(tiny, states, empty, [0], 64, STEPS, 3.0).clamp(-1, 1)
+        picture = draw(tiny, states, empty, [0], 64).clamp(-1, 1)
         results.append((context.float(), eps.float(), picture))
     print_head("largest difference from fp32, of the largest value", "fp16", "bf16")
     for words, exact, *narrow in zip(
             ("text states, SD 1.5's size", "eps, SD 1.5's size, 192 x 256 px",
-             f"embedded base, picture after {STEPS} steps"), *results):
+             f"embedded base, picture after {diffusion.Sampling().steps} steps"), *results):
         print_row(words, *(f"{(value - exact).abs().max() / exact.abs().max():.1e}"
                            for value in narrow))
 
@@ -342,13 +383,14 @@ def main():
     add("--base", type=Path, default=Path("runs/bench"), help="folder of the base that is made "
         "(default: %(default)s)")
     add("--repeat", type=int, default=5, help="runs of each program (default: %(default)s)")
-    # The last two make this process big, and the peak of a child begins with that of its parent.
+    # The last three make this process big, and the peak of a child begins with that of its parent.
     tables = dict(load=load_table, forward=forward_table, training=training_table,
-                  steering=steering_table, rounding=rounding_table)
+                  controlnet=controlnet_table, steering=steering_table, rounding=rounding_table)
     add("--only", choices=tables, help="print only one table (default: all)")
     parser.add_device()
     args = parser.parse_args()
-    if args.only != "training" and not (args.base / "sd15.safetensors").is_file():
+    needs_base = args.only not in ("training", "controlnet")
+    if needs_base and not (args.base / "sd15.safetensors").is_file():
         in_a_process(make_base, args.base)
     if len(PROGRAMS) == 1:
         print(f"not all of {', '.join(PEERS)} are installed: only our own figures")

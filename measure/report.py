@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from bps import Steering
+from diffusion import Sampling
 from inputs.conditions import cond_to_x, images_at_a_time, to_image, to_x
 from sample import draw
 
@@ -16,7 +17,7 @@ VALIDATION_T = tuple(range(62, 1000, 125))      # timesteps 62, 187 .. 937
 OBEDIENCE_PICTURES = 48
 FEW_PAIRS = 20                                  # too few for a standard error to be trusted
 SHEET_ROWS = 12
-SAMPLE_STEPS, SAMPLE_GUIDANCE = 25, 3.0
+SAMPLING = Sampling()
 
 
 def peak_memory(device):
@@ -90,10 +91,11 @@ def validate(base, cache, bps):
 
 
 @torch.inference_mode()
-def draw_pairs(base, cache, bps, count, seed):
+def draw_pairs(base, cache, bps, count, seed, sampling=None):
     """Returns pictures x (count, 3, H, W) for the first pairs' prompts and conditions, on the CPU.
 
-    bps None is the frozen base; the noise of pair i is that of seed + i either way.
+    bps None is the frozen base; the noise of pair i is that of seed + i either way. sampling:
+    SAMPLING if None.
     """
     weight = next(base.unet.parameters())
     empty, device = cache.context([""]).to(weight), weight.device
@@ -102,8 +104,8 @@ def draw_pairs(base, cache, bps, count, seed):
     for i in torch.arange(count).split(images_at_a_time(cache.size)):
         context = cache.context(cache.first_prompts(i.tolist())).to(weight)
         conditions = [Steering(bps, base.unet, cache.cond(i).to(device))] if bps else []
-        pictures.append(draw(base, context, empty, (seed + i).tolist(), cache.size, SAMPLE_STEPS,
-                             SAMPLE_GUIDANCE, conditions).cpu())
+        pictures.append(draw(base, context, empty, (seed + i).tolist(), cache.size,
+                             sampling or SAMPLING, conditions).cpu())
     return torch.cat(pictures)
 
 

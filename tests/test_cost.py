@@ -8,6 +8,7 @@ import torch
 from bps import BPS
 from inputs import options
 from measure import cost
+from unet import UNetConfig
 from weights import UserError
 
 
@@ -53,7 +54,6 @@ def test_without_diffusers_only_our_own_figures_are_printed(args, monkeypatch, c
 
 
 def test_the_rounding_of_narrower_dtypes_is_in_its_table(args, monkeypatch, capsys):
-    monkeypatch.setattr(cost, "STEPS", 2)
     monkeypatch.setattr(sys, "argv", ["cost", "--base", str(args.base), "--only", "rounding",
                                       "--device", "cpu"])
     cost.main()
@@ -67,6 +67,19 @@ def test_the_rounding_of_narrower_dtypes_is_in_its_table(args, monkeypatch, caps
 def test_a_child_process_that_fails_says_why():
     with pytest.raises(UserError, match="no such file"):
         cost.in_a_process(cost.measure_load, "ours", options.BASE / "nowhere", "fp32")
+
+
+def test_a_step_of_four_pictures_is_timed_with_each_foot(args, monkeypatch, capsys):
+    small = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4),
+                       blocks_per_level=1, context_dim=24)
+    monkeypatch.setattr(cost, "UNetConfig", lambda: small)
+    monkeypatch.setattr(cost, "SIDE", 8)
+    cost.controlnet_table(args)
+    _, head, _, *rows = map(cells, capsys.readouterr().out.splitlines())
+    assert head[0] == "a step of 4 pictures, 512 px"
+    assert [row[0] for row in rows] == ["ours", "ours with BPS, faithful foot",
+                                        "ours with BPS, light foot"]
+    assert rows[0][2] == "1.00" and all(float(row[2]) > 0 and row[3] == "nan" for row in rows)
 
 
 @pytest.mark.slow

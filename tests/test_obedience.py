@@ -1,10 +1,13 @@
 """The meters of obedience give full marks to what obeys, and few to what does not."""
+import math
+
 import pytest
 import torch
 
 from data import load_pairs, open_pair
 from inputs.conditions import TASKS, coarse_colours, extract_lines, soft_lines, to_image, to_x
 from measure import obedience
+from measure.quality import kernel_distance, recognition_rates
 from tiny import world
 from tiny.classifier import Classifier
 from tiny.tasks import CLASSES
@@ -112,6 +115,36 @@ def test_a_perfect_drawing_is_obedient_and_a_blank_one_is_not():
 def test_own_label_maps_have_no_meter():
     assert obedience.meter_for("segmentation", embedded=False) is None
     assert obedience.meter_for("sketch", embedded=False) is obedience.sketch
+
+
+# ---- quality -------------------------------------------------------------------------------
+
+def test_the_kernel_distance_of_equal_laws_is_zero_and_of_a_shift_the_closed_form():
+    """For N(0, I) and N(m, I) in D dimensions with a Gaussian kernel of width w, the squared MMD is
+    2 (w^2 / (w^2 + 2))^(D / 2) (1 - exp(-|m|^2 / (2 (w^2 + 2))))."""
+    generator, dim, shift = torch.Generator().manual_seed(0), 3, 1.5
+    a, b, c = torch.randn(3, 3000, dim, generator=generator, dtype=torch.float64)
+    assert abs(kernel_distance(a, b)) < 0.002
+    w2 = torch.pdist(b).median().item() ** 2
+    expected = 2 * (w2 / (w2 + 2)) ** (dim / 2) * (1 - math.exp(-shift**2 / (2 * (w2 + 2))))
+    moved = c + torch.tensor([shift, 0.0, 0.0])
+    assert kernel_distance(moved, b) == pytest.approx(expected, rel=0.05)
+
+
+def test_recognition_rates_count_categories_and_captions_found_again():
+    """A picture holds the number of the caption that is seen in it; its category is that mod 3."""
+    class Seer:
+        def cosines(self, x, captions):
+            return torch.stack([-(x - float(caption)).abs() for caption in captions], dim=1)
+
+        def __call__(self, x):
+            return x % 3
+
+    captions, categories = [str(i) for i in range(30)], torch.arange(30) % 3
+    assert recognition_rates(Seer(), torch.arange(30), captions, categories) == (1.0, 1.0)
+    half_wrong = (torch.arange(30) + 1) // 2 * 2 % 30       # odd ones show the one after
+    category, name = recognition_rates(Seer(), half_wrong, captions, categories)
+    assert category == name == 0.5
 
 
 # ---- what conditions are made of -----------------------------------------------------------

@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 import sample
 import train
+from diffusion import Sampling
 from inputs import options
 from inputs.options import BASE, HERE, MOST_SEEDS, shell_command
 from inputs.sample_options import DEFAULT_DRAWING
@@ -27,7 +28,8 @@ def run(monkeypatch):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
         options.run(module.main)
 
-    for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2, SAMPLE_STEPS=2).items():
+    for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2,
+                            SAMPLING=Sampling(steps=2)).items():
         monkeypatch.setattr(report, name, value)
     return call
 

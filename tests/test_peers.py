@@ -27,6 +27,7 @@ from sample import draw, load_base
 from unet import load_unet
 from vae import load_vae
 
+DDIM = diffusion.Sampling("ddim", 50, 3.0)
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
 
@@ -164,7 +165,7 @@ def test_diffusers_loads_the_embedded_base_and_draws_its_picture():
     context = base.encode(prompts)
     assert relative(context, pipe.text_encoder(ids)[0]) < 1e-5
     noise = diffusion.draw_noise([0], (4, 16, 16))
-    drawn = draw(base, context[:1], context[2:], [0], 64, 50, 3.0).clamp(-1, 1) / 2 + 0.5
+    drawn = draw(base, context[:1], context[2:], [0], 64, DDIM).clamp(-1, 1) / 2 + 0.5
     theirs = pipe(prompts[0], latents=noise, num_inference_steps=50, guidance_scale=3.0, height=64,
                   width=64, output_type="pt").images
     assert (drawn - theirs).abs().max() < 1 / 255
@@ -214,7 +215,7 @@ def test_diffusers_pipeline_draws_the_steered_picture_that_we_draw(options, pipe
     theirs = drawn_by(pipe, 50)
     assert bps.runs == 50                                   # once per timestep, for both passes
     base = load_base(BASE)
-    drawn = draw(base, *base.encode([PROMPT, ""]).split(1), [0], 64, 50, 3.0,
+    drawn = draw(base, *base.encode([PROMPT, ""]).split(1), [0], 64, DDIM,
                  [Steering(bps, base.unet, cond, **options)])
     difference = (drawn.clamp(-1, 1) / 2 + 0.5 - theirs).abs().max()
     print(f"\nsteered picture in [0, 1]: {difference:.1e}")

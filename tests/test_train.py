@@ -18,6 +18,7 @@ import train
 import weights
 from bps import BPS, config_for, load_bps, save_bps
 from data import LatentCache, load_pairs
+from diffusion import Sampling
 from inputs import options
 from inputs.processes import Processes
 from measure import report
@@ -36,7 +37,7 @@ def run(module, monkeypatch, *arguments):
 def small_report(monkeypatch):
     """The report's measures over fewer pictures, steps and timesteps."""
     for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2, SHEET_ROWS=2,
-                            SAMPLE_STEPS=2).items():
+                            SAMPLING=Sampling(steps=2)).items():
         monkeypatch.setattr(report, name, value)
 
 

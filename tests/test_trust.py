@@ -19,6 +19,7 @@ import sample
 import train
 import weights
 from bps import load_bps
+from diffusion import Sampling
 from inputs.options import HERE
 from measure import curve, report
 from weights import UserError
@@ -27,10 +28,10 @@ OPTIONS = ["--steps", "4", "--batch", "2", "--save-every", "2", "--lr", "1e-2"]
 # A training that kills itself when a function is called the n-th time: before it, or behind it.
 KILLED = """
 import os, signal, sys
-import data, train, weights
+import data, diffusion, train, weights
 from measure import report
 
-report.SAMPLE_STEPS, report.VALIDATION_T = 2, (500,)
+report.SAMPLING, report.VALIDATION_T = diffusion.Sampling(steps=2), (500,)
 phase, count, behind = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "behind"
 owner, name = {"caching": (train, "LatentCache"), "training": (train, "check_finite"),
                "validation": (train, "paired_errors"), "checkpoint": (weights, "save_training"),
@@ -121,7 +122,8 @@ def test_a_run_killed_twenty_times_at_random_ends_with_the_same_bytes(pairs, und
 @pytest.fixture
 def run(monkeypatch, pairs):
     """Runs train.py on the pairs, with a short report."""
-    for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2, SAMPLE_STEPS=2).items():
+    for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2,
+                            SAMPLING=Sampling(steps=2)).items():
         monkeypatch.setattr(report, name, value)
 
     def call(out, *options):
