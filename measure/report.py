@@ -109,8 +109,9 @@ def draw_pairs(base, cache, bps, count, seed, sampling=None):
     return torch.cat(pictures)
 
 
-def contact_sheet(columns, titles, names, file):
-    """Writes one picture with a row per name, in three groups side by side.
+def contact_sheet(columns, titles, names, file, groups=3):
+    """Writes one picture with a row per name, in groups side by side; in one if they do not share
+    the names equally.
 
     columns: one x (n or more, 3, H, W) for each of the titles.
     """
@@ -118,7 +119,7 @@ def contact_sheet(columns, titles, names, file):
     zoom = max(1, 128 // W)
     H, W = H * zoom, W * zoom
     gap, top = 8, 16                            # pixels between groups, and above each tile
-    groups = 3 if n % 3 == 0 else 1
+    groups = groups if n % groups == 0 else 1
     rows = n // groups
     group_width = len(columns) * (W + 2) + 2 * gap
     sheet = Image.new("RGB", (groups * group_width, top + rows * (H + top)), "white")

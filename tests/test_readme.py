@@ -1,4 +1,5 @@
 """The READMEs' commands are ones their scripts take, and every file named is there."""
+import functools
 import re
 import shlex
 import shutil
@@ -6,13 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import bps
 import sample
 import toy2d
 import train
+from diffusion import Sampling
 from inputs import options
-from measure import base, cost, toy
+from measure import base, cost, figures, samplers, toy
 from tiny import make_data, pretrain
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +25,8 @@ COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", BOTH, re.DOTALL)
             for line in block.splitlines() if line.strip() and not line.startswith("#")]
 MODULES = {"train.py": train, "sample.py": sample, "toy2d.py": toy2d,
            "bps.py": bps, "tiny.pretrain": pretrain, "tiny.make_data": make_data,
-           "measure.base": base, "measure.cost": cost, "measure.toy": toy}
+           "measure.base": base, "measure.cost": cost, "measure.figures": figures,
+           "measure.samplers": samplers, "measure.toy": toy}
 
 
 def split(command):
@@ -71,7 +75,8 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
     bps_file, drawing = tiny / "bps_sketch.safetensors", tiny / "drawing.png"
     stand_ins = {"runs/sketch/bps.safetensors": bps_file, "runs/sd/bps.safetensors": bps_file,
                  "A.safetensors": bps_file, "B.safetensors": bps_file, "a.png": drawing,
-                 "b.png": drawing, "drawing.png": drawing, "768x512": "96x64",
+                 "b.png": drawing, "drawing.png": drawing, "left.png": drawing, "right.png": drawing,
+                 "768x512": "96x64",
                  "DRAWINGS": tmp_path / "drawings",
                  "pictures/0000.png": tmp_path / "first/0000.png",
                  "SD_FOLDER": options.BASE if "--bps" in arguments else sd_folder("small1"),
@@ -104,8 +109,32 @@ def test_every_file_that_the_readme_links_to_exists():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", figures.FIGURES)
+def test_each_figure_of_steering_is_written(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "draw",
+                        functools.partial(figures.draw, sampling=Sampling(steps=1)))
+    monkeypatch.setattr(sys, "argv", ["figures", name, "--out", str(tmp_path)])
+    figures.main()
+    width, _ = Image.open(tmp_path / f"{name}.png").size
+    assert width > 6 * 128
+
+
+@pytest.mark.slow
+def test_samplers_are_compared_with_and_without_bps(monkeypatch, capsys):
+    monkeypatch.setattr(samplers, "COMPARED", (Sampling("ddim", 2), Sampling("dpm++2m", 3)))
+    monkeypatch.setattr(sys, "argv", ["samplers", "--count", "25", "--device", "cpu"])
+    samplers.main()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]]
+            for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[:2] for row in rows] == [[who, what] for who in ("the base", "with BPS")
+                                         for what in ("ddim 2", "dpm++2m 3")]
+    assert all(0 <= float(row[3]) <= 1 for row in rows)
+    assert float(rows[3][3]) > float(rows[1][3])            # steering is obeyed in three steps, too
+
+
+@pytest.mark.slow
 def test_the_evaluation_of_the_base_prints_its_table(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(base, "STEPS", 1)
+    monkeypatch.setattr(base, "draw", functools.partial(base.draw, sampling=Sampling(steps=1)))
     monkeypatch.setattr(base, "SHEET_ROWS", 3)
     monkeypatch.setattr(base.world, "pool", lambda split: base.world.records(split)[::40])
     monkeypatch.setattr(sys, "argv", ["base", "--count", "30", "--out", str(tmp_path / "d.png")])

@@ -1,0 +1,247 @@
+"""Compares BPS with its rivals, on the same pairs, noises and steps, each at its own best rate.
+
+    python -m measure.rivals --task sketch --study methods      # hours; goes on where it stopped
+    python -m measure.rivals --task sketch --study data         # 12 pairs to all
+    python -m measure.rivals --task sketch --study steps
+
+Each training is a folder of runs/rivals with its result.json. A method's learning rate has the
+lowest validation loss of a sweep, with another seed and a third of the steps.
+"""
+import functools
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+import weights
+from bps import build_bps, config_for
+from data import LatentCache, load_pairs
+from inputs.conditions import TASKS, to_x
+from inputs.options import BASE, Parser, run
+from inputs.processes import Processes
+from inputs.train_options import EMPTY_SHARE
+from measure.obedience import meter_for
+from measure.quality import kernel_distance
+from measure.report import draw_pairs, paired_errors, validate
+from measure.rival_networks import ControlNet, FineTuned, LoRA, RivalUNet, T2IAdapter, TimeBlindBPS
+from sample import load_base
+from tiny import world
+from tiny.classifier import Classifier
+from train import Run, train
+from weights import UserError
+
+BATCH, STEPS, SWEEP_SEED, SAVES = 16, 900, 100, 6
+RATES = (3e-4, 1e-3, 3e-3, 1e-2)
+WIDER = 10**0.5                 # factor by which a sweep goes on beyond its best end
+MOST_RATES = 7
+
+
+def bps(weights_of_ports="head-heavy", foot="faithful"):
+    """Returns a maker of BPS networks."""
+    return lambda unet, channels, factor: build_bps(
+        config_for(unet.config, channels, factor, weights_of_ports, foot))
+
+
+# name: maker(frozen U-Net, channels of the condition, f)
+METHODS = {
+    "bps": bps(), "bps-light": bps(foot="light"), "controlnet": ControlNet,
+    "t2i-adapter": T2IAdapter, "fine-tuned": FineTuned, "lora": LoRA,
+    # at about BPS's number of parameters
+    "controlnet-sized": lambda *base: ControlNet(*base, width=1.25),
+    "t2i-adapter-sized": lambda *base: T2IAdapter(*base, width=2.5),
+    "lora-sized": lambda *base: LoRA(*base, rank=512),
+    # BPS without one of its parts
+    "bps-contracting": bps((16, 8, 4, 0, 0)), "bps-flat": bps("flat"),
+    "bps-foot-heavy": bps((1, 1, 1, 16, 16)),
+    "bps-time-blind": lambda unet, *base: TimeBlindBPS(config_for(unet.config, *base))}
+MAIN = ("bps", "bps-light", "controlnet", "t2i-adapter", "fine-tuned", "lora")
+
+
+class Job(NamedTuple):
+    """One training and its evaluation."""
+    task: str
+    method: str
+    pairs: int = 0              # training pairs; 0 is all
+    steps: int = STEPS
+    rate: float = RATES[1]
+    seed: int = 0
+
+    def folder(self, root):
+        """Returns the folder of its files."""
+        return root / "-".join(map(str, (self.task, self.method, self.pairs or "all", self.steps,
+                                         f"{self.rate:.2g}", self.seed)))
+
+
+class RivalRun(Run):
+    """A run that keeps the trained weights as they are, for rivals have no BPS file."""
+
+    def write(self, metadata):
+        """Writes the log, and the weights if they are the best."""
+        if self.best["step"] == self.step:
+            weights.save({key: parameter.detach() for key, parameter in self.bps.named_parameters()
+                          if parameter.requires_grad}, self.out / "best.safetensors", {})
+        weights.write_lines(self.rows, self.out / "log.jsonl")
+
+    def restore_best(self):
+        """Puts the best weights into the network."""
+        self.bps.load_state_dict(load_file(self.out / "best.safetensors"), strict=False)
+
+
+class Bench:
+    """What all trainings of a task share: the base, the pairs, and how pictures are judged."""
+
+    def __init__(self, task, base, root, count=None):
+        """count: test pairs to draw; all if None."""
+        self.task, self.base, self.root = task, base, root
+        self.pairs = {split: load_pairs(task, split) for split in ("train", "val", "test")}
+        self.val, self.test = (LatentCache(self.pairs[split], task, world.SIZE, base)
+                               for split in ("val", "test"))
+        self.count = count or len(self.test.pairs)
+        self.meter, self.classify = meter_for(task, embedded=True), Classifier()
+        self.true = self.classify.embed_pictures(
+            torch.stack([to_x(self.test.image(i)) for i in range(self.count)]))
+
+    def network(self, method, seed):
+        """Returns (the base that predicts with it, an untrained network) of a method."""
+        torch.manual_seed(seed)
+        network = METHODS[method](self.base.unet, TASKS[self.task].channels, self.base.vae.factor)
+        if hasattr(network, "predict"):
+            return self.base._replace(unet=RivalUNet(self.base.unet, network)), network
+        return self.base, network
+
+    def train_cache(self, pairs, seed):
+        """Returns the LatentCache of all training pairs, or of so many, drawn by the seed."""
+        order = np.random.default_rng(seed).permutation(len(self.pairs["train"]))
+        chosen = sorted(order[:pairs or len(order)])
+        return LatentCache([self.pairs["train"][i] for i in chosen], self.task, world.SIZE,
+                           self.base, mirror=True)
+
+    def result(self, job):
+        """Returns a job's numbers (a dict), for which it trains unless that has been done."""
+        out = job.folder(self.root)
+        if (out / "result.json").is_file():
+            return weights.read_json(out / "result.json")
+        start = time.monotonic()
+        base, network = self.network(job.method, job.seed)
+        args = SimpleNamespace(
+            device="cpu", dtype="fp32", steps=job.steps, batch=BATCH, lr=job.rate, seed=job.seed,
+            prompt_drop=EMPTY_SHARE, accumulate=1, save_every=max(1, job.steps // SAVES),
+            keep="best")
+        run_of_job = RivalRun(out, network, args, Processes())
+        out.mkdir(parents=True, exist_ok=True)
+        run_of_job.open(job._asdict(), {})
+        base_loss = paired_errors(base, self.val).mean().item()
+
+        def on_save(step, loss):
+            val_loss = paired_errors(base, self.val, network).mean().item()
+            run_of_job.save(step, loss, base_loss, val_loss, {})
+
+        try:
+            train(run_of_job, base, self.train_cache(job.pairs, job.seed), args, on_save)
+        except UserError:                       # the loss ran over, at a rate that is too large
+            run_of_job.best["loss"] = float("inf")
+        numbers = dict(parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
+                       val=run_of_job.best["loss"], best_step=run_of_job.best["step"],
+                       minutes=(time.monotonic() - start) / 60)
+        if job.seed != SWEEP_SEED:
+            run_of_job.restore_best()
+            numbers |= validate(base, self.test, network) | self.judge(base, network, job.seed)
+        weights.write_json(numbers, out / "result.json")
+        for file in ("checkpoint.safetensors", "best.safetensors"):
+            (out / file).unlink(missing_ok=True)
+        return numbers
+
+    def judge(self, base, network, seed):
+        """Returns the obedience and the quality of pictures drawn for the test pairs."""
+        x = draw_pairs(base, self.test, network, self.count, seed)
+        distance, error = self.distance(self.classify.embed_pictures(x))
+        return dict(obedience=self.meter(x, self.test.cond(range(self.count))),
+                    distance=[distance, error])
+
+    def distance(self, features, draws=200):
+        """Returns the kernel distance of features (n, D) to the true ones, and its bootstrap error.
+        """
+        generator = torch.Generator().manual_seed(0)
+        values = []
+        for _ in range(draws):
+            rows = torch.randint(len(features), (len(features),), generator=generator)
+            values.append(kernel_distance(features[rows], self.true))
+        return kernel_distance(features, self.true), float(np.std(values))
+
+    def best_rate(self, method):
+        """Returns the learning rate of the lowest validation loss; the sweep widens at its ends."""
+        losses, rates = {}, list(RATES)
+        while rates:
+            rate = rates.pop(0)
+            job = Job(self.task, method, 0, STEPS // 3, rate, SWEEP_SEED)
+            losses[rate] = self.result(job)["val"]
+            best = min(losses, key=losses.get)
+            if not rates and best in (min(losses), max(losses)) and len(losses) < MOST_RATES:
+                rates = [best / WIDER if best == min(losses) else best * WIDER]
+        return best
+
+
+# ---- studies -------------------------------------------------------------------------------
+
+def methods_study(bench, rates):
+    """Yields the Jobs of all methods at all pairs; three seeds for the main ones."""
+    for method in METHODS:
+        for seed in (0, 1, 2) if method in MAIN else (0,):
+            yield Job(bench.task, method, rate=rates(method), seed=seed)
+
+
+def data_study(bench, rates):
+    """Yields the Jobs of the main methods over the number of pairs; three seeds at 40."""
+    for pairs in (12, 40, 100, 300, 0):
+        for method in MAIN:
+            for seed in (0, 1, 2) if pairs in (40, 0) else (0,):
+                yield Job(bench.task, method, pairs, rate=rates(method), seed=seed)
+
+
+def steps_study(bench, rates):
+    """Yields the Jobs of the main methods over the number of steps."""
+    for steps in (100, 300, STEPS, 2700):
+        for method in MAIN:
+            yield Job(bench.task, method, steps=steps, rate=rates(method))
+
+
+STUDIES = dict(methods=methods_study, data=data_study, steps=steps_study)
+
+
+def print_results(results):
+    """Prints a table of {Job: its numbers}: means over seeds, with their standard deviation."""
+    print("| method | pairs | steps | rate | seeds | parameters | held-out gain | obedience | "
+          "kernel distance | minutes |\n|" + "---|" * 10)
+    groups = {}
+    for job, numbers in results.items():
+        groups.setdefault(job._replace(seed=0), []).append(numbers)
+    for job, group in groups.items():
+        gains = [numbers["gain"][0] for numbers in group]
+        measures = [f"{name} {np.mean([n['obedience'][name] for n in group]):.3f}"
+                    for name in group[0]["obedience"]]
+        error = np.std(gains) if len(gains) > 1 else group[0]["gain"][1]
+        print(f"| {job.method} | {job.pairs or 'all'} | {job.steps} | {job.rate:.2g} | {len(group)} "
+              f"| {group[0]['parameters']:,} | {np.mean(gains):.4f} +- {error:.4f} "
+              f"| {', '.join(measures)} | {np.mean([n['distance'][0] for n in group]):.4f} +- "
+              f"{group[0]['distance'][1]:.4f} | {np.mean([n['minutes'] for n in group]):.1f} |")
+
+
+def main():
+    """Runs a study, as far as it is not done, and prints its table."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--task", choices=("sketch", "segmentation"), default="sketch", help="(default: sketch)")
+    add("--study", choices=STUDIES, default="methods", help="(default: methods)")
+    add("--out", type=Path, default=Path("runs/rivals"), help="folder (default: %(default)s)")
+    args = parser.parse_args()
+    bench = Bench(args.task, load_base(BASE), args.out)
+    rates = functools.cache(bench.best_rate)
+    print_results({job: bench.result(job) for job in STUDIES[args.study](bench, rates)})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,113 @@
+"""BPS's rivals start at the prior where their authors' do, learn what is theirs, and are compared."""
+import json
+import sys
+
+import pytest
+import torch
+
+from diffusion import Sampling
+from measure import report, rivals
+from measure.rival_networks import ControlNet, FineTuned, LoRA, RivalUNet, T2IAdapter, predict_with
+from unet import UNet, UNetConfig
+
+SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,
+                   context_dim=24, norm_groups=16)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    torch.manual_seed(0)
+    return UNet(SMALL).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(2, 4, 12, 8, generator=generator), torch.tensor([5, 700]),
+            torch.randn(2, 5, 24, generator=generator))
+
+
+@pytest.fixture
+def cond():
+    return torch.rand(2, 1, 48, 32, generator=torch.Generator().manual_seed(2))
+
+
+def test_maps_are_added_once_where_they_are_said_to_be(unet, inputs):
+    assert torch.equal(predict_with(unet, *inputs), unet(*inputs))
+    # a residual of a block without attention is added once, too, and reaches the skip
+    r = torch.randn(2, 64, 6, 4)
+    residuals = [None] * 9
+    residuals[3] = r
+    torch.testing.assert_close(predict_with(unet, *inputs, {3: r}), unet(*inputs, residuals))
+    skips = [torch.zeros(2, *shape) for shape in
+             ((32, 12, 8), (32, 12, 8), (32, 6, 4), (64, 6, 4))]
+    assert torch.equal(predict_with(unet, *inputs, {}, skips), unet(*inputs))
+    skips[3] = r                            # the skip alone: the path behind it does not see it
+    assert not torch.allclose(predict_with(unet, *inputs, {}, skips),
+                              predict_with(unet, *inputs, {3: r}))
+
+
+@pytest.mark.parametrize("make", [
+    ControlNet, lambda *base: ControlNet(*base, width=1.5), FineTuned, LoRA], ids=str)
+def test_a_rival_with_zero_layers_starts_at_the_prior_and_leaves_it_when_trained(make, unet,
+                                                                                 inputs, cond):
+    rival = make(unet, 1, 4)
+    steered = RivalUNet(unet, rival)
+    trained = [p for p in rival.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1.0)
+    maps = rival(cond, steered.time_embedding(inputs[1]))
+    prior = unet(*inputs)
+    torch.testing.assert_close(steered(*inputs, maps), prior)
+    assert torch.equal(steered(*inputs), prior)
+    for _ in range(3):
+        optimizer.zero_grad()
+        maps = rival(cond, steered.time_embedding(inputs[1]))
+        (steered(*inputs, maps) - 1).square().mean().backward()
+        optimizer.step()
+    assert all(p.grad is not None and p.grad.any() for p in trained)
+    assert all(p.grad is None for p in unet.parameters())
+    with torch.no_grad():
+        maps, others = (rival(c, steered.time_embedding(inputs[1])) for c in (cond, 1 - cond))
+        assert not torch.allclose(steered(*inputs, maps), steered(*inputs, others))
+        assert torch.equal(steered(*inputs), prior)                 # the base is what it was
+
+
+def test_lora_trains_low_rank_terms_and_the_stem_only(unet):
+    rival = LoRA(unet, 1, 4, rank=2)
+    trained = {name for name, p in rival.named_parameters() if p.requires_grad}
+    assert all(".up." in name or ".down." in name or "input_blocks.0.0" in name for name in trained)
+    transformers = 1 + 1 + 2                # of the contracting path, the middle, the expansive path
+    assert sum(".up." in name for name in trained) == transformers * 2 * 4
+
+
+def test_an_adapter_depends_on_the_condition_alone_and_is_added_at_the_levels_ends(unet, cond):
+    rival = T2IAdapter(unet, 1, 4)
+    maps = rival(cond, None)
+    assert [tuple(m.shape) for m in maps] == [(2, 32, 12, 8), (2, 64, 6, 4)]
+    assert rival.ends == [1, 3]             # the last block of each level, before its down-sampler
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_where_it_stopped_and_prints_its_table(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "SAMPLING", Sampling(steps=2))
+    monkeypatch.setattr(report, "VALIDATION_T", (500,))
+    for name, value in dict(STEPS=3, BATCH=2, SAVES=1, RATES=(1e-4, 1e-3), MOST_RATES=3,
+                            MAIN=("bps-light", "t2i-adapter")).items():
+        monkeypatch.setattr(rivals, name, value)
+    monkeypatch.setattr(rivals, "METHODS", {name: rivals.METHODS[name] for name in
+                                            ("bps-light", "t2i-adapter", "lora")})
+    load_pairs = rivals.load_pairs
+    monkeypatch.setattr(rivals, "load_pairs", lambda *arguments: load_pairs(*arguments)[:6])
+    monkeypatch.setattr(sys, "argv", ["rivals", "--study", "methods", "--out", str(tmp_path)])
+    rivals.main()
+    table = capsys.readouterr().out
+    rows = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
+    assert [row[0].strip() for row in rows] == ["bps-light", "t2i-adapter", "lora"]
+    assert [row[4].strip() for row in rows] == ["3", "3", "1"]
+    results = {file: json.loads(file.read_text()) for file in tmp_path.glob("*/result.json")}
+    assert sum("gain" in numbers for numbers in results.values()) == 7
+    assert len(results) == 7 + 3 * 3                                # the sweeps, widened once
+    assert all(numbers["val"] > 0 for numbers in results.values())
+    monkeypatch.setattr(rivals, "train", None)                      # nothing is trained again
+    rivals.main()
+    assert capsys.readouterr().out == table
