@@ -13,7 +13,7 @@ from inputs.options import BASE
 from sample import load_base
 from tiny import pretrain, tasks, world
 
-STAGES = ("clip", "vae", "unet", "tower")
+STAGES = ("clip", "vae", "unet")
 POOL = world.pool
 POOL_OF_EIGHT = pretrain.make_pool("train", 8, seed=3)
 
@@ -47,15 +47,6 @@ def test_each_stage_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypa
     context = base.encode(["a red apple"])
     assert base.unet(torch.randn(1, 4, 16, 16), torch.tensor([5]), context).isfinite().all()
     assert base.vae.config.scaling_factor > 0 and (whole / "model" / "model_index.json").is_file()
-
-
-@pytest.mark.slow
-def test_the_tower_stage_leaves_the_text_encoder_as_it_is(tmp_path, monkeypatch):
-    shutil.copytree(BASE, tmp_path / "model")
-    before = {file: file.read_bytes() for file in (tmp_path / "model").rglob("*.safetensors")}
-    run(monkeypatch, "tower", tmp_path, 2)
-    changed = {file.name for file, content in before.items() if file.read_bytes() != content}
-    assert changed == {"clip_score.safetensors"}
 
 
 @pytest.mark.slow

@@ -1,7 +1,5 @@
 """Trains a stage of the embedded base: the small CLIP, then the autoencoder, then the U-Net.
 
-The stage `tower` goes on with the CLIP's image tower, which only the measures need.
-
     python -m tiny.pretrain --stage vae --minutes 60
 
 It runs on CPU or GPU, resumes from tiny/work by itself, appends held-out numbers to
@@ -32,7 +30,7 @@ from diffusion import NoiseSchedule
 from inputs import checkpoints
 from inputs.options import Parser, run
 from tiny import world
-from tiny.classifier import BATCH, CLIPScore, load_score, save_score
+from tiny.classifier import BATCH, CLIPScore, save_score
 from unet import ResBlock, SpatialTransformer, UNet, UNetConfig, load_unet
 from vae import AutoencoderKL, VAEConfig, load_vae
 
@@ -244,19 +242,6 @@ class CLIPStage:
         save_score(model, self.args.out / "clip_score.safetensors")
 
 
-class TowerStage(CLIPStage):
-    """The image tower once more, beside the finished text encoder, which the U-Net depends on."""
-
-    def __init__(self, args):
-        super().__init__(args)
-        _, self.model = load_score(args.out)
-        self.model.requires_grad_(True).text_model.requires_grad_(False)
-
-    def export(self, model):
-        """Writes the scores' part of the model folder."""
-        save_score(model, self.args.out / "clip_score.safetensors")
-
-
 def zero_last_layers(unet):
     """Returns the U-Net whose residual branches end in zeros, as SD's training starts."""
     for module in unet.modules():
@@ -404,7 +389,7 @@ def save_unet(unet, folder, dtype=torch.float16):
                   norm_num_groups=config.norm_groups), dtype)
 
 
-STAGES = {"clip": CLIPStage, "vae": VAEStage, "unet": UNetStage, "tower": TowerStage}
+STAGES = {"clip": CLIPStage, "vae": VAEStage, "unet": UNetStage}
 
 
 def train(stage, args):
