@@ -192,8 +192,9 @@ def save_training(file, modules, trained, optimizer, facts):
     tensors = {f"{name}.{key}": parameter for name, module in modules.items()
                for key, parameter in module.named_parameters()}
     for key, parameter in modules[trained].named_parameters():
-        state = optimizer.state[parameter]
-        tensors |= {f"m.{key}": state["exp_avg"], f"v.{key}": state["exp_avg_sq"]}
+        if parameter.requires_grad:
+            state = optimizer.state[parameter]
+            tensors |= {f"m.{key}": state["exp_avg"], f"v.{key}": state["exp_avg_sq"]}
     save(tensors, file, dict(facts=json.dumps(facts)))
 
 
@@ -209,10 +210,11 @@ def load_training(file, modules, trained, optimizer):
                 for key, parameter in module.named_parameters():
                     parameter.copy_(f.get_tensor(f"{name}.{key}"))
             for key, parameter in modules[trained].named_parameters():
-                optimizer.state[parameter] = dict(
-                    step=torch.tensor(float(facts["step"])),
-                    exp_avg=torch.empty_like(parameter).copy_(f.get_tensor(f"m.{key}")),
-                    exp_avg_sq=torch.empty_like(parameter).copy_(f.get_tensor(f"v.{key}")))
+                if parameter.requires_grad:
+                    optimizer.state[parameter] = dict(
+                        step=torch.tensor(float(facts["step"])),
+                        exp_avg=torch.empty_like(parameter).copy_(f.get_tensor(f"m.{key}")),
+                        exp_avg_sq=torch.empty_like(parameter).copy_(f.get_tensor(f"v.{key}")))
     except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{file}: damaged ({first_line(error)}); delete it to start this run "
                         f"anew") from None

@@ -92,21 +92,21 @@ def test_a_study_goes_on_where_it_stopped_and_prints_its_table(tmp_path, monkeyp
     monkeypatch.setattr(report, "SAMPLING", Sampling(steps=2))
     monkeypatch.setattr(report, "VALIDATION_T", (500,))
     for name, value in dict(STEPS=3, BATCH=2, SAVES=1, RATES=(1e-4, 1e-3), MOST_RATES=3,
-                            MAIN=("bps-light", "t2i-adapter")).items():
+                            MAIN=("t2i-adapter",)).items():
         monkeypatch.setattr(rivals, name, value)
     monkeypatch.setattr(rivals, "METHODS", {name: rivals.METHODS[name] for name in
-                                            ("bps-light", "t2i-adapter", "lora")})
+                                            ("t2i-adapter", "lora")})
     load_pairs = rivals.load_pairs
     monkeypatch.setattr(rivals, "load_pairs", lambda *arguments: load_pairs(*arguments)[:6])
     monkeypatch.setattr(sys, "argv", ["rivals", "--study", "methods", "--out", str(tmp_path)])
     rivals.main()
     table = capsys.readouterr().out
     rows = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
-    assert [row[0].strip() for row in rows] == ["bps-light", "t2i-adapter", "lora"]
-    assert [row[4].strip() for row in rows] == ["3", "3", "1"]
+    assert [row[0].strip() for row in rows] == ["t2i-adapter", "lora"]
+    assert [row[4].strip() for row in rows] == ["3", "1"]
     results = {file: json.loads(file.read_text()) for file in tmp_path.glob("*/result.json")}
-    assert sum("gain" in numbers for numbers in results.values()) == 7
-    assert len(results) == 7 + 3 * 3                                # the sweeps, widened once
+    assert sum("gain" in numbers for numbers in results.values()) == 4
+    assert len(results) == 4 + 3 * 2                                # the sweeps, widened once
     assert all(numbers["val"] > 0 for numbers in results.values())
     monkeypatch.setattr(rivals, "train", None)                      # nothing is trained again
     rivals.main()
