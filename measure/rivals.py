@@ -162,15 +162,13 @@ class Bench:
         return dict(obedience=self.meter(x, self.test.cond(range(self.count))),
                     distance=[distance, error])
 
-    def distance(self, features, draws=200):
-        """Returns the kernel distance of features (n, D) to the true ones, and its bootstrap error.
+    def distance(self, features):
+        """Returns the kernel distance of features (n, D) to the true ones, and its jackknife error.
         """
-        generator = torch.Generator().manual_seed(0)
-        values = []
-        for _ in range(draws):
-            rows = torch.randint(len(features), (len(features),), generator=generator)
-            values.append(kernel_distance(features[rows], self.true))
-        return kernel_distance(features, self.true), float(np.std(values))
+        n = len(features)
+        without_one = [kernel_distance(features[torch.arange(n) != i], self.true) for i in range(n)]
+        return (kernel_distance(features, self.true),
+                float(np.std(without_one) * (n - 1) ** 0.5))
 
     def best_rate(self, method):
         """Returns the learning rate of the lowest validation loss; the sweep widens at its ends."""
