@@ -104,8 +104,8 @@ def test_a_bps_of_other_weights_draws_with_a_note(draw, capsys):
 
 @pytest.mark.parametrize("config, context_dim, message", [
     (BPSConfig(channels=(32, 64, 96), factor=4, norm_groups=8), 128, "channels"),
-    (BPSConfig(channels=(64, 96, 128), factor=4, blocks_per_level=2), 128, "blocks per level"),
-    (BPSConfig(channels=(64, 96, 128), factor=4, blocks_per_level=1), 768, "text width"),
+    (BPSConfig(channels=(64, 128, 192), factor=4, blocks_per_level=2), 128, "blocks per level"),
+    (BPSConfig(channels=(64, 128, 192), factor=4, blocks_per_level=1), 768, "text width"),
 ])
 def test_a_bps_of_another_base_is_refused(config, context_dim, message, draw, tmp_path):
     file = tmp_path / "other.safetensors"
