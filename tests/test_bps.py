@@ -202,7 +202,7 @@ def test_the_ports_of_a_base_are_printed(monkeypatch, capsys):
     bps_module.main()
     lines = capsys.readouterr().out.splitlines()
     assert lines[3] == "| input 1 | contracting | 16 x 16 | 64 | 16 | 143,936 |"
-    assert lines[-1] == "| all | | | | | 3,842,176 |"
+    assert lines[-1] == "| all | | | | | 7,378,368 |"
     monkeypatch.setattr(sys, "argv", ["bps.py"])
     with pytest.raises(SystemExit):
         bps_module.main()

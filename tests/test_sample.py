@@ -52,7 +52,7 @@ def test_a_png_remembers_how_it_was_drawn(draw, bps_file):
     file = draw("--n", 1, "--prompt", "a grüne pear", "--guidance", 2.5) / "0000.png"
     text = Image.open(file).text
     assert text["prompt"] == "a grüne pear" and text["guidance"] == "2.5"
-    assert text["seed"] == "0" and text["steps"] == "2" and text["sampler"] == "ddim"
+    assert text["seed"] == "0" and text["steps"] == "2" and text["sampler"] == "dpm++2m"
     files = json.loads(text["files"])
     for key, source in (("base", options.BASE / "unet" / "diffusion_pytorch_model.safetensors"),
                         ("vae", options.BASE / "vae" / "diffusion_pytorch_model.safetensors"),
@@ -380,7 +380,8 @@ def test_a_start_is_the_pictures_latent_with_the_noise_of_its_step(draw, tmp_pat
 
     monkeypatch.setattr(diffusion, "sample", noted)
     for share in (0.3, 1):
-        draw("--n", 1, "--steps", 10, "--init", DEFAULT_DRAWING, "--denoise", share)
+        draw("--n", 1, "--steps", 10, "--sampler", "ddim", "--init", DEFAULT_DRAWING,
+             "--denoise", share)
     (z_t, start), (all_noise, first) = seen
     noise = diffusion.draw_noise([0], (4, 16, 16))
     x = to_x(crop(open_image(DEFAULT_DRAWING), 64, 64))[None]
