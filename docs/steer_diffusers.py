@@ -1,8 +1,11 @@
-"""Steers diffusers' StableDiffusionPipeline, with its schedulers and LoRAs, by BPS trained here.
+"""Steers diffusers' StableDiffusionPipeline, with any of its schedulers, by BPS trained here.
 
     unet = SteeredUNet(pipe.unet)
-    unet.steerings = [Steering(load_bps(file), unet, cond)]         # cond: (1, C, H, W) in [0, 1]
+    bps = load_bps(file, pipe.dtype, pipe.device)
+    unet.steerings = [Steering(bps, unet, cond)]        # cond: (1, C, H, W) in [0, 1], no window
     pipe.unet = unet
+
+LoRAs are loaded into the pipeline before that.
 """
 from functools import partial
 
@@ -46,13 +49,16 @@ class SteeredUNet(torch.nn.Module):
         """Returns what the residual blocks and BPS know of t (B,)."""
         return self.unet.time_embedding(self.unet.time_proj(t).to(self.dtype))
 
-    def predict(self, z_t, t, context, residuals=None):
+    def predict(self, options, z_t, t, context, residuals=None):
         """Returns eps (B, 4, H, W), as our own UNet does."""
         self.residuals = residuals
-        return self.unet(z_t, t, context, return_dict=False)[0]
+        eps, = self.unet(z_t, t, context, return_dict=False, **options)
+        self.residuals = None
+        return eps
 
-    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True, **_):
+    def forward(self, sample, timestep, encoder_hidden_states, return_dict=True, **options):
         """Returns the posterior's eps for both passes of the pipeline's guidance at once."""
-        denoise = make_denoiser(self.predict, encoder_hidden_states, None, 1.0, self.steerings)
+        predict = partial(self.predict, options)
+        denoise = make_denoiser(predict, encoder_hidden_states, None, 1.0, self.steerings)
         eps = denoise(sample, timestep.item()).to(sample.dtype)
         return UNet2DConditionOutput(eps) if return_dict else (eps,)

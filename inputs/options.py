@@ -187,9 +187,13 @@ def run(main, interrupted="interrupted"):
               "needs less", file=sys.stderr)
         sys.exit(2)
     except RuntimeError as error:
-        if not ended_elsewhere(error):
+        if "MPS backend out of memory" in str(error):
+            print("error: out of GPU memory; a smaller --size or --batch, or --device cpu needs "
+                  "less", file=sys.stderr)
+        elif ended_elsewhere(error):
+            print("error: another process of this training has ended", file=sys.stderr)
+        else:
             raise
-        print("error: another process of this training has ended", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)

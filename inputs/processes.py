@@ -64,7 +64,7 @@ def join_processes(device):
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
         return Processes(), device
-    if device == "mps":
+    if device.startswith("mps"):
         raise UserError("--device mps: has no way to join processes; leave out torchrun, or give "
                         "--device cpu")
     if device == "cuda":

@@ -80,14 +80,14 @@ def make_parser(description):
     add("--window", type=float, nargs="+", default=[0.0, 1.0], metavar="START END", help="the part "
         "of the steps that is steered (default: 0 1)")
     add("--mask", type=Path, nargs="+", help="a picture that says where to steer, white where "
-        "fully, or the word none for everywhere; if not all is white, it costs a second pass")
+        "fully, or the word none for everywhere; one of both tones costs a second pass")
     add("--prompt", type=unicode_text, default="a red apple", help="what to draw (default: "
         "%(default)s)")
     add("--negative-prompt", type=unicode_text, default="", help="what guidance leads away from "
         "(default: nothing)")
     add("--n", type=int, default=4, help="how many pictures (default: %(default)s)")
-    add("--batch", type=int, default=1, help="how many pictures the U-Net draws at a time; more are "
-        "faster on a GPU, and equal up to rounding (default: %(default)s)")
+    add("--batch", type=int, default=1, help="how many pictures the U-Net draws at a time; more "
+        "than 1 are for GPUs, and round differently, also than --from (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="the seed of picture 0 (default: %(default)s)")
     add("--size", type=width_and_height, help="pixels, as in 768x512 (default: what BPS, or else "
         "the base, was trained with)")
@@ -161,7 +161,7 @@ def join_conditions(parser, args, is_embedded):
     if len(files) > 1 and not conds:
         parser.error(f"--bps {files[0]}: without --cond; of several, each needs its own")
     columns = []
-    masks = [None if mask == NONE else Path(mask) for mask in args.mask or [NONE]]
+    masks = [None if mask == NONE else mask for mask in map(Path, args.mask or [NONE])]
     windows = list(zip(args.window[::2], args.window[1::2]))
     if len(args.window) % 2:
         parser.error(f"--window {args.window[-1]:g}: give a START and an END for each --bps, as in "
@@ -177,7 +177,8 @@ def join_conditions(parser, args, is_embedded):
 
 def check_settings(parser, args):
     """Ends the script if a setting is out of range; sets args.start, the first step to do."""
-    for name, low, high in (("n", 1, 10_000), ("batch", 1, 10_000), ("steps", 1, 999), ("guidance", -MOST, MOST)):
+    for name, low, high in (("n", 1, 10_000), ("batch", 1, 10_000), ("steps", 1, 999),
+                            ("guidance", -MOST, MOST)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} {getattr(args, name)}: allowed are {low} to {high}")
     if args.seed + args.n > MOST_SEEDS:

@@ -14,8 +14,8 @@ of guidance. "amortised" is how sample.py runs: once per timestep and condition,
 At SD 1.5's sizes one step of 512 px, timed once, stands for all of them.
 
 Beside ControlNet both programs draw with guidance, in fp32: ours each picture as a batch of two,
-diffusers all in one batch. Training is one step on one picture: BPS and base forward, backward, AdamW, on random weights.
-ControlNet is diffusers'.
+diffusers all in one batch. Training is one step on one picture: BPS and base forward, backward,
+AdamW, on random weights. ControlNet is diffusers'.
 """
 import importlib.util
 import multiprocessing
@@ -204,8 +204,8 @@ def seconds(call, device):
     """Returns the time that a function without arguments takes."""
     start = time.perf_counter()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    if device != "cpu":
+        getattr(torch, device.split(":")[0]).synchronize()
     return time.perf_counter() - start
 
 
@@ -331,7 +331,8 @@ def controlnet_table(args):
         call()                                                  # warms up
     times = medians({name: partial(seconds, call, args.device) for name, call in calls.items()},
                     args.repeat)
-    print_head(f"a step of {SHARED_STEP} pictures, 512 px", "s", "of the same unsteered", f"of {PEER}")
+    print_head(f"a step of {SHARED_STEP} pictures, 512 px", "s", "of the same unsteered",
+               f"of {PEER}")
     for name, taken in times.items():
         print_row(name, taken, taken / times[name.split()[0]], taken / times.get(PEER, nan))
 

@@ -21,7 +21,7 @@ SAMPLING = Sampling()
 
 
 def peak_memory(device):
-    """Returns the most memory that the process has held so far, in GB; on a GPU, the GPU's.
+    """Returns the most memory that the process has held so far, in GB; with CUDA, the GPU's.
 
     It is nan if the system does not tell (Windows).
     """

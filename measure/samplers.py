@@ -1,10 +1,10 @@
 """Compares samplers on the embedded base: how long, is the condition followed, are pictures good?
 
-    python -m measure.samplers              # ten minutes on two cores
+    python -m measure.samplers              # five minutes on two cores
     python -m measure.samplers --bps runs/sketch/bps.safetensors
 
-Draws the test pairs of sketch, by the base alone and with BPS. The times are without the text
-encoder and per picture, of 48 drawn as a batch. Kernel distance is between drawn and true pictures
+Draws the test pairs of sketch, by the base alone and with BPS. The times are per picture, of 48
+drawn as a batch, with the decoder and without the text encoder. Kernel distance is between drawn and true pictures
 in the image features of the embedded CLIP; the smaller, the better.
 """
 import time

@@ -1,4 +1,4 @@
-"""The costs are measured as they say, on a small model; the full run takes half an hour."""
+"""The costs are measured as they say, on a small model; the full run takes over an hour."""
 import sys
 from types import SimpleNamespace
 

@@ -32,7 +32,8 @@ def run(monkeypatch, tmp_path):
         module.main()
         return tmp_path / out
 
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
+        monkeypatch.setattr(backend, "allow_tf32", False)
     for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2,
                             SAMPLING=Sampling(steps=2)).items():
         monkeypatch.setattr(report, name, value)

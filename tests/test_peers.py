@@ -214,6 +214,9 @@ def test_diffusers_pipeline_draws_the_steered_picture_that_we_draw(options, pipe
     pipe.unet.steerings = [Steering(bps, pipe.unet, cond, **options)]
     theirs = drawn_by(pipe, 50)
     assert bps.runs == 50                                   # once per timestep, for both passes
+    z, t, context = torch.randn(1, 4, 16, 16), torch.tensor([5]), torch.randn(1, 77, 128)
+    torch.testing.assert_close(pipe.unet.unet(z, t, context).sample,        # as it was before
+                               load_unet(BASE)(z, t, context), atol=1e-4, rtol=1e-4)
     base = load_base(BASE)
     drawn = draw(base, *base.encode([PROMPT, ""]).split(1), [0], 64, DDIM,
                  [Steering(bps, base.unet, cond, **options)])

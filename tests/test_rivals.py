@@ -1,14 +1,16 @@
-"""BPS's rivals start at the prior where their authors' do, learn what is theirs, and are compared."""
+"""BPS's rivals start at the prior where their authors' do, learn what is theirs, are compared."""
 import json
 import sys
 
 import pytest
 import torch
 
+import weights
 from diffusion import Sampling
+from inputs.options import BASE
 from measure import report, rivals
 from measure.rival_networks import ControlNet, FineTuned, LoRA, RivalUNet, T2IAdapter, predict_with
-from unet import UNet, UNetConfig
+from unet import UNet, UNetConfig, load_unet
 
 SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,
                    context_dim=24, norm_groups=16)
@@ -48,7 +50,8 @@ def test_maps_are_added_once_where_they_are_said_to_be(unet, inputs):
 
 
 @pytest.mark.parametrize("make", [
-    ControlNet, lambda *base: ControlNet(*base, width=1.5), FineTuned, LoRA], ids=str)
+    ControlNet, lambda *base: ControlNet(*base, width=1.5), FineTuned, LoRA],
+    ids=["ControlNet", "wider ControlNet", "FineTuned", "LoRA"])
 def test_a_rival_with_zero_layers_starts_at_the_prior_and_leaves_it_when_trained(make, unet,
                                                                                  inputs, cond):
     rival = make(unet, 1, 4)
@@ -72,17 +75,45 @@ def test_a_rival_with_zero_layers_starts_at_the_prior_and_leaves_it_when_trained
         assert torch.equal(steered(*inputs), prior)                 # the base is what it was
 
 
+def test_a_training_of_which_a_part_is_frozen_is_resumed(unet, tmp_path):
+    first, second = (LoRA(unet, 1, 4, rank=2) for _ in range(2))
+    optimizers = [torch.optim.AdamW(module.parameters()) for module in (first, second)]
+    first(torch.rand(1, 1, 48, 32), None)
+    for parameter in first.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter)
+    optimizers[0].step()
+    file = tmp_path / "checkpoint.safetensors"
+    weights.save_training(file, dict(model=first), "model", optimizers[0], dict(step=1))
+    assert weights.load_training(file, dict(model=second), "model", optimizers[1]) == {"step": 1}
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert (b in optimizers[1].state) == b.requires_grad
+        if b.requires_grad:
+            assert torch.equal(optimizers[0].state[a]["exp_avg"], optimizers[1].state[b]["exp_avg"])
+
+
+def test_methods_that_are_said_to_be_of_bpss_size_are(monkeypatch):
+    base = (load_unet(BASE), 1, 4)
+    sizes = {name: sum(p.numel() for p in rivals.METHODS[name](*base).parameters()
+                       if p.requires_grad) for name in rivals.METHODS}
+    for name, size in sizes.items():
+        if name.endswith("-sized"):
+            assert size == pytest.approx(sizes["bps"], rel=0.1), name
+
+
 def test_lora_trains_low_rank_terms_and_the_stem_only(unet):
     rival = LoRA(unet, 1, 4, rank=2)
     trained = {name for name, p in rival.named_parameters() if p.requires_grad}
     assert all(".up." in name or ".down." in name or "input_blocks.0.0" in name for name in trained)
-    transformers = 1 + 1 + 2                # of the contracting path, the middle, the expansive path
+    transformers = 1 + 1 + 2                # of contracting path, middle and expansive path
     assert sum(".up." in name for name in trained) == transformers * 2 * 4
 
 
 def test_an_adapter_depends_on_the_condition_alone_and_is_added_at_the_levels_ends(unet, cond):
     rival = T2IAdapter(unet, 1, 4)
-    maps = rival(cond, None)
+    maps, others = rival(cond, None), rival(1 - cond, None)
+    assert not any(torch.allclose(a, b) for a, b in zip(maps, others))
     assert [tuple(m.shape) for m in maps] == [(2, 32, 12, 8), (2, 64, 6, 4)]
     assert rival.ends == [1, 3]             # the last block of each level, before its down-sampler
 

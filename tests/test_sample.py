@@ -16,7 +16,7 @@ from bps import BPS, BPSConfig, Steering, config_for, load_bps, save_bps
 from inputs import options
 from inputs.conditions import crop, open_image, read_mask, to_x
 from inputs.sample_options import DEFAULT_DRAWING
-from unet import load_unet
+from unet import UNet, load_unet
 from vae import load_vae
 from weights import UserError
 
@@ -171,13 +171,16 @@ def test_conditions_add_up_in_any_order_each_with_its_own_options(draw, bps_file
     assert not np.array_equal(pixels(one / "0000.png"), alone)
 
 
-def test_a_batch_draws_the_same_pictures_up_to_rounding(draw):
-    alone = draw("--n", 3, "--seed", 5)
+def test_a_batch_draws_the_same_pictures_up_to_rounding(draw, monkeypatch):
+    alone, sizes, forward = draw("--n", 3, "--seed", 5), [], UNet.forward
+    monkeypatch.setattr(UNet, "forward", lambda self, z, *rest: (
+        sizes.append(len(z)), forward(self, z, *rest))[1])
     for batch in (2, 8):                                    # 2 + 1, and more than there are
         together = draw("--n", 3, "--seed", 5, "--batch", batch)
         for name in ("0005.png", "0006.png", "0007.png"):
             difference = pixels(alone / name).astype(int) - pixels(together / name)
             assert np.abs(difference).max() <= 1
+    assert sizes == [4, 2] * 2 + [6] * 2                    # two steps, both passes of guidance
 
 
 @pytest.fixture
@@ -216,6 +219,8 @@ def test_two_masks_steer_by_one_condition_each_and_come_again_from_the_picture(
     assert np.array_equal(pixels(out / "0000.png"), pixels(again / "0000.png"))
     one = draw("--n", 1, "--bps", bps_file, other[0], "--cond", DEFAULT_DRAWING, other[1],
                "--mask", left, "none")
+    again = draw_again(one / "0000.png")
+    assert np.array_equal(pixels(one / "0000.png"), pixels(again / "0000.png"))
     assert not np.array_equal(pixels(out / "0000.png"), pixels(one / "0000.png"))
     mask(10, "right.png")
     with pytest.raises(UserError, match="right.png: not the file that .* was drawn with"):
@@ -229,6 +234,8 @@ def test_a_mask_covers_the_picture_and_is_averaged_over_each_latent_pixel(mask, 
     assert shares.shape == (10, 10)
     torch.testing.assert_close(shares[3], torch.tensor([0.0] * 5 + [0.5] + [1.0] * 4), atol=0.01,
                                rtol=0)
+    tall = read_mask(mask(20), 24, 48, 4)[0, 0]                   # its middle 12 .. 28 columns
+    assert tall.shape == (12, 6) and torch.equal(tall[5], torch.tensor([0.0] * 3 + [1.0] * 3))
     Image.new("LA", (8, 8), (255, 0)).save(tmp_path / "transparent.png")
     assert not read_mask(tmp_path / "transparent.png", 40, 40, 4).any()
     Image.new("L", (8, 8), 1).save(tmp_path / "labels.png")
