@@ -144,8 +144,8 @@ def read_mask(file, width, height, factor):
     with naming_file(file):
         tones = to_rgb(image, "black").convert("L")
     if tones.getextrema()[1] == 1:
-        raise UserError(f"{file}: its lightest tone is 1 of 255, all but black; a mask steers where "
-                        f"it is white; save it with 255 for 1")
+        raise UserError(f"{file}: its lightest tone is 1 of 255, all but black; a mask steers "
+                        f"where it is white; save it with 255 for 1")
     tones = ImageOps.fit(tones, (width // factor, height // factor), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(tones, np.float32) / 255)[None, None]
 

@@ -2,12 +2,12 @@
 
 | method | sees | enters the U-Net |
 |---|---|---|
-| ControlNet (arXiv 2302.05543) | condition, z_t, t, text | skips and middle, once, through zero 1x1 convolutions |
+| ControlNet (arXiv 2302.05543) | all | skips and middle, once, through zero 1x1 convolutions |
 | T2I-Adapter (arXiv 2302.08453) | condition | the end of each level of the contracting path, once |
 | fine-tuning | all | every weight; the condition is further channels of the input |
 | LoRA (arXiv 2106.09685) | all | low-rank terms of the attention's layers; the same input |
 
-A rival has the face of a BPS, rival(cond, t_emb) -> maps, and stands with the frozen U-Net in a
+All is condition, z_t, t and text. A rival has the face of a BPS, rival(cond, t_emb) -> maps, and stands with the frozen U-Net in a
 RivalUNet, so that training, validation and drawing run as they do for BPS.
 
 Shapes: B batch, C channels, H W rows and columns of the latent, f the autoencoder's factor.

@@ -4,8 +4,8 @@
     python -m measure.samplers --bps runs/sketch/bps.safetensors
 
 Draws the test pairs of sketch, by the base alone and with BPS. The times are per picture, of 48
-drawn as a batch, with the decoder and without the text encoder. Kernel distance is between drawn and true pictures
-in the image features of the embedded CLIP; the smaller, the better.
+drawn as a batch, with the decoder and without the text encoder. Kernel distance is between drawn
+and true pictures in the image features of the embedded CLIP; the smaller, the better.
 """
 import time
 from pathlib import Path
