@@ -44,7 +44,7 @@ class Processes(NamedTuple):
         return value / self.count
 
     def from_first(self, function):
-        """Returns what a function without arguments returns in the first process, to all of them."""
+        """Returns to all processes what a function without arguments returns in the first one."""
         values = [function() if self.rank == 0 else None]
         if self.count > 1:
             dist.broadcast_object_list(values)

@@ -7,8 +7,9 @@
 | fine-tuning | all | every weight; the condition is further channels of the input |
 | LoRA (arXiv 2106.09685) | all | low-rank terms of the attention's layers; the same input |
 
-All is condition, z_t, t and text. A rival has the face of a BPS, rival(cond, t_emb) -> maps, and stands with the frozen U-Net in a
-RivalUNet, so that training, validation and drawing run as they do for BPS.
+"All" is the condition, z_t, t and the text. A rival has the face of a BPS, rival(cond, t_emb) ->
+maps, and stands with the frozen U-Net in a RivalUNet, so that training, validation and drawing run
+as they do for BPS.
 
 Shapes: B batch, C channels, H W rows and columns of the latent, f the autoencoder's factor.
 """
