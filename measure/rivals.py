@@ -66,10 +66,10 @@ class Job(NamedTuple):
     """One training and its evaluation."""
     task: str
     method: str
-    pairs: int = 0              # training pairs; 0 is all
-    steps: int = STEPS
-    rate: float = RATES[1]
-    seed: int = 0
+    pairs: int                  # training pairs; 0 is all
+    steps: int
+    rate: float
+    seed: int
 
     def folder(self, root):
         """Returns the folder of its files."""
@@ -192,7 +192,7 @@ def methods_study(bench, rates):
     """Yields the Jobs of all methods at all pairs; three seeds for the main ones."""
     for method in METHODS:
         for seed in (0, 1, 2) if method in MAIN else (0,):
-            yield Job(bench.task, method, rate=rates(method), seed=seed)
+            yield Job(bench.task, method, 0, STEPS, rates(method), seed)
 
 
 def data_study(bench, rates):
@@ -200,14 +200,14 @@ def data_study(bench, rates):
     for pairs in (12, 40, 100, 300, 0):
         for method in MAIN:
             for seed in (0, 1, 2) if pairs in (40, 0) else (0,):
-                yield Job(bench.task, method, pairs, rate=rates(method), seed=seed)
+                yield Job(bench.task, method, pairs, STEPS, rates(method), seed)
 
 
 def steps_study(bench, rates):
     """Yields the Jobs of the main methods over the number of steps."""
     for steps in (100, 300, STEPS, 2700):
         for method in MAIN:
-            yield Job(bench.task, method, steps=steps, rate=rates(method))
+            yield Job(bench.task, method, 0, steps, rates(method), 0)
 
 
 STUDIES = dict(methods=methods_study, data=data_study, steps=steps_study)
