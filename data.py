@@ -236,7 +236,7 @@ class LatentCache:
         return len(self.pairs) * len(self.flips)
 
     def rows(self, name, indices):
-        """Returns the rows (n, ..) of "cond", "mean" or "std" of pairs; from len(pairs) on, flipped.
+        """Returns the rows (n, ..) of "cond", "mean" or "std"; from len(pairs) on, flipped ones.
         """
         rows, parts_of_a_flip = [], len(self.parts) // len(self.flips)
         for i in torch.as_tensor(indices).tolist():

@@ -195,8 +195,7 @@ def unused(files):
 
 
 def is_drawn(file, text):
-    """Returns whether a file, or one of its names with -2, -3 .., is the picture of a text's options.
-    """
+    """Returns whether a file, or one of its names with -2, -3 .., was drawn by a text's options."""
     number, candidate = 1, file
     while candidate.exists():
         try:
@@ -254,14 +253,14 @@ def main():
     args.conditions = [default_condition(c, networks[c.bps].metadata) for c in args.conditions]
     check_clip_skip(args.clip_skip, base.text_model)
     size = picture_size(args, [bps.metadata for bps in networks.values()], base)
+    masks = {c.mask: read_mask(c.mask, *size, base.vae.factor).to(args.device)
+             for c in args.conditions if c.mask}
     jobs = list_jobs(args.conditions, args.prompt)
 
     def read(condition):
-        """Returns (cond, picture of it, mask or None) of a Condition."""
+        """Returns (cond, picture of it) of a Condition."""
         metadata = networks[condition.bps].metadata
-        mask = condition.mask and read_mask(condition.mask, *size, base.vae.factor).to(args.device)
-        return (*read_condition(condition.cond, metadata["task"], *size, metadata.get("classes")),
-                mask)
+        return read_condition(condition.cond, metadata["task"], *size, metadata.get("classes"))
 
     for job in jobs:                    # before the work, should one not be readable
         for condition in job.conditions:
@@ -291,10 +290,9 @@ def main():
         print(f"prompt: {job.prompt}")
         for condition in job.conditions:
             print(f"steered by {condition.bps} and {condition.cond} (--bps none: not steered)")
-        conds, images, masks = zip(*map(read, job.conditions)) if job.conditions else ((),) * 3
-        steerings = [
-            Steering(networks[c.bps], base.unet, cond[None], c.scale, c.strength, c.window, mask)
-            for c, cond, mask in zip(job.conditions, conds, masks)]
+        conds, images = zip(*map(read, job.conditions)) if job.conditions else ((), ())
+        steerings = [Steering(networks[c.bps], base.unet, cond[None], c.scale, c.strength, c.window,
+                              masks.get(c.mask)) for c, cond in zip(job.conditions, conds)]
         pictures = draw_job(job, steerings, args, base, z_init, size)
         write_pictures(job.name, pictures, seeds, texts, images, args.out)
 
