@@ -95,13 +95,12 @@ class RivalRun(Run):
 class Bench:
     """What all trainings of a task share: the base, the pairs, and how pictures are judged."""
 
-    def __init__(self, task, base, root, count=None):
-        """count: test pairs to draw; all if None."""
+    def __init__(self, task, base, root):
         self.task, self.base, self.root = task, base, root
         self.pairs = {split: load_pairs(task, split) for split in ("train", "val", "test")}
         self.val, self.test = (LatentCache(self.pairs[split], task, world.SIZE, base)
                                for split in ("val", "test"))
-        self.count = count or len(self.test.pairs)
+        self.count = len(self.test.pairs)
         self.meter, self.classify = meter_for(task, embedded=True), Classifier()
         self.true = self.classify.embed_pictures(
             torch.stack([to_x(self.test.image(i)) for i in range(self.count)]))
@@ -114,12 +113,23 @@ class Bench:
             return self.base._replace(unet=RivalUNet(self.base.unet, network)), network
         return self.base, network
 
+    @functools.cached_property
+    def base_loss(self):
+        """The frozen base's validation loss."""
+        return paired_errors(self.base, self.val).mean().item()
+
+    @functools.cached_property
+    def all_pairs(self):
+        """The LatentCache of all training pairs."""
+        return LatentCache(self.pairs["train"], self.task, world.SIZE, self.base, mirror=True)
+
     def train_cache(self, pairs, seed):
         """Returns the LatentCache of all training pairs, or of so many, drawn by the seed."""
+        if not pairs:
+            return self.all_pairs
         order = np.random.default_rng(seed).permutation(len(self.pairs["train"]))
-        chosen = sorted(order[:pairs or len(order)])
-        return LatentCache([self.pairs["train"][i] for i in chosen], self.task, world.SIZE,
-                           self.base, mirror=True)
+        chosen = [self.pairs["train"][i] for i in sorted(order[:pairs])]
+        return LatentCache(chosen, self.task, world.SIZE, self.base, mirror=True)
 
     def result(self, job):
         """Returns a job's numbers (a dict), for which it trains unless that has been done."""
@@ -135,11 +145,10 @@ class Bench:
         run_of_job = RivalRun(out, network, args, Processes())
         out.mkdir(parents=True, exist_ok=True)
         run_of_job.open(job._asdict(), {})
-        base_loss = paired_errors(base, self.val).mean().item()
 
         def on_save(step, loss):
             val_loss = paired_errors(base, self.val, network).mean().item()
-            run_of_job.save(step, loss, base_loss, val_loss, {})
+            run_of_job.save(step, loss, self.base_loss, val_loss, {})
 
         try:
             train(run_of_job, base, self.train_cache(job.pairs, job.seed), args, on_save)
