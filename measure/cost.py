@@ -139,6 +139,23 @@ def measure_forward(programs, path, device, dtype, repeat):
                    repeat), memory
 
 
+def random_bps(unet, factor, foot, device="cpu"):
+    """Returns an untrained BPS for a U-Net and a condition of one channel."""
+    bps = build_bps(config_for(unet.config, 1, factor, foot=foot))
+    return bps.to(device, memory_format=torch.channels_last)
+
+
+def with_controlnet(unet, controlnet):
+    """Returns prediction(z_t, t, context, cond) of diffusers' U-Net with its ControlNet."""
+    def predict(z_t, t, context, cond):
+        """Returns eps (B, 4, H, W)."""
+        down, middle = controlnet(z_t, t, context, cond, return_dict=False)
+        return unet(z_t, t, context, down_block_additional_residuals=down,
+                    mid_block_additional_residual=middle).sample
+
+    return predict
+
+
 def training_networks(program, checkpointing, dtype):
     """Returns (trained network, prediction(z_t, t, context, cond)) at SD 1.5's sizes.
 
@@ -151,20 +168,15 @@ def training_networks(program, checkpointing, dtype):
         if checkpointing:
             unet.enable_gradient_checkpointing()
             trained.enable_gradient_checkpointing()
-        unet = unet.to(dtype).requires_grad_(False)
-
-        def predict(z_t, t, context, cond):
-            down, middle = trained(z_t, t, context, cond, return_dict=False)
-            return unet(z_t, t, context, down_block_additional_residuals=down,
-                        mid_block_additional_residual=middle).sample
+        predict = with_controlnet(unet.to(dtype).requires_grad_(False), trained)
     else:
         unet = UNet(UNetConfig()).to(dtype, memory_format=torch.channels_last)
         unet.requires_grad_(False)
-        trained = build_bps(config_for(unet.config, 1, 8, foot=program))
-        trained = trained.to(memory_format=torch.channels_last)
+        trained = random_bps(unet, 8, program)
         unet.checkpointing = trained.checkpointing = checkpointing
 
         def predict(z_t, t, context, cond):
+            """Returns eps (B, 4, H, W)."""
             return unet(z_t, t, context, trained(cond, unet.time_embedding(t)))
     return trained.train(), predict
 
@@ -180,6 +192,7 @@ def measure_training(program, size, checkpointing, dtype, device, repeat):
     cond, t = torch.rand(1, 1, size, size, device=device), torch.tensor([500], device=device)
 
     def step():
+        """Trains on the picture once."""
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=dtype != torch.float32):
             loss = (predict(z_t, t, context, cond).float() - noise).square().mean()
         optimizer.zero_grad()
@@ -284,8 +297,7 @@ def steering_table(args):
         side = factor * (unet.config.sample_size or SIDE)
         cond = torch.rand(1, 1, side, side, device=args.device)
         for foot in FEET:
-            bps = build_bps(config_for(unet.config, 1, factor, foot=foot))
-            bps = bps.to(args.device, memory_format=torch.channels_last)
+            bps = random_bps(unet, factor, foot, args.device)
             ways = dict(unsteered=None, amortised=partial(Steering, bps, unet, cond),
                         naive=partial(NaiveSteering, bps, unet, cond.expand(2, -1, -1, -1)))
             draw_latents(unet, ways["naive"], 1, steps)                     # warms up
@@ -307,11 +319,8 @@ def peer_steps(device):
               torch.randn(batch, 77, 768, device=device))
     cond = torch.rand(batch, 1, 8 * SIDE, 8 * SIDE, device=device)
 
-    def steered():
-        down, middle = controlnet(*inputs, cond, return_dict=False)
-        unet(*inputs, down_block_additional_residuals=down, mid_block_additional_residual=middle)
-
-    return {"diffusers": partial(unet, *inputs), PEER: steered}
+    return {"diffusers": partial(unet, *inputs),
+            PEER: partial(with_controlnet(unet, controlnet), *inputs, cond)}
 
 
 @torch.inference_mode()
@@ -321,8 +330,7 @@ def controlnet_table(args):
     cond = torch.rand(1, 1, 8 * SIDE, 8 * SIDE, device=args.device)
     calls = {"ours": partial(draw_latents, unet, None, SHARED_STEP, 1)}
     for foot in FEET:
-        bps = build_bps(config_for(unet.config, 1, 8, foot=foot))
-        bps = bps.to(args.device, memory_format=torch.channels_last)
+        bps = random_bps(unet, 8, foot, args.device)
         calls[f"ours with BPS, {foot} foot"] = partial(
             draw_latents, unet, partial(Steering, bps, unet, cond), SHARED_STEP, 1)
     if "diffusers" in PROGRAMS:

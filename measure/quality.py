@@ -30,9 +30,11 @@ def kernel_distance(drawn, true):
     width = torch.pdist(true).median()
 
     def kernel(a, b):
+        """Returns k (n, m) of features (n, D) and (m, D)."""
         return (-(torch.cdist(a, b) / width) ** 2 / 2).exp()
 
     def mean_between_different(a):
+        """Returns the mean of k over all pairs of two different rows."""
         return (kernel(a, a).sum() - len(a)) / (len(a) * (len(a) - 1))
 
     return (mean_between_different(drawn) + mean_between_different(true)
