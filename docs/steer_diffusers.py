@@ -17,8 +17,8 @@ from bps import make_denoiser
 
 class SteeredUNet(torch.nn.Module):
     """A UNet2DConditionModel's stand-in; it steers with what is in `.steerings`."""
-    device, dtype = (property(lambda self, name=name: getattr(self.unet, name))
-                     for name in ("device", "dtype"))
+    device = property(lambda self: self.unet.device)
+    dtype = property(lambda self: self.unet.dtype)
 
     def __init__(self, unet):
         super().__init__()
@@ -36,14 +36,15 @@ class SteeredUNet(torch.nn.Module):
     def layers(self, level):
         """Returns for each block of a level its residual block, and its transformer if it has one.
         """
-        return [*zip(level.resnets, *filter(None, [getattr(level, "attentions", None)]))]
+        attentions = getattr(level, "attentions", None)
+        return [*zip(level.resnets, attentions)] if attentions else [*zip(level.resnets)]
 
     def add_map(self, i, layer, inputs, output):
         """Adds block i's map to what a layer returns; a transformer returns a tuple of one."""
-        if self.residuals is None or self.residuals[i] is None:
+        residual = self.residuals and self.residuals[i]
+        if residual is None:
             return output
-        h = output[0] if isinstance(output, tuple) else output
-        return (h + self.residuals[i],) if isinstance(output, tuple) else h + self.residuals[i]
+        return (output[0] + residual,) if isinstance(output, tuple) else output + residual
 
     def time_embedding(self, t):
         """Returns what the residual blocks and BPS know of t (B,)."""

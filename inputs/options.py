@@ -182,14 +182,11 @@ def run(main, interrupted="interrupted"):
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except torch.cuda.OutOfMemoryError:
-        print("error: out of GPU memory; a smaller --size or --batch, --dtype fp16 or --device cpu "
-              "needs less", file=sys.stderr)
-        sys.exit(2)
     except RuntimeError as error:
-        if "MPS backend out of memory" in str(error):
-            print("error: out of GPU memory; a smaller --size or --batch, or --device cpu needs "
-                  "less", file=sys.stderr)
+        if (isinstance(error, torch.cuda.OutOfMemoryError)
+                or "MPS backend out of memory" in str(error)):
+            print("error: out of GPU memory; a smaller --size or --batch, --dtype fp16 or --device "
+                  "cpu needs less", file=sys.stderr)
         elif ended_elsewhere(error):
             print("error: another process of this training has ended", file=sys.stderr)
         else:
