@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from bps import Steering
 from diffusion import Sampling
 from inputs.conditions import cond_to_x, images_at_a_time, to_image, to_x
+from measure.bits import calibrated_strength, condition_bits, log_snr
 from sample import draw
 
 VALIDATION_T = tuple(range(62, 1000, 125))      # timesteps 62, 187 .. 937
@@ -37,18 +38,16 @@ def peak_memory(device):
 
 # ---- losses on held-out pairs --------------------------------------------------------------
 
-@torch.inference_mode()
-def paired_errors(base, cache, bps=None, shift=0):
-    """Returns the squared error (n,) of eps (or v) for each pair, the mean over VALIDATION_T.
+def held_out(base, cache, bps):
+    """Yields (k, i, target, predict) for the k-th of VALIDATION_T and each part i of the pairs.
 
-    The noise is the same for every model. bps None is the frozen base. With shift 1 each pair has
-    the condition of the pair before it.
+    predict(rows) is the prediction for pairs i with the conditions of rows, or the frozen base's for
+    None. The noise is the same for every model.
     """
     device = next(base.unet.parameters()).device
-    errors = torch.zeros(len(cache.pairs))
-    for t in VALIDATION_T:
+    for k, t in enumerate(VALIDATION_T):
         generator = torch.Generator().manual_seed(t)
-        for i in torch.arange(len(errors)).split(images_at_a_time(cache.size)):
+        for i in torch.arange(len(cache.pairs)).split(images_at_a_time(cache.size)):
             ts = torch.full((len(i),), t)
             z = cache.rows("mean", i).float()
             noise = torch.randn(z.shape, generator=generator)
@@ -56,11 +55,31 @@ def paired_errors(base, cache, bps=None, shift=0):
             z_t = base.schedule.add_noise(z, noise, ts).to(device)
             z_t, ts = z_t.contiguous(memory_format=torch.channels_last), ts.to(device)
             context = cache.context(cache.first_prompts(i.tolist())).to(device)
-            cond = cache.cond((i - shift) % len(errors)).to(device)
-            with base.autocast():
-                residuals = bps and bps(cond, base.unet.time_embedding(ts))
-                eps = base.unet(z_t, ts, context, residuals).float().cpu()
-            errors[i] += (eps - target).square().mean(dim=(1, 2, 3)) / len(VALIDATION_T)
+
+            def predict(rows):
+                residuals = None
+                with base.autocast():
+                    if rows is not None:
+                        residuals = bps(cache.cond(rows).to(device), base.unet.time_embedding(ts))
+                    return base.unet(z_t, ts, context, residuals).float().cpu()
+
+            yield k, i, target, predict
+
+
+def mean_square(x):
+    """Returns the mean square (n,) of each row of x (n, C, H, W)."""
+    return x.square().mean(dim=(1, 2, 3))
+
+
+@torch.inference_mode()
+def paired_errors(base, cache, bps=None):
+    """Returns the squared error (n,) of eps (or v) for each pair, the mean over VALIDATION_T.
+
+    bps None is the frozen base.
+    """
+    errors = torch.zeros(len(cache.pairs))
+    for _, i, target, predict in held_out(base, cache, bps):
+        errors[i] += mean_square(predict(i if bps else None) - target) / len(VALIDATION_T)
     return errors
 
 
@@ -74,36 +93,53 @@ def ratio(value, unit):
     return value / unit if unit else float("nan")
 
 
+@torch.inference_mode()
 def validate(base, cache, bps):
-    """Returns the losses on held-out pairs, and gain and gap with their standard errors.
+    """Returns the losses on held-out pairs, and with standard errors what follows from them.
 
     gain: loss of the frozen base minus that of the steered one. For exact denoisers it is the mean
     square of the steering, E|noise - eps*|^2 - E|noise - eps_bar*|^2 = E|M|^2 (Pythagoras). gap:
-    loss with shuffled conditions minus that with the right ones; it is zero for a network that
-    ignores the condition.
+    loss with shuffled conditions, each pair's being that of the pair before it, minus that with the
+    right ones; it is zero for a network that ignores the condition. strength: the calibrated one.
+    bits: what a condition says beyond the prompt, an estimate by measure/bits.py that a perfect
+    network on an exact prior would make exact but for the range of VALIDATION_T.
     """
-    prior = paired_errors(base, cache)
-    steered = paired_errors(base, cache, bps)
-    shuffled = paired_errors(base, cache, bps, shift=1)
-    return dict(pairs=len(prior), base=prior.mean().item(), steered=steered.mean().item(),
-                shuffled=shuffled.mean().item(), gain=mean_and_error(prior - steered),
-                gap=mean_and_error(shuffled - steered))
+    n = len(cache.pairs)
+    prior, steered, shuffled, steering = torch.zeros(4, n, len(VALIDATION_T))
+    for k, i, target, predict in held_out(base, cache, bps):
+        eps, eps_bar = predict(None), predict(i)
+        prior[i, k] = mean_square(eps - target)
+        steered[i, k] = mean_square(eps_bar - target)
+        shuffled[i, k] = mean_square(predict((i - 1) % n) - target)
+        steering[i, k] = mean_square(eps_bar - eps)
+    gains = prior - steered
+    dimensions = cache.rows("mean", [0]).numel()
+    abar = base.schedule.alphas_cumprod[list(VALIDATION_T)]
+    to_eps = abar if base.schedule.prediction_type == "v_prediction" else 1.0  # |eps|^2 of |v|^2
+    bits = condition_bits(dimensions * to_eps * gains, log_snr(base.schedule, VALIDATION_T))
+    return dict(pairs=n, base=prior.mean().item(), steered=steered.mean().item(),
+                shuffled=shuffled.mean().item(), gain=mean_and_error(gains.mean(1)),
+                gap=mean_and_error((shuffled - steered).mean(1)), bits=mean_and_error(bits),
+                strength=calibrated_strength(gains.mean(1), steering.mean(1)))
 
 
 @torch.inference_mode()
-def draw_pairs(base, cache, bps, count, seed, sampling=None):
+def draw_pairs(base, cache, bps, count, seed, sampling=None, strength=1.0, prompts=None):
     """Returns pictures x (count, 3, H, W) for the first pairs' prompts and conditions, on the CPU.
 
     bps None is the frozen base; the noise of pair i is that of seed + i either way. sampling:
-    SAMPLING if None.
+    SAMPLING if None. prompts: other ones, of those that occur in the cache.
     """
     weight = next(base.unet.parameters())
     empty, device = cache.context([""]).to(weight), weight.device
     bps = bps and copy.deepcopy(bps).to(weight.dtype)
     pictures = []
     for i in torch.arange(count).split(images_at_a_time(cache.size)):
-        context = cache.context(cache.first_prompts(i.tolist())).to(weight)
-        conditions = [Steering(bps, base.unet, cache.cond(i).to(device))] if bps else []
+        words = prompts[i[0]:i[-1] + 1] if prompts else cache.first_prompts(i.tolist())
+        context = cache.context(words).to(weight)
+        conditions = []
+        if bps:
+            conditions = [Steering(bps, base.unet, cache.cond(i).to(device), strength=strength)]
         pictures.append(draw(base, context, empty, (seed + i).tolist(), cache.size,
                              sampling or SAMPLING, conditions).cpu())
     return torch.cat(pictures)
@@ -146,6 +182,9 @@ def print_losses(numbers):
           f"steered {numbers['steered']:.4f}, shuffled conditions {numbers['shuffled']:.4f}")
     print(f"gain {gain:.4f} +- {gain_error:.4f} ({ratio(gain, gain_error):.1f} standard errors), "
           f"shuffled-condition gap {gap:.4f} +- {gap_error:.4f} ({ratio(gap, gap_error):.1f})")
+    print("a condition says {:.0f} +- {:.0f} bits that its prompt does not (an estimate)".format(
+        *numbers["bits"]) + "; the strength of the lowest loss is {:.2f} +- {:.2f}".format(
+        *numbers["strength"]))
     if gain < 0:
         print("worse than the frozen base: train for more steps, or with a smaller --lr")
     if numbers["pairs"] < FEW_PAIRS:

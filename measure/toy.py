@@ -1,13 +1,15 @@
-"""Studies in the plane: paths and weights, robustness, the algebra of posteriors, learning rates.
+"""Studies in the plane: paths and weights, robustness, algebra of posteriors, bits, learning rates.
 
     python -m measure.toy modes         which paths to steer, with which weights (paper's Fig. 3)
     python -m measure.toy robustness    how many labelled points, how many epochs (paper's Fig. 4)
     python -m measure.toy algebra       tempering and composing, against the exact laws
+    python -m measure.toy bits          how many bits a condition says, against the exact number
     python -m measure.toy rates         which learning rate suits which method
 
 Shapes as in toy2d.py: N conditions, K components.
 """
 import itertools
+import math
 from dataclasses import replace
 
 import torch
@@ -16,7 +18,9 @@ from tqdm import tqdm
 import toy2d
 from bps import posterior
 from inputs.options import Parser, run
+from measure.bits import condition_bits, log_snr
 from measure.plots import Figure
+from measure.report import VALIDATION_T, mean_and_error
 
 # Port weights: three on CP, one on TP, three on EP, one at the output. The weight of a port acts as
 # a learning rate too, so flat and foot-heavy (the mirror) have head-heavy's sum of squares.
@@ -34,6 +38,8 @@ RATES, RATES_SEEDS = (3e-5, 1e-4, 3e-4, 1e-3), 3
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)                   # for tempering
 LAWS = [*({"arm": s} for s in STRENGTHS), *({"place": s} for s in STRENGTHS),
         {"both": 1.0}, {"arm": 1.0, "place": 1.0}]
+BITS_POINTS = 4000              # to measure bits on
+ALL_T = range(0, 1000, 10)
 
 
 def train_and_score(held_out, method, prior, n, effort, **bps_options):
@@ -201,9 +207,53 @@ def draw_algebra(world, rows, composition, args):
     figure.save(args.out / "algebra.png")
 
 
+# ---- bits ----------------------------------------------------------------------------------
+
+def exact_bits(world, z_0, cond, kind):
+    """Returns log2 p(c | z_0) / p(c) (n,), whose mean is the mutual information I(c; z_0)."""
+    log_p_cond = world.log_p_cond(cond, kind)                                   # (n, K)
+    given_z_0 = world.log_p(z_0, *toy2d.CLEAN, log_p_cond) - world.log_p(z_0, *toy2d.CLEAN)
+    return (given_z_0 - log_p_cond.logsumexp(1) + math.log(len(world.means))) / math.log(2)
+
+
+@torch.no_grad()
+def denoisers_bits(schedule, timesteps, z_0, prior, posterior, seed):
+    """Returns condition_bits (n,) from the errors of prior(z_t, t) and posterior(z_t, t)."""
+    generator = torch.Generator().manual_seed(seed)
+    gains = []
+    for t in timesteps:
+        t = torch.full((len(z_0),), t)
+        noise = torch.randn(z_0.shape, generator=generator)
+        z_t = schedule.add_noise(z_0, noise, t)
+        gains.append(sum(sign * (denoise(z_t, t) - noise).square().sum(1)
+                         for sign, denoise in ((1, prior), (-1, posterior))))
+    return condition_bits(torch.stack(gains, dim=1), log_snr(schedule, timesteps))
+
+
+def bits(world, prior, args):
+    """Compares the bits of each kind of condition: exact, and from exact and learned denoisers."""
+    held_out, rows = toy2d.HeldOut(world, args.seed), []
+    z_0, cond = held_out.world.draw_labelled(BITS_POINTS, torch.Generator().manual_seed(args.seed))
+    points = toy2d.labelled_points(world, toy2d.LABELLED, args.seed)
+    for kind in tqdm(toy2d.KINDS, desc="bits"):
+        exact = world.denoiser(world.log_p_cond(cond, kind))
+        learned = toy2d.train_method(toy2d.METHODS["steered"], prior, points, args.seed,
+                                     args.effort, kind=kind)
+        estimates = {"exact": exact_bits(world, z_0, cond, kind)}
+        for name, timesteps, *denoisers in (
+                ("exact denoisers", ALL_T, world.denoiser(), exact),
+                ("exact denoisers, 8 t", VALIDATION_T, world.denoiser(), exact),
+                ("learned denoisers", ALL_T, prior, lambda z_t, t: learned(z_t, t, cond))):
+            estimates[name] = denoisers_bits(toy2d.SCHEDULE, timesteps, z_0, *denoisers, args.seed)
+        rows.append(dict(condition=kind) | {
+            name: "{:.2f} +- {:.2f}".format(*mean_and_error(values))
+            for name, values in estimates.items()})
+    toy2d.save_table(rows, args.out / "bits.md")
+
+
 def main():
     """Runs a study."""
-    studies = dict(modes=modes, robustness=robustness, algebra=algebra, rates=rates)
+    studies = dict(modes=modes, robustness=robustness, algebra=algebra, bits=bits, rates=rates)
     parser = Parser(__doc__)
     parser.add_argument("study", choices=studies)
     args = toy2d.parse_args(parser)

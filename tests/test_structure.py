@@ -11,7 +11,7 @@ FILES = [file.relative_to(ROOT) for folder in (".", "inputs", "measure", "tiny")
 MODULES = {".".join(file.with_suffix("").parts): file for file in FILES}
 # Each line stands above all that it imports; files of one line may import each other one way.
 FLOORS = [("weights", "diffusion"), ("inputs",), ("unet", "vae", "clip"),
-          ("measure.plots", "bps", "tiny", "toy2d"), ("data",), ("sample",), ("measure",),
+          ("measure.plots", "measure.bits", "bps", "tiny", "toy2d"), ("data",), ("sample",), ("measure",),
           ("train",), ("measure.rivals",)]
 RELIED_ON = ["bps.posterior", "bps.BPS", "bps.BPSConfig", "bps.config_for", "bps.load_bps",
              "bps.save_bps", "unet.UNet", "unet.UNetConfig", "unet.load_unet", "vae.load_vae",

@@ -1,0 +1,48 @@
+"""How many bits a condition says, and how strong its steering should be, from errors of denoisers.
+
+The bits that a condition c says about a picture z_0, beyond what the text says, are the mutual
+information of the two, which is an integral over the noise levels:
+
+    I(c; z_0 | text) = 1/2 integral of E|M|^2 d log snr,      snr = alpha_t^2 / sigma_t^2
+
+(derived here from I-MMSE, arXiv cs/0412108, theorem 1: the error of z_0 is that of the noise over
+snr). For exact denoisers E|M|^2 is the gain, E|noise - eps*|^2 - E|noise - eps_bar*|^2.
+
+Shapes: n pairs, T timesteps.
+"""
+import math
+
+import torch
+
+
+def log_snr(schedule, timesteps):
+    """Returns log(alpha_t^2 / sigma_t^2) (T,) float64 at timesteps, whole numbers."""
+    abar = schedule.alphas_cumprod[list(timesteps)]
+    return (abar / (1 - abar)).log()
+
+
+def condition_bits(gains, log_snrs):
+    """Returns the bits (n,) that each condition says, between the first and the last noise level.
+
+    gains: (n, T), of eps, summed over its dimensions. log_snrs: (T,), falling. The integral is the
+    trapezoidal rule's.
+    """
+    nats = -torch.trapezoid(gains.to(log_snrs), log_snrs) / 2
+    return nats / math.log(2)
+
+
+def calibrated_strength(gains, steerings):
+    """Returns the strength of the lowest loss, and its standard error by the jackknife over pairs.
+
+    gains: (n,). steerings: |M_hat|^2 (n,). The loss at strength s is that of the frozen base minus
+    s (gain + |M_hat|^2) - s^2 |M_hat|^2 (derived here): 1 is calibrated, below 1 over-fitted. It
+    is nan if there is no steering.
+    """
+    def best(gain, steering):
+        """Returns the vertex of the parabola."""
+        return (gain + steering) / (2 * steering)
+
+    n = len(gains)
+    without_one = best(gains.sum() - gains, steerings.sum() - steerings)        # (n,)
+    error = ((n - 1) * without_one.var(correction=0)).sqrt()
+    return best(gains.sum(), steerings.sum()).item(), error.item()

@@ -1,0 +1,88 @@
+"""Bits and calibrated strength, against closed forms and against their definitions."""
+import math
+
+import pytest
+import torch
+import toy2d
+from measure import report, toy
+from measure.bits import calibrated_strength, condition_bits, log_snr
+
+from bps import BPS, config_for
+from data import LatentCache, load_pairs
+from diffusion import NoiseSchedule
+from inputs.options import BASE
+from sample import load_base
+
+SCHEDULE = NoiseSchedule()
+
+
+@pytest.mark.parametrize("r", [0.2, 1.0, 3.0])
+def test_the_bits_of_a_reading_of_a_gaussian_are_the_known_ones(r):
+    """z_0 ~ N(0, 1), c = z_0 + r n: E|M|^2 is snr / (1 + snr) - snr v / (1 + snr v), v of z_0 | c.
+    """
+    timesteps, v = range(1000), r**2 / (1 + r**2)
+    snr = log_snr(SCHEDULE, timesteps).exp()
+    gain = snr / (1 + snr) - snr * v / (1 + snr * v)
+    bits = condition_bits(gain[None], log_snr(SCHEDULE, timesteps))
+    # between two noise levels it is the difference of the bits that z_t and c say together
+    ends = snr[[0, -1]]
+    expected = ((1 + ends).log() - (1 + ends * v).log()) / 2 / math.log(2)
+    torch.testing.assert_close(bits[0], expected[0] - expected[1], rtol=1e-3, atol=0)
+    assert bits.item() == pytest.approx(math.log2(1 + 1 / r**2) / 2, rel=0.03)
+
+
+@pytest.mark.parametrize("kind", toy2d.KINDS)
+def test_the_bits_of_exact_denoisers_in_the_plane_are_the_mutual_information(kind):
+    world = toy2d.pinwheel()
+    z_0, cond = world.draw_labelled(2000, torch.Generator().manual_seed(0))
+    exact = toy.exact_bits(world, z_0, cond, kind)
+    posterior = world.denoiser(world.log_p_cond(cond, kind))
+    estimate = toy.denoisers_bits(SCHEDULE, range(0, 1000, 10), z_0, world.denoiser(), posterior,
+                                  seed=0)
+    difference, error = report.mean_and_error(estimate - exact)
+    assert error < 0.05
+    assert abs(difference) < 3 * error
+
+
+def test_an_arm_says_as_many_bits_as_there_are_arms():
+    world = toy2d.pinwheel()
+    z_0, cond = world.draw_labelled(2000, torch.Generator().manual_seed(0))
+    assert toy.exact_bits(world, z_0, cond, "arm").mean().item() == pytest.approx(
+        math.log2(toy2d.ARMS), abs=0.02)
+
+
+def test_the_calibrated_strength_halves_a_steering_twice_as_large_as_it_should_be():
+    generator = torch.Generator().manual_seed(0)
+    right = torch.randn(50, 1000, generator=generator)
+    rest = torch.randn(50, 1000, generator=generator)               # what steering cannot know
+    steering = 2 * right
+    gains = (right + rest).square().mean(1) - (right + rest - steering).square().mean(1)
+    squares = steering.square().mean(1)
+    strength, error = calibrated_strength(gains, squares)
+    assert strength == pytest.approx(0.5, abs=4 * error)
+    assert 0 < error < 0.01
+    without = torch.tensor([calibrated_strength(*(torch.cat([x[:i], x[i + 1:]])
+                                                  for x in (gains, squares)))[0]
+                            for i in range(50)])
+    assert error == pytest.approx((49 * without.var(correction=0)).sqrt().item(), rel=1e-3)
+
+
+def test_validation_measures_the_strength_of_the_lowest_loss(monkeypatch):
+    monkeypatch.setattr(report, "VALIDATION_T", (200, 600))
+    base = load_base(BASE)
+    cache = LatentCache(load_pairs("sketch", "val")[:4], "sketch", 64, base)
+    torch.manual_seed(0)
+    bps = BPS(config_for(base.unet.config, 1, base.vae.factor))
+    for port in bps.zero_blocks:
+        if port is not None:
+            torch.nn.init.normal_(port.weight, std=1e-3)
+    best, _ = report.validate(base, cache, bps)["strength"]
+    losses = {}
+    with torch.inference_mode():
+        for shift in (-0.02, 0.0, 0.02):
+            losses[shift] = sum(
+                report.mean_square((1 - best - shift) * predict(None) + (best + shift) * predict(i)
+                                   - target).sum().item()
+                for _, i, target, predict in report.held_out(base, cache, bps))
+    assert losses[0.0] < min(losses[-0.02], losses[0.02])
+    assert losses[-0.02] == pytest.approx(losses[0.02], rel=1e-4)       # it is a parabola
