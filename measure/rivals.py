@@ -1,14 +1,17 @@
 """Compares BPS with its rivals, on the same pairs, noises and steps, each at a rate of its own.
 
-    python -m measure.rivals --task sketch --study methods      # hours; goes on where it stopped
+    python -m measure.rivals --task sketch --study methods
     python -m measure.rivals --task sketch --study data         # 12 pairs to all
     python -m measure.rivals --task sketch --study steps
 
-Each training is a folder of runs/rivals with its result.json. A method's learning rate, in
-all studies, has the lowest validation loss of a sweep: all pairs, another seed, a third of the
-steps.
+The results of each training are a line of docs/rivals.jsonl; a study trains what has no line there,
+which takes hours, and prints its table. Stopped, it goes on where it was. A method's learning
+rate, in all studies, has the lowest validation loss of a sweep: all pairs, another seed, a third
+of the steps.
 """
 import functools
+import json
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +25,11 @@ import weights
 from bps import build_bps, config_for
 from data import LatentCache, load_pairs
 from inputs.conditions import TASKS, to_x
-from inputs.options import BASE, Parser, run
+from inputs.options import BASE, HERE, Parser, run
 from inputs.processes import Processes
 from inputs.train_options import EMPTY_SHARE
 from measure.obedience import meter_for
-from measure.quality import kernel_distance
+from measure.quality import caption_rate, kernel_distance
 from measure.report import draw_pairs, paired_errors, validate
 from measure.rival_networks import ControlNet, FineTuned, LoRA, RivalUNet, T2IAdapter, TimeBlindBPS
 from sample import load_base
@@ -35,7 +38,8 @@ from tiny.classifier import Classifier
 from train import Run, train
 from weights import UserError
 
-BATCH, STEPS, SWEEP_SEED, SAVES = 16, 900, 100, 6
+BATCH, STEPS, SAVES = 16, 300, 5
+SEEDS, SWEEP_SEED = (0, 1, 2), 100
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 WIDER = 10**0.5                 # factor by which a sweep goes on beyond its best end
 MOST_RATES = 7
@@ -60,6 +64,8 @@ METHODS = {
     "bps-foot-heavy": bps_maker((1, 1, 1, 16, 16)),
     "bps-time-blind": lambda unet, *base: TimeBlindBPS(config_for(unet.config, *base))}
 MAIN = ("bps", "bps-light", "controlnet", "t2i-adapter", "fine-tuned", "lora")
+# pictures to compare with: by the base, true ones of other pairs, the test pairs' after the VAE
+BOUNDS = ("base alone", "other true pictures", "VAE round trip")
 
 
 class Job(NamedTuple):
@@ -72,9 +78,25 @@ class Job(NamedTuple):
     seed: int
 
     def folder(self, root):
-        """Returns the folder of its files."""
+        """Returns the folder of its files, which are there until it is done."""
         return root / "-".join(map(str, (self.task, self.method, self.pairs or "all", self.steps,
                                          f"{self.rate:.2g}", self.seed)))
+
+
+class Record:
+    """The results of all Jobs that are done, in a file of JSON lines."""
+
+    def __init__(self, file):
+        self.file, self.results = file, {}
+        for line in file.read_text().splitlines() if file.exists() else []:
+            row = json.loads(line)
+            self.results[Job(*(row.pop(name) for name in Job._fields))] = row
+
+    def add(self, job, numbers):
+        """Adds the numbers of a Job; several processes may do so at once."""
+        self.results[job] = numbers
+        with self.file.open("a") as f:
+            f.write(json.dumps(job._asdict() | numbers) + "\n")
 
 
 class RivalRun(Run):
@@ -95,8 +117,8 @@ class RivalRun(Run):
 class Bench:
     """What all trainings of a task share: the base, the pairs, and how pictures are judged."""
 
-    def __init__(self, task, base, root):
-        self.task, self.base, self.root = task, base, root
+    def __init__(self, task, base, root, record):
+        self.task, self.base, self.root, self.record = task, base, root, record
         self.pairs = {split: load_pairs(task, split) for split in ("train", "val", "test")}
         self.val, self.test = (LatentCache(self.pairs[split], task, world.SIZE, base)
                                for split in ("val", "test"))
@@ -133,18 +155,22 @@ class Bench:
 
     def result(self, job):
         """Returns a job's numbers (a dict), for which it trains unless that has been done."""
-        out = job.folder(self.root)
-        if (out / "result.json").is_file():
-            return weights.read_json(out / "result.json")
-        start = time.monotonic()
+        if job in self.record.results:
+            return self.record.results[job]
+        if job.method in BOUNDS:
+            numbers = self.judge(self.pictures_of(job.method))
+            self.record.add(job, numbers)
+            return numbers
+        out, start = job.folder(self.root), time.monotonic()
         base, network = self.network(job.method, job.seed)
         args = SimpleNamespace(
             device="cpu", dtype="fp32", steps=job.steps, batch=BATCH, lr=job.rate, seed=job.seed,
-            prompt_drop=EMPTY_SHARE, accumulate=1, save_every=max(1, job.steps // SAVES),
-            keep="best")
+            prompt_drop=EMPTY_SHARE, accumulate=1, keep="best",
+            save_every=job.steps if job.seed == SWEEP_SEED else max(1, job.steps // SAVES))
         run_of_job = RivalRun(out, network, args, Processes())
         out.mkdir(parents=True, exist_ok=True)
         run_of_job.open(job._asdict(), {})
+        steps_to_go = job.steps - run_of_job.step
 
         def on_save(step, loss):
             val_loss = paired_errors(base, self.val, network).mean().item()
@@ -158,29 +184,52 @@ class Bench:
             run_of_job.best["loss"] = float("inf")                  # of a rate that is too large
         numbers = dict(parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
                        val=run_of_job.best["loss"], best_step=run_of_job.best["step"],
-                       minutes=(time.monotonic() - start) / 60)
+                       minutes=(time.monotonic() - start) / 60 * job.steps / max(1, steps_to_go))
         if job.seed != SWEEP_SEED:
             run_of_job.restore_best()
-            numbers |= validate(base, self.test, network) | self.judge(base, network, job.seed)
-        weights.write_json(numbers, out / "result.json")
-        for file in ("checkpoint.safetensors", "best.safetensors"):
-            (out / file).unlink(missing_ok=True)
+            numbers |= self.measure(base, network, job)
+        self.record.add(job, numbers)
+        shutil.rmtree(out)
         return numbers
 
-    def judge(self, base, network, seed):
-        """Returns the obedience and the quality of pictures drawn for the test pairs."""
-        x = draw_pairs(base, self.test, network, self.count, seed)
-        distance, error = self.distance(self.classify.embed_pictures(x))
-        return dict(obedience=self.meter(x, self.test.cond(range(self.count))),
-                    distance=[distance, error])
+    def measure(self, base, network, job):
+        """Returns the numbers of a trained network on the test pairs."""
+        numbers = validate(base, self.test, network)
+        x = draw_pairs(base, self.test, network, self.count, job.seed)
+        if self.task == "sketch" and (job.pairs, job.steps, job.seed) == (0, STEPS, 0):
+            prompts = self.other_prompts()
+            pictures = draw_pairs(base, self.test, network, self.count, job.seed, prompts=prompts)
+            numbers["conflict"] = self.meter(pictures, self.test.cond(range(self.count))) | {
+                "name": caption_rate(self.classify, pictures, prompts)}
+        return numbers | self.judge(x)
+
+    def other_prompts(self):
+        """Returns for each test picture the prompt of the next one of the same category."""
+        rows = world.records("test", ("3d",))
+        prompts = self.test.first_prompts(range(self.count))
+        return [next(prompts[j % self.count] for j in range(i + 1, i + self.count + 1)
+                     if rows[j % self.count]["category"] == row["category"])
+                for i, row in enumerate(rows[:self.count])]
+
+    def pictures_of(self, bound):
+        """Returns pictures x (n, 3, H, W) of one of the BOUNDS."""
+        if bound == "base alone":
+            return draw_pairs(self.base, self.test, None, self.count, 0)
+        if bound == "other true pictures":
+            return torch.stack([to_x(pair.open_image()) for pair in self.pairs["val"]])
+        with torch.inference_mode():
+            return self.base.vae.decode(self.test.rows("mean", range(self.count)).float())
+
+    def judge(self, x):
+        """Returns the obedience and the quality of pictures x (n, 3, H, W) for n test pairs."""
+        return dict(obedience=self.meter(x, self.test.cond(range(len(x)))),
+                    distance=self.distance(self.classify.embed_pictures(x)))
 
     def distance(self, features):
-        """Returns the kernel distance of features (n, D) to the true ones, and its jackknife error.
-        """
+        """Returns [kernel distance of features (n, D) to the true ones, its jackknife error]."""
         n = len(features)
         without_one = [kernel_distance(features[torch.arange(n) != i], self.true) for i in range(n)]
-        return (kernel_distance(features, self.true),
-                float(np.std(without_one) * (n - 1) ** 0.5))
+        return [kernel_distance(features, self.true), float(np.std(without_one) * (n - 1) ** 0.5)]
 
     def best_rate(self, method):
         """Returns the learning rate of the lowest validation loss; the sweep widens at its ends."""
@@ -198,23 +247,25 @@ class Bench:
 # ---- studies -------------------------------------------------------------------------------
 
 def methods_study(bench, rates):
-    """Yields the Jobs of all methods at all pairs; three seeds for the main ones."""
-    for method in METHODS:
-        for seed in (0, 1, 2) if method in MAIN else (0,):
+    """Yields the Jobs of all methods, on scenes the main ones, at all pairs, beside the bounds."""
+    for bound in BOUNDS:
+        yield Job(bench.task, bound, 0, 0, 0.0, 0)
+    for method in METHODS if bench.task == "sketch" else MAIN:
+        for seed in SEEDS if method in MAIN else (0,):
             yield Job(bench.task, method, 0, STEPS, rates(method), seed)
 
 
 def data_study(bench, rates):
-    """Yields the Jobs of the main methods over the number of pairs; three seeds at 40."""
-    for pairs in (12, 40, 100, 300, 0):
+    """Yields the Jobs of the main methods over the number of pairs; several seeds at 40."""
+    for pairs in (40, 12, 300, 100, 0):
         for method in MAIN:
-            for seed in (0, 1, 2) if pairs in (40, 0) else (0,):
+            for seed in SEEDS if pairs in (40, 0) else (0,):
                 yield Job(bench.task, method, pairs, STEPS, rates(method), seed)
 
 
 def steps_study(bench, rates):
     """Yields the Jobs of the main methods over the number of steps."""
-    for steps in (100, 300, STEPS, 2700):
+    for steps in (STEPS // 3, STEPS, 3 * STEPS):
         for method in MAIN:
             yield Job(bench.task, method, 0, steps, rates(method), 0)
 
@@ -246,9 +297,12 @@ def main():
     add = parser.add_argument
     add("--task", choices=("sketch", "segmentation"), default="sketch", help="(default: sketch)")
     add("--study", choices=STUDIES, default="methods", help="(default: methods)")
-    add("--out", type=Path, default=Path("runs/rivals"), help="folder (default: %(default)s)")
+    add("--record", type=Path, default=HERE / "docs" / "rivals.jsonl", help="file of the results "
+        "(default: docs/rivals.jsonl)")
+    add("--out", type=Path, default=Path("runs/rivals"), help="folder of the trainings under way "
+        "(default: %(default)s)")
     args = parser.parse_args()
-    bench = Bench(args.task, load_base(BASE), args.out)
+    bench = Bench(args.task, load_base(BASE), args.out, Record(args.record))
     rates = functools.cache(bench.best_rate)
     print_results({job: bench.result(job) for job in STUDIES[args.study](bench, rates)})
 
