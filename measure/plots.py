@@ -2,21 +2,28 @@
 import math
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 SIDE, TOP, EDGE, NAMES = 300, 34, 42, 64        # pixels of a panel, and of its title and names
 GAP = 16                                        # pixels between panels
 ZOOM = 3                                        # figures are drawn larger, then scaled down
 COLORS = ("#d1495b", "#e28413", "#2a9d5c", "#2f6fb5", "#7b4fa3", "#444444")
 LIGHT, GREY = "#d5d8dd", "#777777"
+BAND_ALPHA = 50                                 # of 255
 GREYS = dict(light=LIGHT, dark="#555555")
+
+
+def round_step(extent):
+    """Returns a round number that goes three to eight times into an extent."""
+    unit = 10.0 ** math.floor(math.log10(extent))
+    return next(unit * share for share in (0.2, 0.5, 1, 2) if extent / unit <= 8 * share)
 
 
 class Axes:
     """One panel: collects layers, and draws them when the range of all is known."""
 
     def __init__(self, title):
-        self.title, self.layers = title, []
+        self.title, self.layers, self.limits = title, [], None
 
     def dots(self, clouds):
         """Adds {color: points (n, 2) in the plane}; a color is a number, "light" or "dark"."""
@@ -26,9 +33,16 @@ class Axes:
         """Adds vectors (n, 2) at points (n, 2) in the plane."""
         self.layers.append(("arrows", np.asarray(points), np.asarray(vectors)))
 
-    def line(self, x, y, name, log_y=False):
-        """Adds a line; x is logarithmic unless it starts at 0."""
-        self.layers.append(("line", np.asarray(x), np.asarray(y), name, log_y))
+    def line(self, x, y, name, log_y=False, band=0.0):
+        """Adds a line with a band around it; x is logarithmic unless it starts at 0."""
+        y = np.asarray(y, float)
+        self.layers.append(("line", np.asarray(x), y, name, log_y, y + np.multiply.outer(
+            (-1, 1), np.broadcast_to(band, y.shape))))
+
+    def range(self):
+        """Returns the least and the greatest value of its lines and bands."""
+        bands = np.stack([layer[5] for layer in self.layers])
+        return bands.min(), bands.max()
 
     def bars(self, labels, values, errors):
         """Adds a horizontal bar for each label, with its error."""
@@ -85,13 +99,15 @@ class Axes:
 
         A logarithmic axis starts at 1e-4 or above; smaller and negative values are drawn at 1e-4.
         """
-        _, ticks, _, _, log_y = self.layers[0]
+        _, ticks, _, _, log_y, _ = self.layers[0]
         x = np.log10(ticks) if ticks[0] > 0 else ticks
-        values = np.stack([layer[2] for layer in self.layers])              # (lines, points)
-        low, high, step = 0.0, 1.0, 0.25
+        scaled = (lambda y: np.log10(np.maximum(y, 1e-4))) if log_y else np.asarray
+        low, high = scaled(self.limits or self.range())
         if log_y:
-            values = np.log10(np.maximum(values, 1e-4))
-            low, high, step = np.floor(values.min()), np.ceil(values.max()), 1.0
+            low, high, step = np.floor(low), np.ceil(high), 1.0
+        else:
+            step = round_step(high - min(low, 0.0))
+            low, high = step * np.floor(min(low, 0.0) / step), step * np.ceil(high / step)
         x_low, x_high = x[0] - 0.1, x[-1] + 0.1
 
         def to_panel(x, y):
@@ -99,16 +115,19 @@ class Axes:
             x = EDGE + (x - x_low) / (x_high - x_low) * (SIDE - EDGE - NAMES)
             return np.stack([x, SIDE - 20 - (y - low) / (high - low) * (SIDE - 30)], axis=-1)
 
-        for tick in np.arange(low, high + 1e-6, step):
+        for tick in np.arange(low, high + step / 2, step):
             ends = to_panel(np.array([x_low, x_high]), np.full(2, tick))
             self.pen.line(self.at(ends), LIGHT, ZOOM)
-            self.text(EDGE - 4, ends[0][1], f"{10.0**tick if log_y else tick:g}", 11, "rm")
+            self.text(EDGE - 4, ends[0][1], f"{10.0**tick if log_y else tick:.3g}", 11, "rm")
         for tick, value in zip(x, ticks):
             self.text(to_panel(tick, low)[0], SIDE - 8, f"{value:g}", 11, "mm")
-        for y, color in zip(values, COLORS):
-            self.pen.line(self.at(to_panel(x, y)), color, 2 * ZOOM)
-            self.discs(to_panel(x, y), 3, color)
-        ends = to_panel(np.full(len(values), x_high), values[:, -1])        # (lines, 2)
+        for (_, _, y, _, _, band), color in zip(self.layers, COLORS):
+            lower, upper = (self.at(to_panel(x, edge)) for edge in scaled(band))
+            self.pen.polygon(lower + upper[::-1], (*ImageColor.getrgb(color), BAND_ALPHA))
+            self.pen.line(self.at(to_panel(x, scaled(y))), color, 2 * ZOOM)
+            self.discs(to_panel(x, scaled(y)), 3, color)
+        last = scaled([layer[2][-1] for layer in self.layers])
+        ends = to_panel(np.full(len(last), x_high), last)                   # (lines, 2)
         lowest = 0.0
         for i in ends[:, 1].argsort():                          # from the top, so none overlap
             lowest = max(ends[i, 1], lowest)
@@ -137,12 +156,18 @@ class Figure:
         self.columns = columns
         self.axes = [Axes(title) for title in titles]
 
+    def share_limits(self, panels):
+        """Gives the panels of lines, indices of `axes`, the same range."""
+        ranges = [self.axes[i].range() for i in panels]
+        for i in panels:
+            self.axes[i].limits = min(low for low, _ in ranges), max(high for _, high in ranges)
+
     def save(self, file):
         """Writes the figure as PNG and prints its path."""
         rows = math.ceil(len(self.axes) / self.columns)
         width, height = self.columns * (SIDE + GAP) + GAP, rows * (SIDE + TOP) + GAP
         sheet = Image.new("RGB", (width * ZOOM, height * ZOOM), "white")
-        pen = ImageDraw.Draw(sheet)
+        pen = ImageDraw.Draw(sheet, "RGBA")
         for i, axes in enumerate(self.axes):
             row, column = divmod(i, self.columns)
             axes.paint(pen, GAP + column * (SIDE + GAP), TOP + row * (SIDE + TOP))

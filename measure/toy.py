@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
+import diffusion
 import toy2d
 from bps import posterior
 from inputs.options import Parser, run
@@ -32,9 +33,12 @@ MODES = {"CP": (16, 8, 4, 0, 0, 0, 0, 0), "TP": (0, 0, 0, 16, 0, 0, 0, 0),
          "at output": (0, 0, 0, 0, 0, 0, 0, 16)}
 ALL, MODES_N, MODES_SEEDS = "CP+TP+EP", 12, 5
 SCORES = ("accuracy", "energy")                         # the scores in figures
-RIVALS = ("steered", "scratch, short", "tuned")
-SIZES, EPOCHS = (12, 25, 50, 100, 200, 500), (40, 160, 640, 2500)       # for robustness
-RATES, RATES_SEEDS = (3e-5, 1e-4, 3e-4, 1e-3), 3
+RIVALS = ("steered", "scratch", "tuned")
+SIZES, EPOCHS, ROBUSTNESS_SEEDS = (12, 50, 100, 500), (160, 640, 2500), 3       # for robustness
+RATES, RATES_SEEDS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), 3
+RATE_SEED = 100                 # added to the seed where robustness chooses a rate
+GAUSSIAN_READING = 1.0          # r, the standard error of a reading of a standard normal number
+GAUSSIAN_SAMPLES, GAUSSIAN_STEPS = 20_000, 400
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)                   # for tempering
 LAWS = [*({"arm": s} for s in STRENGTHS), *({"place": s} for s in STRENGTHS),
         {"both": 1.0}, {"arm": 1.0, "place": 1.0}]
@@ -48,6 +52,11 @@ def train_and_score(held_out, method, prior, n, effort, **bps_options):
     points = toy2d.labelled_points(held_out.world, n, seed)
     eps = toy2d.train_method(method, prior, points, seed, effort, **bps_options)
     return held_out.scores(held_out.draw(eps))
+
+
+def mean_floor(held_outs):
+    """Returns the energy distance of fresh true points to true points, the mean over HeldOuts."""
+    return sum(held_out.floor() for held_out in held_outs) / len(held_outs)
 
 
 # ---- which paths, which weights ------------------------------------------------------------
@@ -64,7 +73,7 @@ def modes(world, prior, args):
     mean, deviation = scores.mean(1), scores.std(1)                         # (modes, scores)
     difference = scores - scores[list(MODES).index(ALL)]    # each mode has the same points
     error = difference.std(1) / MODES_SEEDS**0.5
-    rows = [dict(mode=name) for name in MODES]
+    rows = [dict(mode=name, floor=mean_floor(held_outs)) for name in MODES]
     for (i, row), (k, key) in itertools.product(enumerate(rows), enumerate(SCORES)):
         row |= {key: mean[i, k].item(), f"{key} sd": deviation[i, k].item(),
                 f"{key} - {ALL}'s": f"{difference.mean(1)[i, k]:+.3f} +- {error[i, k]:.3f}"}
@@ -77,21 +86,38 @@ def modes(world, prior, args):
 
 # ---- how many labelled points, how many epochs ---------------------------------------------
 
+def best_rate(method, world, prior, n, args):
+    """Returns the Method with the rate of the least energy distance, on a seed of its own."""
+    held_out = toy2d.HeldOut(world, args.seed + RATE_SEED)
+    return min((replace(method, lr=lr) for lr in RATES),
+               key=lambda each: train_and_score(held_out, each, prior, n, args.effort)["energy"])
+
+
 def robustness(world, prior, args):
-    """Trains each method anew on each number of points for each number of epochs."""
-    held_out = toy2d.HeldOut(world, args.seed)
-    rows = []
+    """Trains each method anew on each number of points for each number of epochs, on three seeds.
+
+    Everywhere each method has its own best learning rate.
+    """
+    held_outs = [toy2d.HeldOut(world, args.seed + i) for i in range(ROBUSTNESS_SEEDS)]
+    rows, scores = [], {}
     for name, n, epochs in tqdm(list(itertools.product(RIVALS, SIZES, EPOCHS)), desc="robustness"):
-        method = replace(toy2d.METHODS[name], epochs=epochs)
-        rows.append(dict(method=name, n=n, epochs=epochs)
-                    | train_and_score(held_out, method, prior, n, args.effort))
+        method = best_rate(replace(toy2d.METHODS[name], epochs=epochs), world, prior, n, args)
+        runs = [train_and_score(held_out, method, prior, n, args.effort) for held_out in held_outs]
+        row = dict(method=name, n=n, epochs=epochs, rate=f"{method.lr:g}")
+        for key in SCORES:
+            values = torch.tensor([scores_of_run[key] for scores_of_run in runs])
+            scores[name, n, epochs, key] = values.mean().item(), values.std().item()
+            row |= {key: values.mean().item(), f"{key} sd": values.std().item()}
+        rows.append(row | dict(floor=mean_floor(held_outs)))
     toy2d.save_table(rows, args.out / "robustness.md")
     panels = list(itertools.product(SCORES, RIVALS))
     figure = Figure(len(RIVALS), [f"{name}: {key} by epochs" for key, name in panels])
     for axes, (key, name) in zip(figure.axes, panels):
         for n in SIZES:
-            values = [row[key] for row in rows if (row["method"], row["n"]) == (name, n)]
-            axes.line(EPOCHS, values, f"n = {n}", log_y=key == "energy")
+            values, deviations = zip(*(scores[name, n, epochs, key] for epochs in EPOCHS))
+            axes.line(EPOCHS, values, f"n = {n}", log_y=key == "energy", band=deviations)
+    for first in range(0, len(panels), len(RIVALS)):
+        figure.share_limits(range(first, first + len(RIVALS)))
     figure.save(args.out / "robustness.png")
 
 
@@ -108,7 +134,8 @@ def rates(world, prior, args):
             held_out, method, prior, toy2d.LABELLED, args.effort)["energy"]
             for held_out in held_outs}
         mean = sum(energies.values()) / RATES_SEEDS
-        rows.append(dict(method=name, rate=f"{lr:g}", energy=mean) | energies)
+        rows.append(dict(method=name, rate=f"{lr:g}", floor=mean_floor(held_outs), energy=mean)
+                    | energies)
     toy2d.save_table(rows, args.out / "rates.md")
 
 
@@ -170,8 +197,46 @@ def draw_law(held_out, denoisers, law):
         prior(z_t, t), [posteriors[kind](z_t, t) for kind in law], list(law.values())))
 
 
+def gaussian_eps(variances):
+    """Returns denoise(z_t, t) of independent normal coordinates with these variances."""
+    variances = torch.tensor(variances)
+
+    def denoise(z_t, t):
+        alpha, sigma = toy2d.signal_and_noise(t, z_t)
+        return sigma * z_t / (alpha**2 * variances + sigma**2)
+
+    return denoise
+
+
+def gaussian_rows():
+    """Returns rows of the variance of the first of two standard normal coordinates, given readings.
+
+    A reading is the coordinate plus noise of variance r^2. wanted: that of p(z_0) prod p(c_i |
+    z_0)^s_i. closed form: what the probability flow of sum_i s_i M_i ends with, (v^s for a single
+    reading, derived here). drawn: what diffusion.sample draws.
+    """
+    r_squared = GAUSSIAN_READING**2
+    v = r_squared / (1 + r_squared)                     # of a coordinate, given one reading
+    first, second = gaussian_eps((v, 1.0)), gaussian_eps((1.0, v))
+    cases = [(f"one reading, s = {s:g}", [first], [s], r_squared / (r_squared + s), v**s)
+             for s in STRENGTHS]
+    cases += [("two readings of it", [first, first], [1, 1], r_squared / (r_squared + 2), v**2),
+              ("a reading of each coordinate", [first, second], [1, 1], v, v)]
+    noise = torch.randn(GAUSSIAN_SAMPLES, 2, generator=torch.Generator().manual_seed(0))
+    rows = []
+    for name, posteriors, strengths, wanted, closed_form in cases:
+        *_, z = diffusion.sample(lambda z_t, t: posterior(
+            gaussian_eps((1.0, 1.0))(z_t, t), [eps(z_t, t) for eps in posteriors], strengths),
+            noise, toy2d.SCHEDULE, GAUSSIAN_STEPS)
+        rows.append({"Gaussian": name, "wanted": wanted, "closed form": closed_form,
+                     "drawn": z[:, 0].var().item()})
+    return rows
+
+
 def algebra(world, prior, args):
     """Draws tempered and composed posteriors, and compares them with the laws they stand for."""
+    gaussian = gaussian_rows()
+    toy2d.save_table(gaussian, args.out / "gaussian.md")
     pinwheel, other = toy2d.HeldOut(world, args.seed), toy2d.HeldOut(grid(), args.seed)
     pinwheel_laws = Laws(pinwheel)
     sources = {"exact": (pinwheel_laws, exact_denoisers(pinwheel)),
@@ -187,21 +252,23 @@ def algebra(world, prior, args):
             rows.append(dict(law=name, denoisers=source, floor=floor.mean().item(),
                              energy=toy2d.energy_distance(points[source], true).mean().item()))
     toy2d.save_table(rows, args.out / "algebra.md")
-    draw_algebra(world, rows, dict(true=pinwheel_laws.draw(LAWS[-1])) | points, args)
+    draw_algebra(world, rows, gaussian, dict(true=pinwheel_laws.draw(LAWS[-1])) | points, args)
 
 
-def draw_algebra(world, rows, composition, args):
+def draw_algebra(world, rows, gaussian, composition, args):
     """Draws distances by strength, and {source: points} of two conditions that are composed."""
-    figure = Figure(5, [*(f"p(z) p({kind} | z)^s: energy distance by s" for kind in LAWS[-1]),
-                        "arm and place: true", "composed, exact denoisers",
-                        "composed, learned denoisers"])
+    figure = Figure(3, [*(f"p(z) p({kind} | z)^s: energy distance by s" for kind in LAWS[-1]),
+                        "a Gaussian's variance by s", "arm and place: true",
+                        "composed, exact denoisers", "composed, learned denoisers"])
     energy = {(row["law"], row["denoisers"]): row["energy"] for row in rows}
     for axes, kind in zip(figure.axes, LAWS[-1]):
         for source in ("exact", "learned", "exact, grid"):
             axes.line(STRENGTHS, [energy[f"{kind}^{s:g}", source] for s in STRENGTHS], source,
                       log_y=True)
+    for key in ("wanted", "drawn"):
+        figure.axes[2].line(STRENGTHS, [row[key] for row in gaussian[:len(STRENGTHS)]], key)
     large, _ = world.draw(5000, torch.Generator().manual_seed(args.seed))
-    for axes, source in zip(figure.axes[2:], ("true", "exact", "learned")):
+    for axes, source in zip(figure.axes[3:], ("true", "exact", "learned")):
         axes.dots(dict(light=large) | dict(enumerate(
             composition[source][:toy2d.ARMS, :toy2d.SAMPLES])))
     figure.save(args.out / "algebra.png")

@@ -1,6 +1,8 @@
 """The toy's closed forms, its networks at the start, its measurements, and short runs of it."""
 import functools
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -214,6 +216,29 @@ def test_a_line_is_drawn_where_its_numbers_are_and_no_name_on_another():
     assert x == other_x > pen.dots[1][0] and abs(y - other_y) >= 11 * plots.ZOOM
 
 
+def test_panels_with_shared_limits_draw_one_number_at_one_height_and_bands_around_it():
+    figure, pen = plots.Figure(2, ["", ""]), Pen()
+    figure.axes[0].line((1, 10), (1.0, 2.0), "small", band=0.5)
+    figure.axes[1].line((1, 10), (1.0, 8.0), "large")
+    figure.share_limits((0, 1))
+    for axes in figure.axes:
+        axes.paint(pen, 0, 0)
+    small, _, large, _ = (y for _, y in pen.dots)
+    assert small == large
+    band, flat = pen.polygons
+    (_, lower), (_, upper) = band[0], band[-1]
+    assert lower > small > upper and lower - small == pytest.approx(small - upper)
+    assert flat[0] == flat[-1]
+    assert "8" in pen.words and "0" in pen.words
+
+
+@pytest.mark.parametrize("extent", (0.0071, 1.0, 1.3, 2.1, 3.9, 7.0, 9.9))
+def test_a_step_between_ticks_is_round_and_goes_three_to_eight_times_into_an_extent(extent):
+    step = plots.round_step(extent)
+    assert 3 <= extent / step <= 8
+    assert f"{step:e}"[0] in "125"
+
+
 def test_dots_and_arrows_lie_where_their_coordinates_say():
     figure, pen = plots.Figure(1, [""]), Pen()
     figure.axes[0].dots({0: [[0.0, 0.0], [1.3, 0.0], [0.0, 1.3], [3.0, 0.0]]})
@@ -229,7 +254,7 @@ class Pen:
     """Stands for Pillow's, and notes what it is told to draw."""
 
     def __init__(self):
-        self.dots, self.words, self.lines = [], {}, []
+        self.dots, self.words, self.lines, self.polygons = [], {}, [], []
 
     def ellipse(self, box, color):
         self.dots.append(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
@@ -240,10 +265,11 @@ class Pen:
     def line(self, points, color, width):
         self.lines.append(points)
 
-    def polygon(self, *_, **__):
-        pass
+    def polygon(self, points, *_):
+        self.polygons.append(points)
 
-    rectangle = polygon
+    def rectangle(self, *_, **__):
+        pass
 
 
 def test_energy_and_sliced_wasserstein_distance_match_what_is_known():
@@ -301,6 +327,28 @@ def test_only_what_a_method_learns_is_changed_and_only_scratch_starts_anew(monke
         assert any(seen["trained"][:len(of_prior)]) == (method != "steered"), method
 
 
+def test_the_rate_that_is_chosen_has_the_least_energy_distance_on_another_seed(monkeypatch):
+    seen = []
+
+    def scores(held_out, method, prior, n, effort):
+        seen.append(held_out.seed)
+        return dict(energy=abs(method.lr - toy.RATES[2]))
+
+    monkeypatch.setattr(toy, "train_and_score", scores)
+    args = SimpleNamespace(seed=1, effort=1.0)
+    method = toy.best_rate(toy2d.METHODS["tuned"], toy2d.pinwheel(), None, 12, args)
+    assert method == replace(toy2d.METHODS["tuned"], lr=toy.RATES[2])
+    assert len(seen) == len(toy.RATES) and set(seen) == {1 + toy.RATE_SEED}
+
+
+def test_a_gaussian_is_drawn_as_its_closed_form_says_and_wanted_only_where_that_is_exact():
+    for row in toy.gaussian_rows():
+        assert row["drawn"] == pytest.approx(row["closed form"], rel=0.04), row
+        exact = row["Gaussian"] in ("one reading, s = 0", "one reading, s = 1",
+                                    "a reading of each coordinate")
+        assert (row["closed form"] == pytest.approx(row["wanted"])) == exact, row
+
+
 @pytest.mark.slow
 def test_a_short_training_steers_and_leaves_the_prior_as_it_was():
     world = toy2d.pinwheel()
@@ -334,7 +382,9 @@ def run_toy(tmp_path_factory):
         for module, name, value in ((toy2d, "SAMPLES", 20), (toy2d, "STEPS", 5),
                                     (toy2d, "CONDITIONS", 5), (toy, "SIZES", (12, 25)),
                                     (toy, "EPOCHS", (50, 500)), (toy, "MODES_SEEDS", 2),
-                                    (toy, "RATES_SEEDS", 2),
+                                    (toy, "RATES_SEEDS", 2), (toy, "ROBUSTNESS_SEEDS", 2),
+                                    (toy, "RATES", (3e-4, 1e-3)), (toy, "BITS_POINTS", 50),
+                                    (toy, "ALL_T", range(0, 1000, 200)),
                                     (toy2d, "train_prior", functools.cache(toy2d.train_prior))):
             patch.setattr(module, name, value)
         world = toy2d.pinwheel()
@@ -396,8 +446,8 @@ def test_the_same_seed_gives_the_same_table_and_another_seed_another(compared, r
 @pytest.mark.parametrize("study, names", (
     ("compare", ["toy2d.md", "toy2d.png", "steering.png"]), ("modes", ["modes.md", "modes.png"]),
     ("robustness", ["robustness.md", "robustness.png"]),
-    pytest.param("rates", ["rates.md"], marks=pytest.mark.slow),
-    ("algebra", ["algebra.md", "algebra.png"])))
+    pytest.param("rates", ["rates.md"], marks=pytest.mark.slow), ("bits", ["bits.md"]),
+    ("algebra", ["algebra.md", "algebra.png", "gaussian.md"])))
 def test_a_run_writes_its_table_and_its_figures(study, names, run_toy, compared, modes_run):
     out = dict(compare=compared, modes=modes_run[0]).get(study) or run_toy(study)
     assert sorted(file.name for file in out.iterdir()) == sorted(names)
