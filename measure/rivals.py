@@ -29,6 +29,7 @@ from inputs.options import BASE, HERE, Parser, run
 from inputs.processes import Processes
 from inputs.train_options import EMPTY_SHARE
 from measure.obedience import meter_for
+from measure.plots import Figure
 from measure.quality import caption_rate, kernel_distance
 from measure.report import draw_pairs, paired_errors, validate
 from measure.rival_networks import ControlNet, FineTuned, LoRA, RivalUNet, T2IAdapter, TimeBlindBPS
@@ -90,13 +91,13 @@ class Record:
         self.file, self.results = file, {}
         for line in file.read_text().splitlines() if file.exists() else []:
             row = json.loads(line)
-            self.results[Job(*(row.pop(name) for name in Job._fields))] = row
+            self.results[Job(**row["job"])] = row["results"]
 
     def add(self, job, numbers):
         """Adds the numbers of a Job; several processes may do so at once."""
         self.results[job] = numbers
         with self.file.open("a") as f:
-            f.write(json.dumps(job._asdict() | numbers) + "\n")
+            f.write(json.dumps(dict(job=job._asdict(), results=numbers)) + "\n")
 
 
 class RivalRun(Run):
@@ -273,22 +274,72 @@ def steps_study(bench, rates):
 STUDIES = dict(methods=methods_study, data=data_study, steps=steps_study)
 
 
-def print_results(results):
-    """Prints a table of {Job: its numbers}: means over seeds, with their standard deviation."""
-    print("| method | pairs | steps | rate | seeds | parameters | held-out gain | obedience | "
-          "kernel distance | minutes |\n|" + "---|" * 10)
+def over_seeds(results):
+    """Returns {Job of seed 0: [numbers of each seed]} of {Job: numbers}."""
     groups = {}
     for job, numbers in results.items():
         groups.setdefault(job._replace(seed=0), []).append(numbers)
+    return groups
+
+
+def means(group):
+    """Returns {measure: (mean over seeds, standard error over test pairs, deviation over seeds)}.
+
+    The standard error of an obedience is unknown, as is a deviation over a single seed: both nan.
+    """
+    values = {name: [(numbers[name][0], numbers[name][1]) for numbers in group]
+              for name in ("gain", "distance", "strength", "bits") if name in group[0]}
+    for name in group[0]["obedience"]:
+        values[name] = [(numbers["obedience"][name], float("nan")) for numbers in group]
+    return {name: (*np.mean(pairs, axis=0),
+                   np.std(pairs, axis=0, ddof=1)[0] if len(group) > 1 else float("nan"))
+            for name, pairs in values.items()}
+
+
+def print_results(results):
+    """Prints the table of {Job: its numbers}."""
+    groups = over_seeds(results)
+    measures = list(means(list(groups.values())[-1]))
+    print("| method | pairs | steps | rate | seeds | parameters | "
+          + " | ".join(measures) + " | minutes |\n|" + "---|" * (7 + len(measures)))
     for job, group in groups.items():
-        gains = [numbers["gain"][0] for numbers in group]
-        measures = [f"{name} {np.mean([n['obedience'][name] for n in group]):.3f}"
-                    for name in group[0]["obedience"]]
-        error = np.std(gains) if len(gains) > 1 else group[0]["gain"][1]
+        found, cells = means(group), []
+        for name in measures:
+            mean, error, deviation = found.get(name, 3 * (float("nan"),))
+            cells.append("-" if np.isnan(mean) else f"{mean:.4f}"
+                         + ("" if np.isnan(error) else f" +- {error:.4f}")
+                         + ("" if np.isnan(deviation) else f", sd {deviation:.4f}"))
+        size = f"{group[0]['parameters']:,}" if "parameters" in group[0] else "-"
+        minutes = np.mean([numbers.get("minutes", 0.0) for numbers in group])
         print(f"| {job.method} | {job.pairs or 'all'} | {job.steps} | {job.rate:.2g} "
-              f"| {len(group)} | {group[0]['parameters']:,} | {np.mean(gains):.4f} +- {error:.4f} "
-              f"| {', '.join(measures)} | {np.mean([n['distance'][0] for n in group]):.4f} +- "
-              f"{group[0]['distance'][1]:.4f} | {np.mean([n['minutes'] for n in group]):.1f} |")
+              f"| {len(group)} | {size} | {' | '.join(cells)} | {minutes:.1f} |")
+
+
+def print_conflicts(results):
+    """Prints the obedience of pictures whose prompts name another thing of the same category."""
+    print("\n| method | line F1 | with another prompt | the picture names that prompt |\n"
+          "|---|---|---|---|")
+    for job, numbers in results.items():
+        if "conflict" in numbers:
+            print(f"| {job.method} | {numbers['obedience']['line F1']:.3f} | "
+                  f"{numbers['conflict']['line F1']:.3f} | {numbers['conflict']['name']:.1%} |")
+
+
+def draw_results(results, over, most_pairs, file):
+    """Draws gain, first obedience and kernel distance over "pairs" or "steps", a line per method.
+
+    Bands are standard errors over test pairs; those of obedience are deviations over seeds.
+    """
+    groups = over_seeds(results)
+    names = ("gain", next(iter(next(iter(results.values()))["obedience"])), "distance")
+    figure = Figure(len(names), [f"{name} by {over}" for name in names])
+    for axes, name in zip(figure.axes, names):
+        for method in MAIN:
+            lines = sorted((getattr(job, over) or most_pairs, *means(group)[name])
+                           for job, group in groups.items() if job.method == method)
+            x, mean, error, deviation = np.array(lines).T
+            axes.line(x, mean, method, band=np.nan_to_num(deviation if name == names[1] else error))
+    figure.save(file)
 
 
 def main():
@@ -301,10 +352,19 @@ def main():
         "(default: docs/rivals.jsonl)")
     add("--out", type=Path, default=Path("runs/rivals"), help="folder of the trainings under way "
         "(default: %(default)s)")
+    add("--figures", type=Path, default=HERE / "docs" / "figures", help="folder of the figures "
+        "(default: docs/figures)")
     args = parser.parse_args()
     bench = Bench(args.task, load_base(BASE), args.out, Record(args.record))
     rates = functools.cache(bench.best_rate)
-    print_results({job: bench.result(job) for job in STUDIES[args.study](bench, rates)})
+    results = {job: bench.result(job) for job in STUDIES[args.study](bench, rates)}
+    print_results(results)
+    if args.study == "methods":
+        print_conflicts(results)
+    else:
+        over = dict(data="pairs", steps="steps")[args.study]
+        draw_results(results, over, len(bench.pairs["train"]),
+                     args.figures / f"rivals-{args.task}-{args.study}.png")
 
 
 if __name__ == "__main__":

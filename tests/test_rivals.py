@@ -1,6 +1,7 @@
 """BPS's rivals start at the prior where their authors' do, learn what is theirs, are compared."""
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,16 +130,59 @@ def test_a_study_goes_on_where_it_stopped_and_prints_its_table(tmp_path, monkeyp
                                             ("t2i-adapter", "lora")})
     load_pairs = rivals.load_pairs
     monkeypatch.setattr(rivals, "load_pairs", lambda *arguments: load_pairs(*arguments)[:6])
-    monkeypatch.setattr(sys, "argv", ["rivals", "--study", "methods", "--out", str(tmp_path)])
-    rivals.main()
-    table = capsys.readouterr().out
-    rows = [line.split("|")[1:-1] for line in table.splitlines()[2:]]
-    assert [row[0].strip() for row in rows] == ["t2i-adapter", "lora"]
-    assert [row[4].strip() for row in rows] == ["3", "1"]
-    results = {file: json.loads(file.read_text()) for file in tmp_path.glob("*/result.json")}
-    assert sum("gain" in numbers for numbers in results.values()) == 4
-    assert len(results) == 4 + 3 * 2                                # the sweeps, widened once
-    assert all(numbers["val"] > 0 for numbers in results.values())
+    record = tmp_path / "rivals.jsonl"
+
+    def run_study(study):
+        monkeypatch.setattr(sys, "argv", ["rivals", "--study", study, "--record", str(record),
+                                          "--out", str(tmp_path / "under-way"),
+                                          "--figures", str(tmp_path)])
+        rivals.main()
+        return capsys.readouterr().out
+
+    printed = run_study("methods")
+    table, conflicts = printed.split("\n\n")
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
+    assert [row[0] for row in rows] == [*rivals.BOUNDS, "t2i-adapter", "lora"]
+    assert [row[4] for row in rows] == ["1", "1", "1", "3", "1"]
+    assert [row[6] == "-" for row in rows] == [True, True, True, False, False]      # their gain
+    assert len(conflicts.splitlines()) == 2 + 2
+    rows = [json.loads(line) for line in record.read_text().splitlines()]
+    assert sum("gain" in row["results"] for row in rows) == 4
+    assert len(rows) == 3 + 4 + 3 * 2                               # the sweeps, widened once
+    assert all(row["results"].get("val", 1) > 0 for row in rows)
+    assert not list((tmp_path / "under-way").iterdir())
+    printed_data = run_study("data")
+    assert printed_data.count("| t2i-adapter |") == 5
+    assert (tmp_path / "rivals-sketch-data.png").exists()
     monkeypatch.setattr(rivals, "train", None)                      # nothing is trained again
-    rivals.main()
-    assert capsys.readouterr().out == table
+    assert run_study("methods") == printed and run_study("data") == printed_data
+
+
+def test_a_kernel_distances_error_is_the_deviation_over_other_draws(monkeypatch):
+    """The jackknife's, against many draws of the same law."""
+    bench = object.__new__(rivals.Bench)
+    generator = torch.Generator().manual_seed(0)
+    bench.true = torch.randn(60, 4, generator=generator)
+    draws = [bench.distance(0.3 + torch.randn(60, 4, generator=generator)) for _ in range(40)]
+    values, errors = torch.tensor(draws).T
+    assert errors.mean().item() == pytest.approx(values.std().item(), rel=0.35)
+
+
+def test_means_keep_errors_over_pairs_and_over_seeds_apart():
+    group = [dict(gain=[gain, 0.5], distance=[0.0, 0.1], obedience={"line F1": gain})
+             for gain in (1.0, 2.0, 3.0)]
+    found = rivals.means(group)
+    assert found["gain"] == (2.0, 0.5, 1.0)
+    assert found["line F1"][0] == 2.0 and found["line F1"][2] == 1.0
+    assert found["line F1"][1] != found["line F1"][1]               # nan: it is unknown
+    alone = rivals.means(group[:1])["gain"]
+    assert alone[:2] == (1.0, 0.5) and alone[2] != alone[2]
+
+
+def test_another_prompt_is_of_the_same_category_and_of_another_thing():
+    rows = rivals.world.records("test", ("3d",))
+    bench = object.__new__(rivals.Bench)
+    bench.count = len(rows)
+    bench.test = SimpleNamespace(first_prompts=lambda i: [str(k) for k in i])
+    for i, other in enumerate(map(int, bench.other_prompts())):
+        assert other != i and rows[other]["category"] == rows[i]["category"]
