@@ -23,6 +23,7 @@ from inputs.conditions import read_condition
 from inputs.options import BASE
 from inputs.sample_options import DEFAULT_BPS, DEFAULT_DRAWING
 from measure.obedience import sketch
+from measure.rival_networks import ControlNet, T2IAdapter
 from sample import draw, load_base
 from unet import load_unet
 from vae import load_vae
@@ -238,3 +239,38 @@ def test_diffusers_schedulers_draw_what_the_condition_says(name, pipe, bps):
     steered = sketch(drawn_by(pipe, 25) * 2 - 1, cond)["line F1"]
     print(f"\n{name}: line F1 {prior:.2f}, steered {steered:.2f}")
     assert bps.runs == 25 and steered > prior + 0.05
+
+
+@pytest.mark.parametrize("peers", ["small1", "small2"], indirect=True)
+@torch.inference_mode()
+def test_the_rivals_are_wired_as_diffusers_wires_them(peers):
+    """ControlNet and T2I-Adapter with our condition encoders, and random weights where ours are 0.
+    """
+    from diffusers import ControlNetModel
+    name, folder, (their_unet, *_) = peers
+    unet = load_unet(folder)
+    context_dim = references.MODELS[name]["unet"]["cross_attention_dim"]
+    z_t, t = torch.randn(2, 4, 16, 8), torch.tensor([7, 801])
+    context, cond = torch.randn(2, 77, context_dim), torch.rand(2, 3, 128, 64)
+    rival, theirs = ControlNet(unet, 3, 8), ControlNetModel.from_unet(their_unet)
+    theirs.controlnet_cond_embedding = rival.hint
+    zero_layers = [*theirs.controlnet_down_blocks, theirs.controlnet_mid_block]
+    for ours, layer in zip([*rival.zero_convs, rival.zero_middle], zero_layers, strict=True):
+        torch.nn.init.normal_(ours.weight, std=0.1)
+        layer.load_state_dict(ours.state_dict())
+    torch.nn.init.normal_(rival.hint[-1].weight, std=0.1)
+    down, middle = theirs(z_t, t, context, cond, return_dict=False)
+    expected = their_unet(z_t, t, context, down_block_additional_residuals=down,
+                          mid_block_additional_residual=middle).sample
+    eps = rival.predict(unet, z_t, t, context, rival(cond, None))
+    adapter = T2IAdapter(unet, 3, 8)
+    maps = adapter(cond, None)
+    expected_of_adapter = their_unet(z_t, t, context,
+                                     down_intrablock_additional_residuals=list(maps)).sample
+    eps_of_adapter = adapter.predict(unet, z_t, t, context, maps)
+    prior = unet(z_t, t, context)
+    for what, ours, reference in (("ControlNet", eps, expected),
+                                  ("T2I-Adapter", eps_of_adapter, expected_of_adapter)):
+        difference = relative(ours, reference)
+        print(f"\n{name}, {what}: {difference:.1e}, steered by {relative(prior, reference):.1e}")
+        assert difference < 5e-5 < 1e-2 < relative(prior, reference)
