@@ -141,11 +141,12 @@ def draw(base, context, context_empty, seeds, size, sampling=diffusion.Sampling(
 
 
 @torch.inference_mode()
-def draw_job(job, steerings, args, base, z_init, size):
+def draw_job(job, steerings, args, base, z_init, size, on_step=None):
     """Returns pictures x, a list of --n (3, H, W), of a job; size is (width, height).
 
-    z_init: the latent of --init, or None. Errors: UserError if a picture is not finite; it says
-    whether that is for the weights, for --dtype or for the options.
+    z_init: the latent of --init, or None. on_step() is called after each step; what it raises ends
+    the drawing. Errors: UserError if a picture is not finite; it says whether that is for the
+    weights, for --dtype or for the options.
     """
     timesteps, levels = diffusion.sampler_steps(args.steps, base.schedule, args.sampler)
     context, empty = base.encode([job.prompt, args.negative_prompt], args.clip_skip).split(1)
@@ -165,7 +166,8 @@ def draw_job(job, steerings, args, base, z_init, size):
         samplers.append(diffusion.sample(denoise, z_t, base.schedule, args.steps, args.sampler,
                                          args.start))
     for latents in tqdm(zip(*samplers), total=args.steps - args.start, desc="draw", leave=False):
-        pass
+        if on_step:
+            on_step()
     latents = torch.cat(latents).split(1)
     pictures = [base.vae.decode(z)[0] for z in latents]
     if not all(x.abs().mean() < FAR_OUTSIDE for x in pictures):         # NaN is not less either
@@ -221,14 +223,19 @@ def write_pictures(name, pictures, seeds, texts, conditions, out):
         image.save(file)
         print(file, "(the condition as the network sees it)")
     for x, text, file in zip(pictures, texts, files[len(conditions):]):
-        info = PngImagePlugin.PngInfo()
-        for key, value in text.items():
-            # a file's name may not be valid Unicode, which a text field must be
-            info.add_itxt(key, str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
-        temporary = file.with_suffix(".tmp")
-        to_image(x).save(temporary, "PNG", pnginfo=info)
-        temporary.replace(file)
+        write_picture(x, text, file)
         print(file)
+
+
+def write_picture(x, text, file):
+    """Writes a picture x (3, H, W) as PNG with its text fields (a dict)."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        # a file's name may not be valid Unicode, which a text field must be
+        info.add_itxt(key, str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
+    temporary = file.with_suffix(".tmp")
+    to_image(x).save(temporary, "PNG", pnginfo=info)
+    temporary.replace(file)
 
 
 def describe(args, job, seed, size, files, base):

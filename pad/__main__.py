@@ -1,0 +1,179 @@
+"""Draw in the browser, and see it drawn: a page on this computer beside whose pen a picture grows.
+
+    python -m pad                           # prints, and opens, http://127.0.0.1:8765
+    python -m pad --bps runs/layout/bps.safetensors
+
+Without --bps it takes what comes with the project and what train.py has written to runs/TASK.
+"Save" writes to --out a PNG that `sample.py --from` draws again, and the drawing. The page is served
+to this computer only: to no other address, and to no page of another site.
+"""
+import http.server
+import json
+import os
+import sys
+import webbrowser
+from pathlib import Path
+
+from inputs.conditions import TASKS
+from inputs.options import BASE, DTYPES, Parser, run
+from inputs.sample_options import DEFAULT_BPS
+from pad.studio import Studio
+from weights import UserError, first_line
+
+ADDRESS, PORT = "127.0.0.1", 8765
+PAGE = Path(__file__).with_name("page.html")
+MOST_BYTES = 32 * 2**20         # of a request
+HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+           "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src data: blob:; "
+                                      "frame-ancestors 'none'"}
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Answers the page; the server has a `studio`."""
+    timeout = 60                # seconds without a byte
+
+    def log_message(self, *_):
+        pass
+
+    def do_GET(self):
+        """Sends the page, or what it has to know."""
+        if self.refused():
+            return
+        if self.path == "/":
+            self.answer(200, "text/html; charset=utf-8", PAGE.read_bytes())
+        elif self.path == "/setup":
+            self.answer_json(200, self.server.studio.setup())
+        else:
+            self.answer_json(404, dict(error=f"{self.path}: not here"))
+
+    def do_POST(self):
+        """Draws, opens or saves; an error is one line, and harms no other request."""
+        if self.refused():
+            return
+        try:
+            request = self.read_request()
+            if self.path == "/draw":
+                self.start(200, "application/x-ndjson")
+                self.server.studio.draw(request, self.send_line)
+            elif self.path == "/open":
+                self.answer_json(200, self.server.studio.open(request))
+            elif self.path == "/save":
+                self.answer_json(200, self.server.studio.save())
+            else:
+                self.answer_json(404, dict(error=f"{self.path}: not here"))
+        except (BrokenPipeError, ConnectionResetError, TimeoutError):
+            pass                            # the page has gone, or has sent a newer request
+        except Exception as error:          # a mistake in one request must not end the pad
+            if not isinstance(error, (UserError, OSError)):
+                print(f"error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
+            self.send_error_line(first_line(error))
+
+    def refused(self):
+        """Sends an error and returns True for a request that is not from the pad's own page."""
+        own = [f"{host}:{self.server.server_port}" for host in (ADDRESS, "localhost")]
+        origin = self.headers.get("Origin")
+        if self.headers.get("Host") in own and origin in (None, *(f"http://{o}" for o in own)):
+            return False
+        self.answer_json(403, dict(error="only the pad's own page may ask"))
+        return True
+
+    def read_request(self):
+        """Returns the JSON object that was sent. Errors: UserError."""
+        length = self.headers.get("Content-Length", "")
+        if self.headers.get_content_type() != "application/json" or not length.isdecimal():
+            raise UserError("give a JSON object, with its length")
+        if int(length) > MOST_BYTES:
+            raise UserError(f"{int(length):,} bytes; allowed are {MOST_BYTES:,}")
+        try:
+            request = json.loads(self.rfile.read(int(length)))
+        except ValueError:
+            raise UserError("not JSON") from None
+        if not isinstance(request, dict):
+            raise UserError("not a JSON object")
+        return request
+
+    def start(self, status, kind):
+        """Sends the head of an answer."""
+        self.started = True
+        self.send_response(status)
+        for name, value in (HEADERS | {"Content-Type": kind}).items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def answer(self, status, kind, content):
+        """Sends a whole answer."""
+        self.start(status, kind)
+        self.wfile.write(content)
+
+    def answer_json(self, status, content):
+        """Sends a JSON object."""
+        self.answer(status, "application/json", json.dumps(content).encode())
+
+    def send_line(self, content):
+        """Sends one JSON object of several, at once."""
+        self.wfile.write(json.dumps(content).encode() + b"\n")
+        self.wfile.flush()
+
+    def send_error_line(self, message):
+        """Sends an error, as a line of an answer that has begun or as an answer."""
+        try:
+            if getattr(self, "started", False):
+                self.send_line(dict(error=message))
+            else:
+                self.answer_json(400, dict(error=message))
+        except OSError:                     # the page has gone
+            pass
+
+
+def bps_files(args):
+    """Returns the BPS files to draw with: --bps, or those that are there for the embedded base."""
+    if args.bps:
+        return args.bps
+    if args.base.resolve() != BASE.resolve():
+        raise UserError(f"--base {args.base}: needs --bps, a file that train.py wrote for it")
+    trained = [Path("runs") / task / "bps.safetensors" for task in TASKS]
+    return [DEFAULT_BPS, *(file for file in trained if file.is_file())]
+
+
+def make_server(studio, port):
+    """Returns the server of a Studio's page; port 0 is any free one. Errors: UserError."""
+    try:
+        server = http.server.ThreadingHTTPServer((ADDRESS, port), Handler)
+    except OSError as error:
+        raise UserError(f"--port {port}: {error.strerror}; give another, or 0") from None
+    server.studio = studio
+    return server
+
+
+def main():
+    """Serves the page until it is interrupted."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--bps", type=Path, nargs="+", help="trained BPS files, one for each task (default: see "
+        "above)")
+    parser.add_base()
+    add("--dtype", choices=DTYPES, default="fp32", help="as in sample.py (default: %(default)s)")
+    add("--port", type=int, default=PORT, help="0 is any free one (default: %(default)s)")
+    add("--out", type=Path, default=Path("pictures"), help="folder of what is saved (default: "
+        "%(default)s)")
+    parser.add_device()
+    args = parser.parse_args()
+    if not 0 <= args.port < 2**16:
+        parser.error(f"--port {args.port}: allowed are 0 to {2**16 - 1}")
+    parser.check_out(args.out)
+    studio = Studio(args, bps_files(args))
+    server = make_server(studio, args.port)
+    address = f"http://{ADDRESS}:{server.server_port}"
+    print(f"{address}\ntasks: {', '.join(studio.networks)}; Ctrl-C ends", flush=True)
+    if sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
+        webbrowser.open(address)
+    try:
+        server.serve_forever()
+    except KeyboardInterrupt:
+        studio.scratch.cleanup()
+        print("\nended", file=sys.stderr, flush=True)
+        os._exit(130)           # at once: Python would wait for a thread that is drawing
+
+
+if __name__ == "__main__":
+    run(main)
