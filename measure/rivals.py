@@ -251,16 +251,16 @@ def methods_study(bench, rates):
     """Yields the Jobs of all methods, on scenes the main ones, at all pairs, beside the bounds."""
     for bound in BOUNDS:
         yield Job(bench.task, bound, 0, 0, 0.0, 0)
-    for method in METHODS if bench.task == "sketch" else MAIN:
-        for seed in SEEDS if method in MAIN else (0,):
+    for seed in SEEDS:
+        for method in METHODS if bench.task == "sketch" and seed == 0 else MAIN:
             yield Job(bench.task, method, 0, STEPS, rates(method), seed)
 
 
 def data_study(bench, rates):
     """Yields the Jobs of the main methods over the number of pairs; several seeds at 40."""
     for pairs in (40, 12, 300, 100, 0):
-        for method in MAIN:
-            for seed in SEEDS if pairs in (40, 0) else (0,):
+        for seed in SEEDS if pairs in (40, 0) else (0,):
+            for method in MAIN:
                 yield Job(bench.task, method, pairs, STEPS, rates(method), seed)
 
 
