@@ -1,0 +1,111 @@
+"""Draws how BPS is wired to the U-Net, at SD 1.5's size, from the two networks themselves.
+
+    python -m measure.wiring                # docs/figures/wiring.png
+"""
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from bps import build_bps, config_for, port_table
+from inputs.options import HERE, Parser, run
+from measure.plots import COLORS, GREY, ZOOM
+from unet import ResBlock, SpatialTransformer, UNet, UNetConfig
+
+STEP, BOX = 34, 24                      # pixels from block to block, and of a block's width
+LEFT, UNET_FLOOR, BPS_FLOOR, HEIGHT = 30, 185, 345, 410
+FROZEN, TRAINED = COLORS[3], COLORS[0]
+TALLEST = 64                            # pixels, of a block at the latent's full size
+
+
+def additions(block):
+    """Returns how often a block's map is added: after each residual block and transformer."""
+    return sum(isinstance(layer, (ResBlock, SpatialTransformer)) for layer in block)
+
+
+class Drawing:
+    """A picture that is drawn larger than it will be."""
+
+    def __init__(self, width):
+        self.width = width
+        self.sheet = Image.new("RGB", (width * ZOOM, HEIGHT * ZOOM), "white")
+        self.pen = ImageDraw.Draw(self.sheet)
+
+    def line(self, points, color, width=1):
+        self.pen.line([(x * ZOOM, y * ZOOM) for x, y in points], color, width * ZOOM)
+
+    def text(self, x, y, words, color="black", size=11, anchor="mm"):
+        self.pen.text((x * ZOOM, y * ZOOM), words, color, ImageFont.load_default(size * ZOOM),
+                      anchor)
+
+    def block(self, x, floor, side, color, words):
+        """Draws a block that stands on a floor, as tall as its map, and its number beneath."""
+        top = floor - max(8, side)
+        corners = [v * ZOOM for v in (x - BOX / 2, top, x + BOX / 2, floor)]
+        self.pen.rectangle(corners, color)
+        self.text(x, floor + 9, words, GREY)
+        return top
+
+    def arrow(self, x, start, end, color):
+        """Draws an arrow upwards."""
+        self.line([(x, start), (x, end + 4)], color, 2)
+        self.pen.polygon([(v[0] * ZOOM, v[1] * ZOOM) for v in
+                          ((x, end), (x - 4, end + 7), (x + 4, end + 7))], color)
+
+    def skip(self, x, other, top, other_top, height):
+        """Draws the way of a skip, above all blocks."""
+        self.line([(x, top), (x, height), (other, height), (other, other_top)], "#c3c8d0")
+
+    def save(self, file):
+        size = self.width, HEIGHT
+        self.sheet.resize(size, Image.Resampling.LANCZOS).quantize(64).save(file, optimize=True)
+        print(file)
+
+
+def draw_wiring(file):
+    """Writes the figure as PNG."""
+    config = UNetConfig()
+    with torch.device("meta"):
+        unet = UNet(config)
+        rows = port_table(build_bps(config_for(config, 1, 8)), TALLEST)
+    blocks = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
+    inputs = len(unet.input_blocks)
+    sides, side = [], TALLEST
+    for row in rows:                    # a block without a port, after the stem, halves the side
+        side = row[2] if row[2] != "-" else side if not sides else side // 2
+        sides.append(side)
+    drawing = Drawing(2 * LEFT + STEP * len(rows))
+    xs = [LEFT + STEP * (i + 0.5) for i in range(len(rows))]
+    tops = [UNET_FLOOR - max(8, side) for side in sides]
+    for i in range(inputs):             # the last skip in is the first one out
+        j = len(rows) - 1 - i
+        drawing.skip(xs[i], xs[j], tops[i], tops[j], UNET_FLOOR - TALLEST - 12 - 5 * (inputs - i))
+    for x, side, row, block in zip(xs, sides, rows, blocks):
+        name, _, port, _, weight, _ = row
+        number = name.split()[-1] if " " in name else "mid"
+        drawing.block(x, UNET_FLOOR, side, FROZEN, number)
+        top = drawing.block(x, BPS_FLOOR, side, TRAINED if port != "-" else "#e6b3ba", number)
+        if port != "-":
+            drawing.arrow(x, top - 2, UNET_FLOOR + 18, TRAINED)
+            drawing.text(x, BPS_FLOOR + 24, f"{weight:g}", TRAINED, 12)
+            drawing.text(x + 9, UNET_FLOOR + 50, f"{additions(block)}x", "black", 11)
+    drawing.text(LEFT, 12, "frozen U-Net: z_t, t, text in; eps out. Grey: skips, which carry the "
+                 "steered maps", FROZEN, 13, "lm")
+    drawing.text(LEFT, HEIGHT - 14, "BPS: condition and t in. Below each block the port's fixed "
+                 "weight, beside its arrow how often its map is added. Pale: no port", TRAINED, 13,
+                 "lm")
+    drawing.save(file)
+
+
+def main():
+    """Writes the figure."""
+    parser = Parser(__doc__)
+    parser.add_argument("--out", type=Path, default=HERE / "docs" / "figures", help="folder "
+                        "(default: docs/figures)")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw_wiring(args.out / "wiring.png")
+
+
+if __name__ == "__main__":
+    run(main)
