@@ -1,7 +1,9 @@
 """Draws README's pictures of steering, by the shipped BPS on the first test drawings.
 
     python -m measure.figures strip         # docs/figures/strip.png: strengths from 0 to 1
-    python -m measure.figures halves        # docs/figures/halves.png: two conditions, a half each
+    python -m measure.figures halves        # docs/figures/halves.png: two drawings, a half each
+    python -m measure.figures joined        # docs/figures/joined.png: two conditions, added
+    python -m measure.figures windows       # docs/figures/windows.png: a part of the steps
 
 Shapes: C channels, H W rows and columns of the picture.
 """
@@ -19,6 +21,7 @@ from sample import draw, load_base
 from tiny import world
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
+WINDOWS = ((0.0, 0.25), (0.0, 0.5), (0.5, 1.0), (0.75, 1.0), (0.0, 1.0))       # shares of the steps
 HALVES_PROMPT = "face, 3d style"
 ROWS = 3
 
@@ -30,18 +33,54 @@ def drawings(count, category=None):
     return torch.stack([drawing_to_cond(pair.open_cond()) for pair in pairs]), pairs
 
 
-def strip(base, bps):
-    """Returns (columns, titles, names) of a sheet: one noise a row, the strength rising."""
-    conds, pairs = drawings(ROWS)
+def draw_rows(base, pairs, steerings_of):
+    """Returns columns, each x (pairs, 3, H, W): a row has one prompt and one noise.
+
+    steerings_of(row) -> a list of Steerings for each column.
+    """
     rows = []
-    for seed, (cond, pair) in enumerate(zip(conds, pairs)):
+    for row, pair in enumerate(pairs):
         context, empty = base.encode([pair.prompts[0], ""]).split(1)
-        rows.append(torch.cat([
-            draw(base, context, empty, [seed], world.SIZE,
-                 conditions=[Steering(bps, base.unet, cond[None], strength=strength)])
-            for strength in STRENGTHS]))
-    columns = [cond_to_x(conds), *torch.stack(rows, dim=1)]
-    return columns, ["drawing", *map("strength {:g}".format, STRENGTHS)], [p.name for p in pairs]
+        rows.append(torch.cat([draw(base, context, empty, [row], world.SIZE, conditions=steerings)
+                               for steerings in steerings_of(row)]))
+    return list(torch.stack(rows, dim=1))
+
+
+def strip(base, bps):
+    """Returns (columns, titles, names) of a sheet: the strength rises."""
+    conds, pairs = drawings(ROWS)
+    columns = draw_rows(base, pairs, lambda row: [
+        [Steering(bps, base.unet, conds[row:row + 1], strength=strength)]
+        for strength in STRENGTHS])
+    return ([cond_to_x(conds), *columns], ["drawing", *map("strength {:g}".format, STRENGTHS)],
+            [pair.name for pair in pairs])
+
+
+def joined(base, bps):
+    """Returns (columns, titles, names) of a sheet: a drawing's two halves as two conditions."""
+    conds, pairs = drawings(ROWS)
+    upper, lower = conds.clone(), conds.clone()
+    upper[:, :, world.SIZE // 2:] = lower[:, :, :world.SIZE // 2] = 0
+
+    def steerings_of(row):
+        """Returns the Steerings of the base alone, of each half, of both, and of the whole."""
+        a, b, whole = (Steering(bps, base.unet, cond[row:row + 1])
+                       for cond in (upper, lower, conds))
+        return [], [a], [b], [a, b], [whole]
+
+    return ([cond_to_x(upper), cond_to_x(lower), *draw_rows(base, pairs, steerings_of)],
+            ["upper half", "lower half", "the base", "upper", "lower", "both, added", "one drawing"],
+            [pair.name for pair in pairs])
+
+
+def windows(base, bps):
+    """Returns (columns, titles, names) of a sheet: a part of the steps is steered."""
+    conds, pairs = drawings(ROWS)
+    columns = draw_rows(base, pairs, lambda row: [
+        [Steering(bps, base.unet, conds[row:row + 1], window=window)] for window in WINDOWS])
+    return ([cond_to_x(conds), *columns], ["drawing", *(f"{start:g} to {end:g}"
+                                                        for start, end in WINDOWS)],
+            [pair.name for pair in pairs])
 
 
 def halves(base, bps):
@@ -62,7 +101,7 @@ def halves(base, bps):
             names)
 
 
-FIGURES = dict(strip=strip, halves=halves)
+FIGURES = dict(strip=strip, halves=halves, joined=joined, windows=windows)
 
 
 @torch.inference_mode()

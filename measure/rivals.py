@@ -121,12 +121,7 @@ class Bench:
     def __init__(self, task, base, root, record):
         self.task, self.base, self.root, self.record = task, base, root, record
         self.pairs = {split: load_pairs(task, split) for split in ("train", "val", "test")}
-        self.val, self.test = (LatentCache(self.pairs[split], task, world.SIZE, base)
-                               for split in ("val", "test"))
-        self.count = len(self.test.pairs)
-        self.meter, self.classify = meter_for(task, embedded=True), Classifier()
-        self.true = self.classify.embed_pictures(
-            torch.stack([to_x(self.test.image(i)) for i in range(self.count)]))
+        self.count = len(self.pairs["test"])
 
     def network(self, method, seed):
         """Returns (the base that predicts with it, an untrained network) of a method."""
@@ -135,6 +130,27 @@ class Bench:
         if hasattr(network, "predict"):
             return self.base._replace(unet=RivalUNet(self.base.unet, network)), network
         return self.base, network
+
+    @functools.cached_property
+    def val(self):
+        """The LatentCache of the validation pairs."""
+        return LatentCache(self.pairs["val"], self.task, world.SIZE, self.base)
+
+    @functools.cached_property
+    def test(self):
+        """The LatentCache of the test pairs."""
+        return LatentCache(self.pairs["test"], self.task, world.SIZE, self.base)
+
+    @functools.cached_property
+    def classify(self):
+        """The small CLIP."""
+        return Classifier()
+
+    @functools.cached_property
+    def true(self):
+        """Its features (n, D) of the true test pictures."""
+        return self.classify.embed_pictures(
+            torch.stack([to_x(self.test.image(i)) for i in range(self.count)]))
 
     @functools.cached_property
     def base_loss(self):
@@ -200,7 +216,7 @@ class Bench:
         if self.task == "sketch" and (job.pairs, job.steps, job.seed) == (0, STEPS, 0):
             prompts = self.other_prompts()
             pictures = draw_pairs(base, self.test, network, self.count, job.seed, prompts=prompts)
-            numbers["conflict"] = self.meter(pictures, self.test.cond(range(self.count))) | {
+            numbers["conflict"] = self.obedience(pictures) | {
                 "name": caption_rate(self.classify, pictures, prompts)}
         return numbers | self.judge(x)
 
@@ -223,8 +239,12 @@ class Bench:
 
     def judge(self, x):
         """Returns the obedience and the quality of pictures x (n, 3, H, W) for n test pairs."""
-        return dict(obedience=self.meter(x, self.test.cond(range(len(x)))),
+        return dict(obedience=self.obedience(x),
                     distance=self.distance(self.classify.embed_pictures(x)))
+
+    def obedience(self, x):
+        """Returns {measure: how far pictures x do what the first n conditions say}."""
+        return meter_for(self.task, embedded=True)(x, self.test.cond(range(len(x))))
 
     def distance(self, features):
         """Returns [kernel distance of features (n, D) to the true ones, its jackknife error]."""
