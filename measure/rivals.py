@@ -3,6 +3,7 @@
     python -m measure.rivals --task sketch --study methods
     python -m measure.rivals --task sketch --study data         # 12 pairs to all
     python -m measure.rivals --task sketch --study steps
+    python -m measure.rivals --task sketch --study methods --done       # prints, trains nothing
 
 The results of each training are a line of docs/rivals.jsonl; a study trains what has no line there,
 which takes hours, and prints its table. Stopped, it goes on where it was. A method's learning
@@ -44,6 +45,7 @@ SEEDS, SWEEP_SEED = (0, 1, 2), 100
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 WIDER = 10**0.5                 # factor by which a sweep goes on beyond its best end
 MOST_RATES = 7
+DIGITS = {"bits": 1, "strength": 2, "line F1": 3, "pixel accuracy": 3, "mIoU": 3}   # printed
 
 
 def bps_maker(port_weights="head-heavy", foot="faithful"):
@@ -294,6 +296,18 @@ def steps_study(bench, rates):
 STUDIES = dict(methods=methods_study, data=data_study, steps=steps_study)
 
 
+def done(record, task, study):
+    """Returns {Job: numbers} of a study, as far as they are in the record, in the table's order."""
+    belongs = dict(methods=lambda job: job.pairs == 0 and job.steps in (0, STEPS),
+                   data=lambda job: job.method in MAIN and job.steps == STEPS,
+                   steps=lambda job: job.method in MAIN and job.pairs == 0 and job.seed == 0)
+    order = [*BOUNDS, *METHODS]
+    jobs = [job for job in record.results
+            if job.task == task and job.seed != SWEEP_SEED and belongs[study](job)]
+    return {job: record.results[job] for job in sorted(jobs, key=lambda job: (
+        job.pairs or float("inf"), job.steps, order.index(job.method), job.seed))}
+
+
 def over_seeds(results):
     """Returns {Job of seed 0: [numbers of each seed]} of {Job: numbers}."""
     groups = {}
@@ -326,9 +340,10 @@ def print_results(results):
         found, cells = means(group), []
         for name in measures:
             mean, error, deviation = found.get(name, 3 * (float("nan"),))
-            cells.append("-" if np.isnan(mean) else f"{mean:.4f}"
-                         + ("" if np.isnan(error) else f" +- {error:.4f}")
-                         + ("" if np.isnan(deviation) else f", sd {deviation:.4f}"))
+            digits = DIGITS.get(name, 4)
+            cells.append("-" if np.isnan(mean) else f"{mean:.{digits}f}"
+                         + ("" if np.isnan(error) else f" +- {error:.{digits}f}")
+                         + ("" if np.isnan(deviation) else f", sd {deviation:.{digits}f}"))
         size = f"{group[0]['parameters']:,}" if "parameters" in group[0] else "-"
         minutes = np.mean([numbers.get("minutes", 0.0) for numbers in group])
         print(f"| {job.method} | {job.pairs or 'all'} | {job.steps} | {job.rate:.2g} "
@@ -337,6 +352,8 @@ def print_results(results):
 
 def print_conflicts(results):
     """Prints the obedience of pictures whose prompts name another thing of the same category."""
+    if not any("conflict" in numbers for numbers in results.values()):
+        return
     print("\n| method | line F1 | with another prompt | the picture names that prompt |\n"
           "|---|---|---|---|")
     for job, numbers in results.items():
@@ -357,6 +374,8 @@ def draw_results(results, over, most_pairs, file):
         for method in MAIN:
             lines = sorted((getattr(job, over) or most_pairs, *means(group)[name])
                            for job, group in groups.items() if job.method == method)
+            if not lines:
+                continue
             x, mean, error, deviation = np.array(lines).T
             axes.line(x, mean, method, band=np.nan_to_num(deviation if name == names[1] else error))
     figure.save(file)
@@ -374,16 +393,22 @@ def main():
         "(default: %(default)s)")
     add("--figures", type=Path, default=HERE / "docs" / "figures", help="folder of the figures "
         "(default: docs/figures)")
+    add("--done", action="store_true", help="train nothing: print what is done")
     args = parser.parse_args()
-    bench = Bench(args.task, load_base(BASE), args.out, Record(args.record))
-    rates = functools.cache(bench.best_rate)
-    results = {job: bench.result(job) for job in STUDIES[args.study](bench, rates)}
+    record = Record(args.record)
+    if not args.done:
+        bench = Bench(args.task, load_base(BASE), args.out, record)
+        for job in STUDIES[args.study](bench, functools.cache(bench.best_rate)):
+            bench.result(job)
+    results = done(record, args.task, args.study)
+    if not results:
+        raise UserError(f"{args.record}: nothing of this study is done")
     print_results(results)
     if args.study == "methods":
         print_conflicts(results)
     else:
         over = dict(data="pairs", steps="steps")[args.study]
-        draw_results(results, over, len(bench.pairs["train"]),
+        draw_results(results, over, len(load_pairs(args.task, "train")),
                      args.figures / f"rivals-{args.task}-{args.study}.png")
 
 

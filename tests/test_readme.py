@@ -1,8 +1,9 @@
-"""The READMEs' commands are ones their scripts take, and every file named is there."""
+"""README and the chapters: commands run, quotes are current, links lead somewhere, code runs."""
 import functools
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -15,18 +16,34 @@ import toy2d
 import train
 from diffusion import Sampling
 from inputs import options
-from measure import base, cost, figures, samplers, toy
+from measure import (
+    base,
+    calibration,
+    cost,
+    figures,
+    rivals,
+    samplers,
+    toy,
+    walkthrough,
+    wiring,
+)
+from pad import __main__ as pad
 from tiny import make_data, pretrain
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BOTH = README + (ROOT / "tiny" / "README.md").read_text(encoding="utf-8")
-COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", BOTH, re.DOTALL)
-            for line in block.splitlines() if line.strip() and not line.startswith("#")]
-MODULES = {"train.py": train, "sample.py": sample, "toy2d.py": toy2d,
-           "bps.py": bps, "tiny.pretrain": pretrain, "tiny.make_data": make_data,
-           "measure.base": base, "measure.cost": cost, "measure.figures": figures,
-           "measure.samplers": samplers, "measure.toy": toy}
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tiny" / "README.md"]
+TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
+README = TEXTS[ROOT / "README.md"]
+COMMANDS = list(dict.fromkeys(
+    line for text in TEXTS.values() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    for line in block.splitlines() if line.strip() and not line.startswith("#")))
+MODULES = {"train.py": train, "sample.py": sample, "toy2d.py": toy2d, "bps.py": bps, "pad": pad,
+           "tiny.pretrain": pretrain, "tiny.make_data": make_data, "measure.base": base,
+           "measure.calibration": calibration, "measure.cost": cost, "measure.figures": figures,
+           "measure.rivals": rivals, "measure.samplers": samplers, "measure.toy": toy,
+           "measure.walkthrough": walkthrough, "measure.wiring": wiring}
+QUOTES = [(page, block) for page, text in TEXTS.items()
+          for block in re.findall(r"```python\n# (\S+\.py\n.*?)```", text, re.DOTALL)]
 
 
 def split(command):
@@ -44,6 +61,13 @@ def test_the_first_two_commands_are_the_install_steps():
     lines = README.splitlines()
     assert any(line.startswith("![") for line in lines[:10])
     assert max(lines.index(command) for command in COMMANDS[:2]) < 25
+
+
+def test_the_readme_is_short_and_narrow():
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert max(map(len, lines)) <= 110
+    assert not [page.name for page, text in TEXTS.items() if re.search(r"^@|@[A-Z]+@", text, re.M)]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -64,7 +88,7 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
                                                 sd_file):
     _, arguments = split(command)
     tiny = options.BASE.parent
-    if "DRAWINGS" in arguments:
+    if {"DRAWINGS", "VAL2017_EDGES"} & set(arguments):
         (tmp_path / "drawings").mkdir()
         shutil.copy(tiny / "drawing.png", tmp_path / "drawings")
     if "--from" in arguments:
@@ -77,7 +101,8 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
                  "A.safetensors": bps_file, "B.safetensors": bps_file, "a.png": drawing,
                  "b.png": drawing, "drawing.png": drawing, "left.png": drawing,
                  "right.png": drawing, "768x512": "96x64",
-                 "DRAWINGS": tmp_path / "drawings",
+                 "DRAWINGS": tmp_path / "drawings", "VAL2017_EDGES": tmp_path / "drawings",
+                 "runs/coco/bps.safetensors": bps_file, "512": "64",
                  "pictures/0000.png": tmp_path / "first/0000.png",
                  "SD_FOLDER": options.BASE if "--bps" in arguments else sd_folder("small1"),
                  "MODEL.safetensors": sd_file("small1")}
@@ -89,23 +114,91 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
     assert list(tmp_path.glob("*0000.png"))
 
 
-def test_the_table_of_ports_in_the_readme_is_what_is_printed(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["bps.py", "--ports"])
-    bps.main()
-    assert capsys.readouterr().out in README
+def printed_by(module, arguments, monkeypatch, capsys):
+    """Returns what a script prints."""
+    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+    module.main()
+    return capsys.readouterr().out
 
 
-def test_every_file_that_the_readme_links_to_exists():
-    targets = re.findall(r"\]\(([^)#]+)\)", README)
-    targets += [file for row in re.findall(r"^\| (`[^|]+`) \|", README, re.M)
-                for file in re.findall(r"`([\w/]+\.\w+)`", row)]
-    assert targets
-    headings = {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
-                for line in re.findall(r"^#+ (.*)$", README, re.M)}
-    for anchor in re.findall(r"\]\(#([^)]+)\)", README):
-        assert anchor in headings, anchor
+def test_the_tables_and_shapes_of_the_walkthrough_are_what_is_printed(monkeypatch, capsys):
+    page = TEXTS[ROOT / "docs" / "walkthrough.md"]
+    assert printed_by(bps, ["--ports"], monkeypatch, capsys) in page
+
+    def numbers(text):
+        """Returns the numbers in a text; the last digit depends on the machine."""
+        return [float(number) for number in re.findall(r"-?\d+\.?\d*", text)]
+
+    printed = printed_by(walkthrough, [], monkeypatch, capsys)
+    shown = page.split("```\n")[2]
+    assert re.sub(r"[\d.-]+", "", printed).split() == re.sub(r"[\d.-]+", "", shown).split()
+    assert numbers(printed) == pytest.approx(numbers(shown), abs=0.02)
+
+
+EVIDENCE = TEXTS[ROOT / "docs" / "evidence.md"]
+
+
+@pytest.mark.parametrize("arguments", [
+    arguments for arguments in re.findall(r"python -m measure.rivals (.*)", EVIDENCE)
+    if "--study" in arguments])
+def test_the_tables_of_rivals_are_what_the_record_says(arguments, monkeypatch, capsys, tmp_path):
+    printed = printed_by(rivals, [*shlex.split(arguments), "--done", "--figures", str(tmp_path)],
+                         monkeypatch, capsys)
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(rows) > 2 and all(row in EVIDENCE for row in rows)
+
+
+@pytest.mark.parametrize("page, quote", QUOTES)
+def test_a_quote_is_what_the_file_says(page, quote):
+    file, lines = quote.split("\n", 1)
+    assert lines in (ROOT / file).read_text(encoding="utf-8"), f"{page.name}: {file}"
+
+
+def test_the_method_quotes_every_step():
+    assert len(QUOTES) >= 9
+
+
+def test_the_python_of_the_readme_runs_and_draws(tmp_path):
+    example, = re.findall(r"```python\n(import torch.*?)```", README, re.DOTALL)
+    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
+    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True,
+                   env={"PYTHONPATH": str(ROOT)})
+    with Image.open(tmp_path / "apple.png") as image:
+        assert image.size == (64, 64) and len(image.getcolors(4096)) > 100
+
+
+def test_the_line_counts_of_the_readme_are_about_right():
+    rows = re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", README, re.M)
+    assert len(rows) == 10
+    for file, lines in rows:
+        count = len((ROOT / file).read_text(encoding="utf-8").splitlines())
+        assert int(lines) == pytest.approx(count, rel=0.05), file
+
+
+def headings(text):
+    """Returns the anchors of a page's headings, as a code host makes them."""
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
+            for line in re.findall(r"^#+ (.*)$", text, re.M)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_link_of_a_page_leads_somewhere(page):
+    targets = re.findall(r"\]\(([^)]+)\)", TEXTS[page])
     for target in targets:
-        assert target.startswith("http") or (ROOT / target).exists(), target
+        if target.startswith("http"):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        if anchor:
+            assert anchor in headings(linked.read_text(encoding="utf-8")), target
+
+
+def test_every_chapter_is_linked_from_the_readme_and_every_figure_is_shown():
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"docs/{page.name}" in README, page.name
+    for figure in (ROOT / "docs" / "figures").iterdir():
+        assert any(f"figures/{figure.name}" in text for text in TEXTS.values()), figure.name
 
 
 @pytest.mark.slow

@@ -158,6 +158,27 @@ def test_a_study_goes_on_where_it_stopped_and_prints_its_table(tmp_path, monkeyp
     assert run_study("methods") == printed and run_study("data") == printed_data
 
 
+def test_what_is_done_is_printed_without_training_and_nothing_is_an_error(tmp_path, monkeypatch,
+                                                                          capsys):
+    record = rivals.Record(tmp_path / "rivals.jsonl")
+    numbers = dict(gain=[0.1, 0.01], distance=[0.2, 0.02], obedience={"line F1": 0.5}, minutes=1.0)
+    for method, seed in (("lora", 0), ("bps", 0), ("bps", 1), ("bps", rivals.SWEEP_SEED)):
+        record.add(rivals.Job("sketch", method, 0, rivals.STEPS, 1e-3, seed), numbers)
+    monkeypatch.setattr(rivals, "load_base", None)
+    for task in ("sketch", "segmentation"):
+        monkeypatch.setattr(sys, "argv", ["rivals", "--task", task, "--record", str(record.file),
+                                          "--done"])
+        if task == "sketch":
+            rivals.main()
+            rows = [line.split("|")[1:6] for line in capsys.readouterr().out.splitlines()
+                    if line.startswith(("| bps", "| lora"))]
+            assert [(row[0].strip(), row[4].strip()) for row in rows] == [("bps", "2"),
+                                                                          ("lora", "1")]
+        else:
+            with pytest.raises(weights.UserError, match="nothing of this study"):
+                rivals.main()
+
+
 def test_a_kernel_distances_error_is_the_deviation_over_other_draws(monkeypatch):
     """The jackknife's, against many draws of the same law."""
     bench = object.__new__(rivals.Bench)
