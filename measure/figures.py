@@ -69,8 +69,8 @@ def joined(base, bps):
         return [], [a], [b], [a, b], [whole]
 
     return ([cond_to_x(upper), cond_to_x(lower), *draw_rows(base, pairs, steerings_of)],
-            ["upper half", "lower half", "the base", "upper", "lower", "both, added", "one drawing"],
-            [pair.name for pair in pairs])
+            ["upper half", "lower half", "the base", "upper", "lower", "both, added",
+             "one drawing"], [pair.name for pair in pairs])
 
 
 def windows(base, bps):

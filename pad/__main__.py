@@ -4,8 +4,8 @@
     python -m pad --bps runs/layout/bps.safetensors
 
 Without --bps it takes what comes with the project and what train.py has written to runs/TASK.
-"Save" writes to --out a PNG that `sample.py --from` draws again, and the drawing. The page is served
-to this computer only: to no other address, and to no page of another site.
+"Save" writes to --out a PNG that `sample.py --from` draws again, and the drawing. The page is
+served to this computer only: to no other address, and to no page of another site.
 """
 import http.server
 import json
