@@ -34,9 +34,9 @@ def condition_bits(gains, log_snrs):
 def calibrated_strength(gains, steerings):
     """Returns the strength of the lowest loss, and its standard error by the jackknife over pairs.
 
-    gains: (n,). steerings: |M_hat|^2 (n,). The loss at strength s is that of the frozen base minus
-    s (gain + |M_hat|^2) - s^2 |M_hat|^2 (derived here): 1 is calibrated, below 1 over-fitted. It
-    is nan if there is no steering.
+    gains: (n,). steerings: |M_hat|^2 (n,). The loss at strength s is L(s) = L(0)
+    - s (gain + |M_hat|^2) + s^2 |M_hat|^2 (derived here). 1 is calibrated; below 1 the steering is
+    too strong on held-out pairs, as after over-fitting. It is nan if there is no steering.
     """
     def best(gain, steering):
         """Returns the vertex of the parabola."""

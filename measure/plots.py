@@ -99,8 +99,10 @@ class Axes:
 
         A logarithmic axis starts at 1e-4 or above; smaller and negative values are drawn at 1e-4.
         """
-        _, ticks, _, _, log_y, _ = self.layers[0]
-        x = np.log10(ticks) if ticks[0] > 0 else ticks
+        ticks = np.unique(np.concatenate([layer[1] for layer in self.layers]))
+        log_x, log_y = ticks[0] > 0, self.layers[0][4]
+        to_x = np.log10 if log_x else np.asarray
+        x = to_x(ticks)
         scaled = (lambda y: np.log10(np.maximum(y, 1e-4))) if log_y else np.asarray
         low, high = scaled(self.limits or self.range())
         if log_y:
@@ -121,7 +123,8 @@ class Axes:
             self.text(EDGE - 4, ends[0][1], f"{10.0**tick if log_y else tick:.3g}", 11, "rm")
         for tick, value in zip(x, ticks):
             self.text(to_panel(tick, low)[0], SIDE - 8, f"{value:g}", 11, "mm")
-        for (_, _, y, _, _, band), color in zip(self.layers, COLORS):
+        for (_, x, y, _, _, band), color in zip(self.layers, COLORS):
+            x = to_x(x)
             lower, upper = (self.at(to_panel(x, edge)) for edge in scaled(band))
             self.pen.polygon(lower + upper[::-1], (*ImageColor.getrgb(color), BAND_ALPHA))
             self.pen.line(self.at(to_panel(x, scaled(y))), color, 2 * ZOOM)

@@ -2,6 +2,7 @@
 
 Shapes: n pictures, D width.
 """
+import numpy as np
 import torch
 
 CANDIDATES = 24                 # captions among which a picture has to find its own
@@ -26,12 +27,20 @@ def caption_rate(classify, x, captions):
     return (cosines.gather(1, order).argmax(dim=1) == 0).float().mean().item()
 
 
-def kernel_distance(drawn, true):
+def preference(classify, x, captions, others):
+    """Returns how often the CLIP sees a picture's caption rather than the other one of it."""
+    seen = classify.embed_pictures(x)
+    ours, theirs = ((seen * classify.embed_captions(words)).sum(1) for words in (captions, others))
+    return (ours > theirs).float().mean().item()
+
+
+def kernel_distance(drawn, true, paired=True):
     """Returns the squared maximum mean discrepancy between two laws, unbiased, so about 0 if equal.
 
-    drawn: features (n, D). true: (m, D). The kernel is Gaussian; its width is the median distance
-    within the true ones. Sources: A Kernel Two-Sample Test, JMLR 13 (2012), equation 3, on the
-    features of a CLIP as arXiv 2401.09603 has it.
+    drawn: features (n, D). true: (m, D). paired: whether drawn i was made from what belongs to true
+    i, so that the two are not independent and k(drawn i, true i) is left out. The kernel is
+    Gaussian; its width is the median distance within the true ones. Sources: A Kernel Two-Sample
+    Test, JMLR 13 (2012), equations 3 and 4, on the features of a CLIP as arXiv 2401.09603 has it.
     """
     width = torch.pdist(true).median()
 
@@ -39,9 +48,24 @@ def kernel_distance(drawn, true):
         """Returns k (n, m) of features (n, D) and (m, D)."""
         return (-(torch.cdist(a, b) / width) ** 2 / 2).exp()
 
-    def mean_between_different(a):
+    def mean_between_different(a, b):
         """Returns the mean of k over all pairs of two different rows."""
-        return (kernel(a, a).sum() - len(a)) / (len(a) * (len(a) - 1))
+        k = kernel(a, b)
+        return (k.sum() - k.diagonal().sum()) / (len(a) * (len(a) - 1))
 
-    return (mean_between_different(drawn) + mean_between_different(true)
-            - 2 * kernel(drawn, true).mean()).item()
+    between = mean_between_different(drawn, true) if paired else kernel(drawn, true).mean()
+    return (mean_between_different(drawn, drawn) + mean_between_different(true, true)
+            - 2 * between).item()
+
+
+def distance_and_error(drawn, true, paired=True):
+    """Returns [kernel distance, its standard error by the jackknife], as kernel_distance does.
+
+    If they are paired, true i is left out with drawn i.
+    """
+    n = len(drawn)
+    without_one = []
+    for i in range(n):
+        others = torch.arange(n) != i
+        without_one.append(kernel_distance(drawn[others], true[others] if paired else true, paired))
+    return [kernel_distance(drawn, true, paired), float(np.std(without_one) * (n - 1) ** 0.5)]

@@ -41,8 +41,8 @@ def peak_memory(device):
 def held_out(base, cache, bps):
     """Yields (k, i, target, predict) for the k-th of VALIDATION_T and each part i of the pairs.
 
-    predict(rows) is the prediction for pairs i with the conditions of rows, or the frozen base's for
-    None. The noise is the same for every model.
+    predict(rows) is the prediction for pairs i with the conditions of rows; for None it is the
+    frozen base's. The noise is the same for every model.
     """
     device = next(base.unet.parameters()).device
     for k, t in enumerate(VALIDATION_T):
@@ -94,33 +94,46 @@ def ratio(value, unit):
 
 
 @torch.inference_mode()
-def validate(base, cache, bps):
-    """Returns the losses on held-out pairs, and with standard errors what follows from them.
+def paired_squares(base, cache, bps):
+    """Returns squares (4, n, T) of each pair at each of VALIDATION_T, means over dimensions.
+
+    They are the errors of the frozen base, of the steered one, of the one with shuffled conditions,
+    each pair's being that of the pair before it; and the steering's own square.
+    """
+    n = len(cache.pairs)
+    squares = torch.zeros(4, n, len(VALIDATION_T))
+    for k, i, target, predict in held_out(base, cache, bps):
+        eps, eps_bar = predict(None), predict(i)
+        for row, difference in enumerate((eps - target, eps_bar - target,
+                                          predict((i - 1) % n) - target, eps_bar - eps)):
+            squares[row, i, k] = mean_square(difference)
+    return squares
+
+
+def summarize(squares, schedule, dimensions):
+    """Returns the losses that paired_squares say, and with standard errors what follows from them.
 
     gain: loss of the frozen base minus that of the steered one. For exact denoisers it is the mean
     square of the steering, E|noise - eps*|^2 - E|noise - eps_bar*|^2 = E|M|^2 (Pythagoras). gap:
-    loss with shuffled conditions, each pair's being that of the pair before it, minus that with the
-    right ones; it is zero for a network that ignores the condition. strength: the calibrated one.
-    bits: what a condition says beyond the prompt, an estimate by measure/bits.py that a perfect
-    network on an exact prior would make exact but for the range of VALIDATION_T.
+    loss with shuffled conditions minus that with the right ones; it is zero for a network that
+    ignores the condition. strength: the calibrated one. bits: what a condition says beyond the
+    prompt, as measure/bits.py has it: exact for exact denoisers, but for the range of VALIDATION_T;
+    else an estimate, in which what is learned of the pictures in general counts, too.
     """
-    n = len(cache.pairs)
-    prior, steered, shuffled, steering = torch.zeros(4, n, len(VALIDATION_T))
-    for k, i, target, predict in held_out(base, cache, bps):
-        eps, eps_bar = predict(None), predict(i)
-        prior[i, k] = mean_square(eps - target)
-        steered[i, k] = mean_square(eps_bar - target)
-        shuffled[i, k] = mean_square(predict((i - 1) % n) - target)
-        steering[i, k] = mean_square(eps_bar - eps)
-    gains = prior - steered
-    dimensions = cache.rows("mean", [0]).numel()
-    abar = base.schedule.alphas_cumprod[list(VALIDATION_T)]
-    to_eps = abar if base.schedule.prediction_type == "v_prediction" else 1.0  # |eps|^2 of |v|^2
-    bits = condition_bits(dimensions * to_eps * gains, log_snr(base.schedule, VALIDATION_T))
-    return dict(pairs=n, base=prior.mean().item(), steered=steered.mean().item(),
+    prior, steered, shuffled, steering = squares
+    gains, abar = prior - steered, schedule.alphas_cumprod[list(VALIDATION_T)]
+    to_eps = abar if schedule.prediction_type == "v_prediction" else 1.0    # |eps|^2 of |v|^2
+    bits = condition_bits(dimensions * to_eps * gains, log_snr(schedule, VALIDATION_T))
+    return dict(pairs=len(prior), base=prior.mean().item(), steered=steered.mean().item(),
                 shuffled=shuffled.mean().item(), gain=mean_and_error(gains.mean(1)),
                 gap=mean_and_error((shuffled - steered).mean(1)), bits=mean_and_error(bits),
                 strength=calibrated_strength(gains.mean(1), steering.mean(1)))
+
+
+def validate(base, cache, bps):
+    """Returns the losses on held-out pairs, and what follows from them, as summarize does."""
+    return summarize(paired_squares(base, cache, bps), base.schedule,
+                     cache.rows("mean", [0]).numel())
 
 
 @torch.inference_mode()

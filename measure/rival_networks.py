@@ -23,7 +23,7 @@ from torch import nn
 from bps import BPS, zero_conv
 from unet import CrossAttention, UNet, timestep_embedding
 
-HINT_CHANNELS = (16, 32, 96)        # of ControlNet's condition encoder, at three sizes
+HINT_CHANNELS = (16, 32, 96, 256)   # of ControlNet's condition encoder, from size to size
 
 
 class RivalUNet(nn.Module):
@@ -78,11 +78,12 @@ class ControlNet(nn.Module):
         self.middle_block = half.middle_block
         self.sinusoids = channels[0]
         # pictures to latents' size: a stride of 2 until f is reached
-        layers, width_in = [], cond_channels
-        for i in range(factor.bit_length() - 1):
-            layers += [nn.Conv2d(width_in, HINT_CHANNELS[i], 3, stride=2, padding=1), nn.SiLU()]
-            width_in = HINT_CHANNELS[i]
-        self.hint = nn.Sequential(*layers, zero_conv(width_in, channels[0]))
+        layers = [nn.Conv2d(cond_channels, HINT_CHANNELS[0], 3, padding=1), nn.SiLU()]
+        sizes = factor.bit_length() - 1
+        for here, there in zip(HINT_CHANNELS[:sizes], HINT_CHANNELS[1:]):
+            layers += [nn.Conv2d(here, here, 3, padding=1), nn.SiLU(),
+                       nn.Conv2d(here, there, 3, stride=2, padding=1), nn.SiLU()]
+        self.hint = nn.Sequential(*layers, zero_conv(HINT_CHANNELS[sizes], channels[0]))
         shapes = list(zip(block_channels(half), block_channels(unet)))
         self.zero_convs = nn.ModuleList(zero_conv(a, b, size=1) for a, b in shapes)
         self.zero_middle = zero_conv(channels[-1], unet.config.channels[-1], size=1)
@@ -215,7 +216,15 @@ class LoRA(FineTuned):
 
 
 class TimeBlindBPS(BPS):
-    """A BPS that is always told the same timestep."""
+    """A BPS that is not told the timestep."""
 
     def forward(self, cond, t_emb):
         return super().forward(cond, torch.zeros_like(t_emb[:1]))
+
+
+class ConditionBlindBPS(BPS):
+    """A BPS that is shown no condition: what it gains, it has learned of the pictures in general.
+    """
+
+    def forward(self, cond, t_emb):
+        return super().forward(torch.zeros_like(cond), t_emb)

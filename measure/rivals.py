@@ -4,15 +4,17 @@
     python -m measure.rivals --task sketch --study data         # 12 pairs to all
     python -m measure.rivals --task sketch --study steps
     python -m measure.rivals --task sketch --study methods --done       # prints, trains nothing
+    python -m measure.rivals --task sketch --method lora --pairs 40 --seed 1    # one row
 
 The results of each training are a line of docs/rivals.jsonl; a study trains what has no line there,
-which takes hours, and prints its table. Stopped, it goes on where it was. A method's learning
+which takes hours, and prints its tables. Stopped, it goes on where it was. A method's learning
 rate, in all studies, has the lowest validation loss of a sweep: all pairs, another seed, a third
-of the steps.
+of the steps. Lines of another base than today's are not read.
 """
 import functools
 import json
 import shutil
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,19 +27,29 @@ from safetensors.torch import load_file
 import weights
 from bps import build_bps, config_for
 from data import LatentCache, load_pairs
+from inputs import checkpoints
 from inputs.conditions import TASKS, to_x
 from inputs.options import BASE, HERE, Parser, run
 from inputs.processes import Processes
 from inputs.train_options import EMPTY_SHARE
 from measure.obedience import meter_for
 from measure.plots import Figure
-from measure.quality import caption_rate, kernel_distance
-from measure.report import draw_pairs, paired_errors, validate
-from measure.rival_networks import ControlNet, FineTuned, LoRA, RivalUNet, T2IAdapter, TimeBlindBPS
+from measure.quality import distance_and_error, preference
+from measure.report import draw_pairs, paired_errors, paired_squares, summarize
+from measure.rival_networks import (
+    ConditionBlindBPS,
+    ControlNet,
+    FineTuned,
+    LoRA,
+    RivalUNet,
+    T2IAdapter,
+    TimeBlindBPS,
+)
 from sample import load_base
 from tiny import world
 from tiny.classifier import Classifier
-from train import Run, train
+from tiny.tasks import scene
+from train import Run, lock, train
 from weights import UserError
 
 BATCH, STEPS, SAVES = 16, 300, 5
@@ -45,7 +57,7 @@ SEEDS, SWEEP_SEED = (0, 1, 2), 100
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 WIDER = 10**0.5                 # factor by which a sweep goes on beyond its best end
 MOST_RATES = 7
-DIGITS = {"bits": 1, "strength": 2, "line F1": 3, "pixel accuracy": 3, "mIoU": 3}   # printed
+DIGITS = {"strength": 2, "line F1": 3, "pixel accuracy": 3, "mIoU": 3}   # printed
 
 
 def bps_maker(port_weights="head-heavy", foot="faithful"):
@@ -59,13 +71,14 @@ METHODS = {
     "bps": bps_maker(), "bps-light": bps_maker(foot="light"), "controlnet": ControlNet,
     "t2i-adapter": T2IAdapter, "fine-tuned": FineTuned, "lora": LoRA,
     # at about BPS's number of parameters
-    "controlnet-sized": lambda *base: ControlNet(*base, width=1.25),
-    "t2i-adapter-sized": lambda *base: T2IAdapter(*base, width=2.5),
-    "lora-sized": lambda *base: LoRA(*base, rank=410),      # more than full rank
+    "controlnet-wide-random": lambda *base: ControlNet(*base, width=1.25),
+    "t2i-adapter-wide": lambda *base: T2IAdapter(*base, width=2.5),
+    "lora-full-rank": lambda *base: LoRA(*base, rank=410),
     # BPS without one of its parts
     "bps-contracting": bps_maker((16, 8, 4, 0, 0)), "bps-flat": bps_maker("flat"),
     "bps-foot-heavy": bps_maker((1, 1, 1, 16, 16)),
-    "bps-time-blind": lambda unet, *base: TimeBlindBPS(config_for(unet.config, *base))}
+    "bps-time-blind": lambda unet, *base: TimeBlindBPS(config_for(unet.config, *base)),
+    "bps-condition-blind": lambda unet, *base: ConditionBlindBPS(config_for(unet.config, *base))}
 MAIN = ("bps", "bps-light", "controlnet", "t2i-adapter", "fine-tuned", "lora")
 # pictures to compare with: by the base, true ones of other pairs, the test pairs' after the VAE
 BOUNDS = ("base alone", "other true pictures", "VAE round trip")
@@ -87,19 +100,31 @@ class Job(NamedTuple):
 
 
 class Record:
-    """The results of all Jobs that are done, in a file of JSON lines."""
+    """The results of all Jobs that are done on a base, in a file of JSON lines."""
 
-    def __init__(self, file):
-        self.file, self.results = file, {}
-        for line in file.read_text().splitlines() if file.exists() else []:
-            row = json.loads(line)
-            self.results[Job(**row["job"])] = row["results"]
+    def __init__(self, file, base_sha256):
+        self.file, self.base_sha256, self.results = file, base_sha256, {}
+        self.read()
+
+    def read(self):
+        """Reads what other processes have added, too. Errors: UserError names a line."""
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        for number, line in enumerate(lines, 1):
+            try:
+                row = json.loads(line)
+                if row["base_sha256"] == self.base_sha256:
+                    self.results[Job(**row["job"])] = row["results"]
+            except (KeyError, TypeError, ValueError):
+                raise UserError(f"{self.file}: line {number} is damaged; delete it") from None
 
     def add(self, job, numbers):
-        """Adds the numbers of a Job; several processes may do so at once."""
+        """Adds the numbers of a Job."""
         self.results[job] = numbers
+        row = dict(job=job._asdict(), base_sha256=self.base_sha256, torch=torch.__version__,
+                   results=numbers)
         with self.file.open("a") as f:
-            f.write(json.dumps(dict(job=job._asdict(), results=numbers)) + "\n")
+            f.write(json.dumps(row, allow_nan=False) + "\n")
+        print(f"done: {' '.join(map(str, job))}", file=sys.stderr)
 
 
 class RivalRun(Run):
@@ -174,53 +199,65 @@ class Bench:
 
     def result(self, job):
         """Returns a job's numbers (a dict), for which it trains unless that has been done."""
-        if job in self.record.results:
-            return self.record.results[job]
-        if job.method in BOUNDS:
-            numbers = self.judge(self.pictures_of(job.method))
-            self.record.add(job, numbers)
-            return numbers
-        out, start = job.folder(self.root), time.monotonic()
+        if job not in self.record.results:
+            out = job.folder(self.root)
+            with lock(out):
+                self.record.read()                  # it may have been done meanwhile
+                if job not in self.record.results:
+                    self.record.add(job, self.bound(job.method) if job.method in BOUNDS
+                                    else self.train(job, out))
+            shutil.rmtree(out)
+        return self.record.results[job]
+
+    def train(self, job, out):
+        """Returns the numbers of a job after training; without a finite loss, a val of None."""
         base, network = self.network(job.method, job.seed)
         args = SimpleNamespace(
             device="cpu", dtype="fp32", steps=job.steps, batch=BATCH, lr=job.rate, seed=job.seed,
             prompt_drop=EMPTY_SHARE, accumulate=1, keep="best",
             save_every=job.steps if job.seed == SWEEP_SEED else max(1, job.steps // SAVES))
         run_of_job = RivalRun(out, network, args, Processes())
-        out.mkdir(parents=True, exist_ok=True)
         run_of_job.open(job._asdict(), {})
-        steps_to_go = job.steps - run_of_job.step
+        steps_to_go, base_loss = job.steps - run_of_job.step, self.base_loss
+        cache = self.train_cache(job.pairs, job.seed)
 
         def on_save(step, loss):
             val_loss = paired_errors(base, self.val, network).mean().item()
-            run_of_job.save(step, loss, self.base_loss, val_loss, {})
+            run_of_job.save(step, loss, base_loss, val_loss, {})
 
+        start = time.process_time()
         try:
-            train(run_of_job, base, self.train_cache(job.pairs, job.seed), args, on_save)
+            train(run_of_job, base, cache, args, on_save)
         except UserError as error:
-            if "is not finite" not in str(error) or job.seed != SWEEP_SEED:
+            if "is not finite" not in str(error):
                 raise
-            run_of_job.best["loss"] = float("inf")                  # of a rate that is too large
+        minutes = (time.process_time() - start) / 60 * job.steps / max(1, steps_to_go)
+        best = run_of_job.best
         numbers = dict(parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
-                       val=run_of_job.best["loss"], best_step=run_of_job.best["step"],
-                       minutes=(time.monotonic() - start) / 60 * job.steps / max(1, steps_to_go))
-        if job.seed != SWEEP_SEED:
+                       val=best["loss"] if best["step"] else None, best_step=best["step"],
+                       minutes=minutes if steps_to_go else None)
+        if best["step"] and job.seed != SWEEP_SEED:
             run_of_job.restore_best()
             numbers |= self.measure(base, network, job)
-        self.record.add(job, numbers)
-        shutil.rmtree(out)
         return numbers
 
     def measure(self, base, network, job):
         """Returns the numbers of a trained network on the test pairs."""
-        numbers = validate(base, self.test, network)
-        x = draw_pairs(base, self.test, network, self.count, job.seed)
+        squares = paired_squares(base, self.test, network)
+        numbers = summarize(squares, base.schedule, self.test.rows("mean", [0]).numel())
+        del numbers["pairs"]
+        numbers["gains"] = [round(gain, 7) for gain in (squares[0] - squares[1]).mean(1).tolist()]
         if self.task == "sketch" and (job.pairs, job.steps, job.seed) == (0, STEPS, 0):
-            prompts = self.other_prompts()
-            pictures = draw_pairs(base, self.test, network, self.count, job.seed, prompts=prompts)
-            numbers["conflict"] = self.obedience(pictures) | {
-                "name": caption_rate(self.classify, pictures, prompts)}
-        return numbers | self.judge(x)
+            numbers |= self.conflict(base, network)
+        return numbers | self.judge(draw_pairs(base, self.test, network, self.count, job.seed))
+
+    def conflict(self, base, network):
+        """Returns what becomes of drawings whose prompts name another thing of the same category.
+        """
+        own, others = self.test.first_prompts(range(self.count)), self.other_prompts()
+        x = draw_pairs(base, self.test, network, self.count, 0, prompts=others)
+        named = preference(self.classify, x, others, own)
+        return dict(conflict=self.obedience(x) | dict(named=named))
 
     def other_prompts(self):
         """Returns for each test picture the prompt of the next one of the same category."""
@@ -230,29 +267,33 @@ class Bench:
                      if rows[j % self.count]["category"] == row["category"])
                 for i, row in enumerate(rows[:self.count])]
 
+    def bound(self, name):
+        """Returns the numbers of one of the BOUNDS."""
+        numbers = self.judge(self.pictures_of(name), paired=name != "other true pictures")
+        if name == "base alone" and self.task == "sketch":
+            numbers |= self.conflict(self.base, None)
+        return numbers
+
     def pictures_of(self, bound):
         """Returns pictures x (n, 3, H, W) of one of the BOUNDS."""
         if bound == "base alone":
             return draw_pairs(self.base, self.test, None, self.count, 0)
+        if bound == "other true pictures" and self.task == "sketch":
+            chosen = np.random.default_rng(0).permutation(len(self.pairs["train"]))[:self.count]
+            return torch.stack([to_x(self.pairs["train"][i].open_image()) for i in chosen])
         if bound == "other true pictures":
-            return torch.stack([to_x(pair.open_image()) for pair in self.pairs["val"]])
+            return torch.stack([to_x(scene("test", self.count + i)[0]) for i in range(self.count)])
         with torch.inference_mode():
             return self.base.vae.decode(self.test.rows("mean", range(self.count)).float())
 
-    def judge(self, x):
+    def judge(self, x, paired=True):
         """Returns the obedience and the quality of pictures x (n, 3, H, W) for n test pairs."""
-        return dict(obedience=self.obedience(x),
-                    distance=self.distance(self.classify.embed_pictures(x)))
+        return dict(obedience=self.obedience(x), distance=distance_and_error(
+            self.classify.embed_pictures(x), self.true, paired))
 
     def obedience(self, x):
         """Returns {measure: how far pictures x do what the first n conditions say}."""
         return meter_for(self.task, embedded=True)(x, self.test.cond(range(len(x))))
-
-    def distance(self, features):
-        """Returns [kernel distance of features (n, D) to the true ones, its jackknife error]."""
-        n = len(features)
-        without_one = [kernel_distance(features[torch.arange(n) != i], self.true) for i in range(n)]
-        return [kernel_distance(features, self.true), float(np.std(without_one) * (n - 1) ** 0.5)]
 
     def best_rate(self, method):
         """Returns the learning rate of the lowest validation loss; the sweep widens at its ends."""
@@ -260,7 +301,8 @@ class Bench:
         while rates:
             rate = rates.pop(0)
             job = Job(self.task, method, 0, STEPS // 3, rate, SWEEP_SEED)
-            losses[rate] = self.result(job)["val"]
+            loss = self.result(job)["val"]
+            losses[rate] = float("inf") if loss is None else loss
             best = min(losses, key=losses.get)
             if not rates and best in (min(losses), max(losses)) and len(losses) < MOST_RATES:
                 rates = [best / WIDER if best == min(losses) else best * WIDER]
@@ -273,8 +315,9 @@ def methods_study(bench, rates):
     """Yields the Jobs of all methods, on scenes the main ones, at all pairs, beside the bounds."""
     for bound in BOUNDS:
         yield Job(bench.task, bound, 0, 0, 0.0, 0)
+    once = METHODS if bench.task == "sketch" else (*MAIN, "bps-condition-blind")
     for seed in SEEDS:
-        for method in METHODS if bench.task == "sketch" and seed == 0 else MAIN:
+        for method in once if seed == 0 else MAIN:
             yield Job(bench.task, method, 0, STEPS, rates(method), seed)
 
 
@@ -302,8 +345,8 @@ def done(record, task, study):
                    data=lambda job: job.method in MAIN and job.steps == STEPS,
                    steps=lambda job: job.method in MAIN and job.pairs == 0 and job.seed == 0)
     order = [*BOUNDS, *METHODS]
-    jobs = [job for job in record.results
-            if job.task == task and job.seed != SWEEP_SEED and belongs[study](job)]
+    jobs = [job for job, numbers in record.results.items()
+            if job.task == task and "obedience" in numbers and belongs[study](job)]
     return {job: record.results[job] for job in sorted(jobs, key=lambda job: (
         job.pairs or float("inf"), job.steps, order.index(job.method), job.seed))}
 
@@ -321,8 +364,8 @@ def means(group):
 
     The standard error of an obedience is unknown, as is a deviation over a single seed: both nan.
     """
-    values = {name: [(numbers[name][0], numbers[name][1]) for numbers in group]
-              for name in ("gain", "distance", "strength", "bits") if name in group[0]}
+    values = {name: [numbers[name] for numbers in group]
+              for name in ("gain", "gap", "distance", "strength") if name in group[0]}
     for name in group[0]["obedience"]:
         values[name] = [(numbers["obedience"][name], float("nan")) for numbers in group]
     return {name: (*np.mean(pairs, axis=0),
@@ -330,12 +373,20 @@ def means(group):
             for name, pairs in values.items()}
 
 
+def gain_beyond(group, reference):
+    """Returns the gain beyond another method's on the same test pairs, and its standard error."""
+    difference = np.subtract(*(np.mean([numbers["gains"] for numbers in each], axis=0)
+                               for each in (group, reference)))
+    return difference.mean(), difference.std(ddof=1) / len(difference) ** 0.5
+
+
 def print_results(results):
     """Prints the table of {Job: its numbers}."""
     groups = over_seeds(results)
     measures = list(means(list(groups.values())[-1]))
-    print("| method | pairs | steps | rate | seeds | parameters | "
-          + " | ".join(measures) + " | minutes |\n|" + "---|" * (7 + len(measures)))
+    titles = ("method", "pairs", "steps", "rate", "seeds", "parameters", *measures,
+              "gain beyond bps", "CPU minutes")
+    print(f"| {' | '.join(titles)} |\n|" + "---|" * len(titles))
     for job, group in groups.items():
         found, cells = means(group), []
         for name in measures:
@@ -344,28 +395,47 @@ def print_results(results):
             cells.append("-" if np.isnan(mean) else f"{mean:.{digits}f}"
                          + ("" if np.isnan(error) else f" +- {error:.{digits}f}")
                          + ("" if np.isnan(deviation) else f", sd {deviation:.{digits}f}"))
+        reference = [each for other, each in groups.items() if other.method == "bps"
+                     and other._replace(method=job.method, rate=job.rate) == job]
+        beyond = "-"
+        if "gains" in group[0] and reference and job.method != "bps":
+            beyond = "{:+.4f} +- {:.4f}".format(*gain_beyond(group, reference[0]))
         size = f"{group[0]['parameters']:,}" if "parameters" in group[0] else "-"
-        minutes = np.mean([numbers.get("minutes", 0.0) for numbers in group])
+        minutes = [numbers["minutes"] for numbers in group if numbers.get("minutes")]
         print(f"| {job.method} | {job.pairs or 'all'} | {job.steps} | {job.rate:.2g} "
-              f"| {len(group)} | {size} | {' | '.join(cells)} | {minutes:.1f} |")
+              f"| {len(group)} | {size} | {' | '.join(cells)} | {beyond} "
+              f"| {f'{np.mean(minutes):.1f}' if minutes else '-'} |")
 
 
 def print_conflicts(results):
     """Prints the obedience of pictures whose prompts name another thing of the same category."""
     if not any("conflict" in numbers for numbers in results.values()):
         return
-    print("\n| method | line F1 | with another prompt | the picture names that prompt |\n"
-          "|---|---|---|---|")
+    print("\n| method | line F1 | with another prompt | named by that prompt |\n|---|---|---|---|")
     for job, numbers in results.items():
         if "conflict" in numbers:
             print(f"| {job.method} | {numbers['obedience']['line F1']:.3f} | "
-                  f"{numbers['conflict']['line F1']:.3f} | {numbers['conflict']['name']:.1%} |")
+                  f"{numbers['conflict']['line F1']:.3f} | {numbers['conflict']['named']:.1%} |")
+
+
+def print_sweeps(record, task):
+    """Prints the validation loss of each method at each learning rate that was tried."""
+    sweeps = {}
+    for job, numbers in record.results.items():
+        if job.task == task and job.seed == SWEEP_SEED:
+            sweeps.setdefault(job.method, {})[job.rate] = numbers["val"]
+    print("\n| method | validation loss at each rate |\n|---|---|")
+    for method, losses in sweeps.items():
+        cells = [f"{rate:.2g}: {loss:.5f}" if loss else f"{rate:.2g}: not finite"
+                 for rate, loss in sorted(losses.items())]
+        print(f"| {method} | {', '.join(cells)} |")
 
 
 def draw_results(results, over, most_pairs, file):
     """Draws gain, first obedience and kernel distance over "pairs" or "steps", a line per method.
 
-    Bands are standard errors over test pairs; those of obedience are deviations over seeds.
+    Bands are standard errors over test pairs, and for obedience, where there are several seeds,
+    deviations over these.
     """
     groups = over_seeds(results)
     names = ("gain", next(iter(next(iter(results.values()))["obedience"])), "distance")
@@ -375,7 +445,7 @@ def draw_results(results, over, most_pairs, file):
             lines = sorted((getattr(job, over) or most_pairs, *means(group)[name])
                            for job, group in groups.items() if job.method == method)
             if not lines:
-                continue
+                continue                    # nothing of this method is done
             x, mean, error, deviation = np.array(lines).T
             axes.line(x, mean, method, band=np.nan_to_num(deviation if name == names[1] else error))
     figure.save(file)
@@ -394,11 +464,20 @@ def main():
     add("--figures", type=Path, default=HERE / "docs" / "figures", help="folder of the figures "
         "(default: docs/figures)")
     add("--done", action="store_true", help="train nothing: print what is done")
+    add("--method", choices=METHODS, help="train this one only, on --pairs for --steps by --seed")
+    add("--pairs", type=int, default=0, help="of --method; 0 is all (default: %(default)s)")
+    add("--steps", type=int, default=STEPS, help="of --method (default: %(default)s)")
+    add("--seed", type=int, choices=SEEDS, default=0, help="of --method (default: %(default)s)")
     args = parser.parse_args()
-    record = Record(args.record)
+    record = Record(args.record, weights.fingerprint(*checkpoints.find_unet(BASE)))
     if not args.done:
         bench = Bench(args.task, load_base(BASE), args.out, record)
-        for job in STUDIES[args.study](bench, functools.cache(bench.best_rate)):
+        rates = functools.cache(bench.best_rate)
+        jobs = STUDIES[args.study](bench, rates)
+        if args.method:
+            jobs = [Job(args.task, args.method, args.pairs, args.steps, rates(args.method),
+                        args.seed)]
+        for job in jobs:
             bench.result(job)
     results = done(record, args.task, args.study)
     if not results:
@@ -406,6 +485,7 @@ def main():
     print_results(results)
     if args.study == "methods":
         print_conflicts(results)
+        print_sweeps(record, args.task)
     else:
         over = dict(data="pairs", steps="steps")[args.study]
         draw_results(results, over, len(load_pairs(args.task, "train")),

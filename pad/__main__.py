@@ -3,13 +3,15 @@
     python -m pad                           # prints, and opens, http://127.0.0.1:8765
     python -m pad --bps runs/layout/bps.safetensors
 
-Without --bps it takes what comes with the project and what train.py has written to runs/TASK.
+Without --bps it takes what comes with the project, and for each task the newest that train.py has
+written to runs/TASK. A BPS that is trained meanwhile is seen when the pad is started again.
 "Save" writes to --out a PNG that `sample.py --from` draws again, and the drawing. The page is
 served to this computer only: to no other address, and to no page of another site.
 """
 import http.server
 import json
 import os
+import signal
 import sys
 import webbrowser
 from pathlib import Path
@@ -21,9 +23,12 @@ from pad.studio import Studio
 from weights import UserError, first_line
 
 ADDRESS, PORT = "127.0.0.1", 8765
+HOSTS = [ADDRESS, "localhost"]
+DRAW_TIMEOUT = 5                # seconds that a page may take to read, for others wait meanwhile
 PAGE = Path(__file__).with_name("page.html")
 MOST_BYTES = 32 * 2**20         # of a request
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
+           "Cross-Origin-Resource-Policy": "same-origin",
            "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src data: blob:; "
                                       "frame-ancestors 'none'"}
 
@@ -31,14 +36,37 @@ HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
 class Handler(http.server.BaseHTTPRequestHandler):
     """Answers the page; the server has a `studio`."""
     timeout = 60                # seconds without a byte
+    started = False             # whether the head of the answer is sent
 
     def log_message(self, *_):
         pass
 
     def do_GET(self):
         """Sends the page, or what it has to know."""
-        if self.refused():
-            return
+        self.guard(self.get)
+
+    def do_POST(self):
+        """Draws, opens or saves."""
+        self.guard(self.post)
+
+    def guard(self, respond):
+        """Answers with respond(); an error is one line, and harms no other request."""
+        try:
+            if self.is_own():
+                respond()
+            else:
+                self.discard()
+                self.answer_json(403, dict(error="only the pad's own page may ask"))
+        except (ConnectionError, TimeoutError):
+            pass                            # the page has gone, or has sent a newer request
+        except Exception as error:          # a mistake in one request must not end the pad
+            message = first_line(error) or type(error).__name__
+            if not isinstance(error, (UserError, OSError)):
+                print(f"error: {type(error).__name__}: {message}", file=sys.stderr)
+            self.send_error_line(message)
+
+    def get(self):
+        """Answers a GET."""
         if self.path == "/":
             self.answer(200, "text/html; charset=utf-8", PAGE.read_bytes())
         elif self.path == "/setup":
@@ -46,36 +74,36 @@ class Handler(http.server.BaseHTTPRequestHandler):
         else:
             self.answer_json(404, dict(error=f"{self.path}: not here"))
 
-    def do_POST(self):
-        """Draws, opens or saves; an error is one line, and harms no other request."""
-        if self.refused():
-            return
-        try:
-            request = self.read_request()
-            if self.path == "/draw":
-                self.start(200, "application/x-ndjson")
-                self.server.studio.draw(request, self.send_line)
-            elif self.path == "/open":
-                self.answer_json(200, self.server.studio.open(request))
-            elif self.path == "/save":
-                self.answer_json(200, self.server.studio.save())
-            else:
-                self.answer_json(404, dict(error=f"{self.path}: not here"))
-        except (BrokenPipeError, ConnectionResetError, TimeoutError):
-            pass                            # the page has gone, or has sent a newer request
-        except Exception as error:          # a mistake in one request must not end the pad
-            if not isinstance(error, (UserError, OSError)):
-                print(f"error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
-            self.send_error_line(first_line(error))
+    def post(self):
+        """Answers a POST."""
+        request, studio = self.read_request(), self.server.studio
+        if self.path == "/draw":
+            self.connection.settimeout(DRAW_TIMEOUT)
+            self.start(200, "application/x-ndjson")
+            studio.draw(request, self.send_line)
+        elif self.path in ("/open", "/save"):
+            self.answer_json(200, dict(open=studio.open, save=studio.save)[self.path[1:]](request))
+        else:
+            self.answer_json(404, dict(error=f"{self.path}: not here"))
 
-    def refused(self):
-        """Sends an error and returns True for a request that is not from the pad's own page."""
-        own = [f"{host}:{self.server.server_port}" for host in (ADDRESS, "localhost")]
-        origin = self.headers.get("Origin")
-        if self.headers.get("Host") in own and origin in (None, *(f"http://{o}" for o in own)):
-            return False
-        self.answer_json(403, dict(error="only the pad's own page may ask"))
-        return True
+    def is_own(self):
+        """Returns whether a request is from the pad's own page, or from a program on this computer.
+
+        Another site's page is told by Origin or Sec-Fetch-Site, and by Host if its own name leads
+        here.
+        """
+        port = self.server.server_port
+        own = [f"{host}:{port}" for host in HOSTS] + (HOSTS if port == 80 else [])
+        return (self.headers.get("Host") in own
+                and self.headers.get("Origin") in (None, *(f"http://{host}" for host in own))
+                and self.headers.get("Sec-Fetch-Site") in (None, "same-origin", "none"))
+
+    def discard(self):
+        """Reads what was sent, within limits, so that the answer is read before a reset."""
+        length = self.headers.get("Content-Length", "")
+        left = min(int(length), 2 * MOST_BYTES) if length.isdecimal() else 0
+        while left > 0 and (part := self.rfile.read(min(left, 2**20))):
+            left -= len(part)
 
     def read_request(self):
         """Returns the JSON object that was sent. Errors: UserError."""
@@ -83,6 +111,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if self.headers.get_content_type() != "application/json" or not length.isdecimal():
             raise UserError("give a JSON object, with its length")
         if int(length) > MOST_BYTES:
+            self.discard()
             raise UserError(f"{int(length):,} bytes; allowed are {MOST_BYTES:,}")
         try:
             request = json.loads(self.rfile.read(int(length)))
@@ -117,7 +146,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def send_error_line(self, message):
         """Sends an error, as a line of an answer that has begun or as an answer."""
         try:
-            if getattr(self, "started", False):
+            if self.started:
                 self.send_line(dict(error=message))
             else:
                 self.answer_json(400, dict(error=message))
@@ -125,14 +154,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             pass
 
 
-def bps_files(args):
-    """Returns the BPS files to draw with: --bps, or those that are there for the embedded base."""
-    if args.bps:
-        return args.bps
-    if args.base.resolve() != BASE.resolve():
-        raise UserError(f"--base {args.base}: needs --bps, a file that train.py wrote for it")
-    trained = [Path("runs") / task / "bps.safetensors" for task in TASKS]
-    return [DEFAULT_BPS, *(file for file in trained if file.is_file())]
+def trained_files():
+    """Returns the newest BPS file of each task that train.py has written to runs."""
+    found = [max(files, key=lambda file: file.stat().st_mtime) for task in TASKS
+             if (files := [*Path("runs").glob(f"{task}/bps.safetensors"),
+                           *Path("runs").glob(f"{task}-[0-9]*/bps.safetensors")])]
+    return found
 
 
 def make_server(studio, port):
@@ -161,15 +188,21 @@ def main():
     if not 0 <= args.port < 2**16:
         parser.error(f"--port {args.port}: allowed are 0 to {2**16 - 1}")
     parser.check_out(args.out)
-    studio = Studio(args, bps_files(args))
+    is_embedded = args.base.resolve() == BASE.resolve()
+    if not args.bps and not is_embedded:
+        parser.error(f"--base {args.base}: needs --bps, a file that train.py wrote for it")
+    studio = Studio(args, args.bps or [DEFAULT_BPS], () if args.bps else trained_files())
     server = make_server(studio, args.port)
     address = f"http://{ADDRESS}:{server.server_port}"
-    print(f"{address}\ntasks: {', '.join(studio.networks)}; Ctrl-C ends", flush=True)
+    print(f"{address}    (Ctrl-C ends)", flush=True)
+    for task, (file, _) in studio.networks.items():
+        print(f"{task}: {file}", flush=True)
     if sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         webbrowser.open(address)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server.serve_forever()
-    except KeyboardInterrupt:
+    finally:
         studio.scratch.cleanup()
         print("\nended", file=sys.stderr, flush=True)
         os._exit(130)           # at once: Python would wait for a thread that is drawing

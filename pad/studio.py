@@ -3,11 +3,10 @@
 Whatever draws here is sample.py's: the same options, the same denoiser, the same sampler.
 """
 import base64
-import binascii
 import functools
 import io
 import itertools
-import os
+import sys
 import tempfile
 import threading
 import time
@@ -18,8 +17,15 @@ import torch
 
 import diffusion
 from bps import Steering, load_bps
-from inputs.conditions import TASKS, open_boxes, read_condition, to_image
-from inputs.options import DTYPES
+from inputs.conditions import (
+    TASKS,
+    check_classes,
+    match_mask,
+    open_boxes,
+    read_condition,
+    to_image,
+)
+from inputs.options import DTYPES, shell_command
 from inputs.sample_options import (
     Job,
     check_fit,
@@ -32,6 +38,7 @@ from sample import describe, draw_job, load_base, unused, write_picture
 from weights import UserError, fingerprint
 
 PREVIEW_STEPS = 5
+CANVAS_SIDE = 256                       # pixels of the page's canvas at least
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)     # strengths
 # of a request, what is an option of sample.py, too
 SETTINGS = ("prompt", "negative_prompt", "seed", "steps", "guidance", "sampler", "strength")
@@ -43,6 +50,7 @@ class Dropped(Exception):
 
 class Drawn(NamedTuple):
     """A picture x (3, H, W), and what it was drawn of."""
+    number: int                 # of its request
     args: object                # sample.py's arguments
     job: Job
     x: torch.Tensor
@@ -61,55 +69,70 @@ def from_data_url(url):
     """Returns the bytes of a picture in a page's URL. Errors: UserError."""
     try:
         return base64.b64decode(url.split(",", 1)[1], validate=True)
-    except (AttributeError, IndexError, binascii.Error):
+    except (AttributeError, IndexError, ValueError):
         raise UserError("the picture is not a data URL; give data:image/png;base64,...") from None
 
 
 class Studio:
     """A base, a BPS for each task, and the picture that was drawn last."""
 
-    def __init__(self, args, files):
-        """args: of the pad. files: of the BPS, the last one of a task counts. Errors: UserError."""
+    def __init__(self, args, files, trained=()):
+        """args: of the pad. files: of the BPS, the last one of a task counts; those of `trained`
+        that do not fit the base are left out, with a note. Errors: UserError.
+        """
         self.args, self.networks = args, {}
         self.base = load_base(args.base, args.tokenizer, args.device, DTYPES[args.dtype], args.vae,
                               args.prediction_type)
-        for file in files:
-            bps = load_bps(file, DTYPES[args.dtype], args.device)
-            check_fit(bps, file, self.base, args.base)
-            self.networks[bps.metadata["task"]] = file, bps
-        self.drawing, self.counting = threading.Lock(), threading.Lock()
-        self.newest, self.prior, self.last = 0, (None, None), None      # the latter two: Drawn
-        self.scratch = tempfile.TemporaryDirectory()        # removed when the pad ends
         self.fingerprint = functools.cache(fingerprint)
+        for file in [*files, *trained]:
+            try:
+                bps = load_bps(file, DTYPES[args.dtype], args.device)
+                check_fit(bps, file, self.base, args.base)
+            except UserError as error:
+                if file in files:
+                    raise
+                print(f"note: not used: {error}", file=sys.stderr)
+                continue
+            self.fingerprint(file)                  # now: a training may replace the file
+            self.networks[bps.metadata["task"]] = file, bps
+        self.drawing, self.counting, self.saving = (threading.Lock() for _ in range(3))
+        self.newest, self.last = 0, None            # a request's number, a Drawn
+        self.prior = None, None                     # what it depends on, a Drawn
+        self.scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 
     def setup(self):
         """Returns what the page has to know (a dict, as JSON takes it)."""
         tasks = {task: dict(command=f"python train.py --task {task}") for task in TASKS}
         for task, (file, bps) in self.networks.items():
-            tasks[task] = dict(file=str(file), size=bps.metadata["size"],
-                               classes=bps.metadata.get("classes") or {},
-                               has_labels=TASKS[task].has_labels)
-        defaults = finish(self.parser(), self.parser().parse_args(self.fixed_words(None, None)))
+            classes = bps.metadata.get("classes") or {}
+            ground = next(iter(classes), "#ffffff") if "#000000" not in classes else "#000000"
+            tasks[task] = dict(file=str(file), side=max(CANVAS_SIDE, bps.metadata["size"]),
+                               classes=classes, ground=ground, has_labels=TASKS[task].has_labels)
+        parser = self.parser()
+        defaults = finish(parser, parser.parse_args(self.fixed_words(None, None)))
         return dict(tasks=tasks, samplers=diffusion.SAMPLERS, preview_steps=PREVIEW_STEPS,
-                    strip=STRIP, defaults={name: getattr(defaults, name) for name in SETTINGS[:-1]})
+                    strip=STRIP, settings=SETTINGS,
+                    defaults={name: getattr(defaults, name) for name in SETTINGS[:-1]})
 
     # ---- drawing ---------------------------------------------------------------------------
 
     def draw(self, request, send):
-        """Draws a request, the newest one, and calls send with dicts about its progress.
+        """Draws a request, and calls send with dicts about its progress.
 
-        Of {"progress": 0 to 1}, {"picture": URL, "strength": s}, {"prior": URL}, {"seconds": s} the
-        last ends it, as {"dropped": true} does: a newer request has come, between two steps.
-        request: SETTINGS, task, drawing (a URL, or none for the prior alone), strip (whether to
-        draw STRIP's strengths), preview (whether to leave out the prior). Errors: UserError.
+        They are {"progress": 0 to 1}, {"picture": URL, "strength": s}, {"prior": URL}, and last
+        {"seconds": s}, or {"dropped": true} if there is a request with a higher number. request:
+        number, SETTINGS, task, drawing (a URL, or none for the prior alone), strip (whether to
+        draw STRIP's strengths), preview (whether to take few steps and leave out the prior).
+        Errors: UserError.
         """
+        start, number = time.monotonic(), request.get("number")
+        if not isinstance(number, int):
+            raise UserError(f"number {number}: give a whole number, higher than the last one")
         with self.counting:
-            self.newest += 1
-            number = self.newest
-        start = time.monotonic()
+            self.newest = max(self.newest, number)
 
         def check():
-            if number != self.newest:
+            if number < self.newest:
                 raise Dropped
 
         try:
@@ -121,39 +144,40 @@ class Studio:
             send(dict(dropped=True))
 
     def draw_pictures(self, request, check, send):
-        """Draws a request's pictures one after the other, at last the prior's if it is a new one.
-        """
+        """Draws a request's pictures, at last the prior's if it is a new one. Errors: UserError."""
         _, bps = self.network(request)
-        size, tasks = (bps.metadata["size"],) * 2, []       # (arguments, conditions, steerings)
+        size, is_preview = (bps.metadata["size"],) * 2, bool(request.get("preview"))
+        drawings = []                           # (arguments, conditions, steerings) of each
         content = request.get("drawing") and from_data_url(request["drawing"])
         if content:
             args, cond = self.read(request, content)
             strengths = STRIP if request.get("strip") else [args.conditions[0].strength]
             for s in strengths:
                 steering = Steering(bps, self.base.unet, cond.to(self.args.device), strength=s)
-                tasks.append((args, [args.conditions[0]._replace(strength=s)], [steering]))
+                drawings.append((args, [args.conditions[0]._replace(strength=s)], [steering]))
         prior_of = size, [request.get(name) for name in SETTINGS if name != "strength"]
-        if self.prior[0] != prior_of and not request.get("preview"):
-            tasks.append((self.parse(request, "none"), [], []))
-        steps = itertools.count(1)
+        if self.prior[0] != prior_of and not is_preview:
+            drawings.append((self.parse(request, "none"), [], []))
+        step, steps = itertools.count(1), sum(args.steps for args, _, _ in drawings)
 
         def on_step():
             check()
-            send(dict(progress=next(steps) / sum(args.steps for args, _, _ in tasks)))
+            send(dict(progress=next(step) / steps))
 
-        for args, conditions, steerings in tasks:
+        for args, conditions, steerings in drawings:
             job = Job("", conditions, args.prompt)
             x, = draw_job(job, steerings, args, self.base, None, size, on_step)
-            drawn = Drawn(args, job, x, size, content)
+            drawn = Drawn(request["number"], args, job, x, size, content)
             if not conditions:
                 self.prior = prior_of, drawn
                 continue
-            send(dict(picture=data_url(to_image(x)), strength=conditions[0].strength))
-            if not request.get("strip") and not request.get("preview"):
+            if not request.get("strip") and not is_preview:
                 self.last = drawn
-        if not request.get("preview"):
+            send(dict(picture=data_url(to_image(x)), strength=conditions[0].strength))
+        if not is_preview:
+            if not content:
+                self.last = self.prior[1]._replace(number=request["number"])
             send(dict(prior=data_url(to_image(self.prior[1].x))))
-            self.last = self.last if content else self.prior[1]
 
     def network(self, request):
         """Returns (file, BPS) for the task of a request. Errors: UserError."""
@@ -163,7 +187,10 @@ class Studio:
         return self.networks[request["task"]]
 
     def read(self, request, content):
-        """Returns (sample.py's arguments, cond (1, C, H, W)) for a drawing's bytes."""
+        """Returns (sample.py's arguments, cond (1, C, H, W)) for a drawing's bytes.
+
+        Errors: UserError.
+        """
         file, bps = self.network(request)
         drawing = Path(self.scratch.name) / "drawing.png"
         drawing.write_bytes(content)
@@ -200,48 +227,58 @@ class Studio:
         words = [f"--{name.replace('_', '-')}={request.get(name, '')}" for name in settings]
         parser = self.parser()
         args = finish(parser, parser.parse_args(words + self.fixed_words(bps, drawing)))
+        if request.get("preview"):
+            args.steps = min(args.steps, PREVIEW_STEPS)
         check_settings(parser, args)
         return args
 
     # ---- files -----------------------------------------------------------------------------
 
     def open(self, request):
-        """Returns {"picture": URL} of an image file as a condition of a task, to draw on.
+        """Returns {"picture": URL} of an image as a condition, to draw on, as large as the canvas.
 
-        Errors: UserError if it cannot be read, is too large, or holds unknown classes.
+        request: task, and file, a URL. Errors: UserError if it cannot be read, is too large, or
+        holds unknown classes.
         """
         _, bps = self.network(request)
-        kind, size = TASKS[request["task"]], bps.metadata["size"]
-        with tempfile.NamedTemporaryFile(dir=self.scratch.name, delete=False) as file:
-            file.write(from_data_url(request["file"]))
-        try:
-            if kind.has_labels:
-                read_condition(file.name, request["task"], size, size, bps.metadata.get("classes"))
-            image = open_boxes(file.name) if kind.has_labels else kind.open(file.name)
-        except UserError as error:
-            raise UserError(str(error).replace(file.name, "picture")) from None
-        finally:
-            os.unlink(file.name)
-        side = request["side"]
+        kind, classes = TASKS[request["task"]], bps.metadata.get("classes")
+        content, side = from_data_url(request.get("file")), max(CANVAS_SIDE, bps.metadata["size"])
+        with tempfile.NamedTemporaryFile(dir=self.scratch.name) as file:
+            file.write(content)
+            file.flush()
+            try:
+                image = open_boxes(file.name) if kind.has_labels else kind.open(file.name)
+                if kind.has_labels and classes:
+                    image = match_mask(image, classes)
+                    check_classes(file.name, image, classes)
+            except UserError as error:
+                raise UserError(str(error).replace(file.name, "picture")) from None
         return dict(picture=data_url(kind.fit(image, side, side).convert("RGB")))
 
-    def save(self):
-        """Writes the picture that was drawn last, and its drawing; returns {"files": [paths]}."""
-        with self.drawing:
-            if self.last is None:
-                raise UserError("nothing is drawn yet; draw first")
-            args, job, x, size, content = self.last
+    def save(self, request):
+        """Writes the picture that was drawn last, and its drawing.
+
+        request: number, that of its request. Returns {"files": [paths], "command": what draws it
+        again}. Errors: UserError if another picture has been drawn since.
+        """
+        last = self.last
+        if last is None or last.number != request.get("number"):
+            raise UserError("this picture is no longer there; draw it again, then save")
+        with self.saving:
             self.args.out.mkdir(parents=True, exist_ok=True)
             picture, drawing = unused([self.args.out / name for name in
                                        ("pad.png", "pad-drawing.png")])
+            job = last.job
             if job.conditions:
-                drawing.write_bytes(content)
+                drawing.write_bytes(last.drawing)
                 job = job._replace(conditions=[job.conditions[0]._replace(cond=drawing)])
 
             def fingerprint_once(*files):
                 """Reads a base once only, but a drawing of the same name anew."""
                 return (fingerprint if drawing in files else self.fingerprint)(*files)
 
-            files = fingerprints(args, job.conditions, fingerprint_once)
-            write_picture(x, describe(args, job, args.seed, size, files, self.base), picture)
-            return dict(files=[str(picture), str(drawing)][:1 + len(job.conditions)])
+            files = fingerprints(last.args, job.conditions, fingerprint_once)
+            text = describe(last.args, job, last.args.seed, last.size, files, self.base)
+            write_picture(last.x, text, picture)
+        return dict(files=[str(picture), str(drawing)][:1 + len(job.conditions)],
+                    command=shell_command(["python", "sample.py", "--from", picture]))

@@ -244,8 +244,7 @@ def test_diffusers_schedulers_draw_what_the_condition_says(name, pipe, bps):
 @pytest.mark.parametrize("peers", ["small1", "small2"], indirect=True)
 @torch.inference_mode()
 def test_the_rivals_are_wired_as_diffusers_wires_them(peers):
-    """ControlNet and T2I-Adapter with our condition encoders, and random weights where ours are 0.
-    """
+    """ControlNet and T2I-Adapter, with random weights where ours are zero."""
     from diffusers import ControlNetModel
     name, folder, (their_unet, *_) = peers
     unet = load_unet(folder)
@@ -253,12 +252,16 @@ def test_the_rivals_are_wired_as_diffusers_wires_them(peers):
     z_t, t = torch.randn(2, 4, 16, 8), torch.tensor([7, 801])
     context, cond = torch.randn(2, 77, context_dim), torch.rand(2, 3, 128, 64)
     rival, theirs = ControlNet(unet, 3, 8), ControlNetModel.from_unet(their_unet)
-    theirs.controlnet_cond_embedding = rival.hint
+    encoder = theirs.controlnet_cond_embedding
+    convolutions = [layer for layer in rival.hint if isinstance(layer, torch.nn.Conv2d)]
+    torch.nn.init.normal_(convolutions[-1].weight, std=0.1)
+    for ours, layer in zip(convolutions, [encoder.conv_in, *encoder.blocks, encoder.conv_out],
+                           strict=True):
+        layer.load_state_dict(ours.state_dict())
     zero_layers = [*theirs.controlnet_down_blocks, theirs.controlnet_mid_block]
     for ours, layer in zip([*rival.zero_convs, rival.zero_middle], zero_layers, strict=True):
         torch.nn.init.normal_(ours.weight, std=0.1)
         layer.load_state_dict(ours.state_dict())
-    torch.nn.init.normal_(rival.hint[-1].weight, std=0.1)
     down, middle = theirs(z_t, t, context, cond, return_dict=False)
     expected = their_unet(z_t, t, context, down_block_additional_residuals=down,
                           mid_block_additional_residual=middle).sample

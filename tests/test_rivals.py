@@ -7,9 +7,11 @@ import pytest
 import torch
 
 import weights
+from data import load_pairs
 from diffusion import Sampling
 from inputs.options import BASE
 from measure import report, rivals
+from measure.quality import distance_and_error, kernel_distance
 from measure.rival_networks import ControlNet, FineTuned, LoRA, RivalUNet, T2IAdapter, predict_with
 from unet import UNet, UNetConfig, load_unet
 
@@ -94,12 +96,12 @@ def test_a_training_of_which_a_part_is_frozen_is_resumed(unet, tmp_path):
             assert torch.equal(optimizers[0].state[a]["exp_avg"], optimizers[1].state[b]["exp_avg"])
 
 
-def test_methods_that_are_said_to_be_of_bpss_size_are(monkeypatch):
+def test_methods_that_are_said_to_be_of_bpss_size_are():
     base = (load_unet(BASE), 1, 4)
     sizes = {name: sum(p.numel() for p in rivals.METHODS[name](*base).parameters()
                        if p.requires_grad) for name in rivals.METHODS}
     for name, size in sizes.items():
-        if name.endswith("-sized"):
+        if name in ("controlnet-wide-random", "t2i-adapter-wide", "lora-full-rank"):
             assert size == pytest.approx(sizes["bps"], rel=0.1), name
 
 
@@ -123,7 +125,7 @@ def test_an_adapter_depends_on_the_condition_alone_and_is_added_at_the_levels_en
 def test_a_study_goes_on_where_it_stopped_and_prints_its_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report, "SAMPLING", Sampling(steps=2))
     monkeypatch.setattr(report, "VALIDATION_T", (500,))
-    for name, value in dict(STEPS=3, BATCH=2, SAVES=1, RATES=(1e-4, 1e-3), MOST_RATES=3,
+    for name, value in dict(STEPS=4, BATCH=2, SAVES=1, RATES=(1e-4, 1e-3), MOST_RATES=3,
                             MAIN=("t2i-adapter",)).items():
         monkeypatch.setattr(rivals, name, value)
     monkeypatch.setattr(rivals, "METHODS", {name: rivals.METHODS[name] for name in
@@ -140,12 +142,13 @@ def test_a_study_goes_on_where_it_stopped_and_prints_its_table(tmp_path, monkeyp
         return capsys.readouterr().out
 
     printed = run_study("methods")
-    table, conflicts = printed.split("\n\n")
+    table, conflicts, sweeps = printed.split("\n\n")
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[2:]]
     assert [row[0] for row in rows] == [*rivals.BOUNDS, "t2i-adapter", "lora"]
     assert [row[4] for row in rows] == ["1", "1", "1", "3", "1"]
     assert [row[6] == "-" for row in rows] == [True, True, True, False, False]      # their gain
-    assert len(conflicts.splitlines()) == 2 + 2
+    assert len(conflicts.splitlines()) == 2 + 3         # of the base, too
+    assert all(line.count(": 0.") == 3 for line in sweeps.splitlines()[2:])
     rows = [json.loads(line) for line in record.read_text().splitlines()]
     assert sum("gain" in row["results"] for row in rows) == 4
     assert len(rows) == 3 + 4 + 3 * 2                               # the sweeps, widened once
@@ -160,33 +163,50 @@ def test_a_study_goes_on_where_it_stopped_and_prints_its_table(tmp_path, monkeyp
 
 def test_what_is_done_is_printed_without_training_and_nothing_is_an_error(tmp_path, monkeypatch,
                                                                           capsys):
-    record = rivals.Record(tmp_path / "rivals.jsonl")
-    numbers = dict(gain=[0.1, 0.01], distance=[0.2, 0.02], obedience={"line F1": 0.5}, minutes=1.0)
-    for method, seed in (("lora", 0), ("bps", 0), ("bps", 1), ("bps", rivals.SWEEP_SEED)):
+    sha256 = weights.fingerprint(*rivals.checkpoints.find_unet(BASE))
+    record = rivals.Record(tmp_path / "rivals.jsonl", sha256)
+    numbers = dict(gain=[0.1, 0.01], gains=[0.1, 0.2], distance=[0.2, 0.02], minutes=1.0,
+                   obedience={"line F1": 0.5})
+    for method, seed in (("lora", 0), ("bps", 0), ("bps", 1)):
         record.add(rivals.Job("sketch", method, 0, rivals.STEPS, 1e-3, seed), numbers)
+    record.add(rivals.Job("sketch", "bps", 0, 1, 1e-3, rivals.SWEEP_SEED), dict(val=None))
     monkeypatch.setattr(rivals, "load_base", None)
     for task in ("sketch", "segmentation"):
         monkeypatch.setattr(sys, "argv", ["rivals", "--task", task, "--record", str(record.file),
                                           "--done"])
         if task == "sketch":
             rivals.main()
-            rows = [line.split("|")[1:6] for line in capsys.readouterr().out.splitlines()
-                    if line.startswith(("| bps", "| lora"))]
-            assert [(row[0].strip(), row[4].strip()) for row in rows] == [("bps", "2"),
-                                                                          ("lora", "1")]
+            table, sweeps = capsys.readouterr().out.split("\n\n")
+            rows = [line.split(" | ") for line in table.splitlines()[2:]]
+            assert [(row[0], row[4]) for row in rows] == [("| bps", "2"), ("| lora", "1")]
+            assert "| bps | 0.001: not finite |" in sweeps
         else:
             with pytest.raises(weights.UserError, match="nothing of this study"):
                 rivals.main()
 
 
-def test_a_kernel_distances_error_is_the_deviation_over_other_draws(monkeypatch):
-    """The jackknife's, against many draws of the same law."""
-    bench = object.__new__(rivals.Bench)
+@pytest.mark.parametrize("paired", [True, False])
+def test_a_kernel_distances_error_is_the_deviation_over_other_draws(paired):
     generator = torch.Generator().manual_seed(0)
-    bench.true = torch.randn(60, 4, generator=generator)
-    draws = [bench.distance(0.3 + torch.randn(60, 4, generator=generator)) for _ in range(40)]
+    true = torch.randn(60, 4, generator=generator)
+    draws = []
+    for _ in range(40):
+        if paired:
+            true = torch.randn(60, 4, generator=generator)
+        draws.append(distance_and_error(0.3 + torch.randn(60, 4, generator=generator), true,
+                                        paired))
     values, errors = torch.tensor(draws).T
     assert errors.mean().item() == pytest.approx(values.std().item(), rel=0.35)
+
+
+def test_pictures_that_are_nearly_the_true_ones_are_at_no_distance_and_none_is_below_it():
+    generator = torch.Generator().manual_seed(0)
+    true = torch.randn(60, 4, generator=generator)
+    noisy = true + 0.1 * torch.randn(60, 4, generator=generator)
+    assert kernel_distance(true, true) == pytest.approx(0, abs=1e-6)
+    assert abs(kernel_distance(noisy, true)) < 1e-3
+    assert kernel_distance(true, true, paired=False) < -0.01            # which is for other draws
+    assert kernel_distance(noisy + 0.5, true) > 0.02
 
 
 def test_means_keep_errors_over_pairs_and_over_seeds_apart():
@@ -202,8 +222,80 @@ def test_means_keep_errors_over_pairs_and_over_seeds_apart():
 
 def test_another_prompt_is_of_the_same_category_and_of_another_thing():
     rows = rivals.world.records("test", ("3d",))
+    pairs = load_pairs("sketch", "test")
     bench = object.__new__(rivals.Bench)
-    bench.count = len(rows)
-    bench.test = SimpleNamespace(first_prompts=lambda i: [str(k) for k in i])
-    for i, other in enumerate(map(int, bench.other_prompts())):
-        assert other != i and rows[other]["category"] == rows[i]["category"]
+    bench.count = len(pairs)
+    bench.test = SimpleNamespace(first_prompts=lambda indices: [pairs[i].prompts[0]
+                                                                for i in indices])
+    of_prompt = {pair.prompts[0]: row["category"] for pair, row in zip(pairs, rows, strict=True)}
+    for pair, other in zip(pairs, bench.other_prompts(), strict=True):
+        assert other != pair.prompts[0] and of_prompt[other] == of_prompt[pair.prompts[0]]
+        assert f", {of_prompt[other]}, " in other
+
+
+def test_a_job_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "SAMPLING", Sampling(steps=1))
+    monkeypatch.setattr(report, "VALIDATION_T", (500,))
+    monkeypatch.setattr(rivals, "SAVES", 2)
+    monkeypatch.setattr(rivals, "BATCH", 2)
+    monkeypatch.setattr(rivals, "load_pairs", lambda *arguments: load_pairs(*arguments)[:4])
+    base = rivals.load_base(BASE)
+    job = rivals.Job("sketch", "lora", 0, 4, 1e-3, 1)
+    results = []
+    for name, dies in (("whole", False), ("killed", True)):
+        record = rivals.Record(tmp_path / f"{name}.jsonl", "base")
+        bench = rivals.Bench("sketch", base, tmp_path / name, record)
+        if dies:
+            save = rivals.RivalRun.save
+            with monkeypatch.context() as patch:
+                def die(run, *arguments):
+                    save(run, *arguments)
+                    raise KeyboardInterrupt
+
+                patch.setattr(rivals.RivalRun, "save", die)
+                with pytest.raises(KeyboardInterrupt):
+                    bench.result(job)
+            assert job.folder(tmp_path / name).exists() and not record.results
+        results.append({key: value for key, value in bench.result(job).items()
+                        if key != "minutes"})
+        assert not job.folder(tmp_path / name).exists()
+    assert results[0] == results[1] and results[0]["gain"][0] != 0
+
+
+def test_a_sweep_widens_at_an_end_takes_no_rate_that_diverges_and_stops(monkeypatch):
+    bench = object.__new__(rivals.Bench)
+    bench.task, asked = "sketch", []
+
+    def best_rate(loss):
+        asked.clear()
+        monkeypatch.setattr(bench, "result", lambda job: asked.append(job.rate) or
+                            dict(val=loss(job.rate)), raising=False)
+        return bench.best_rate("lora")
+
+    assert best_rate(lambda rate: abs(rate - 1e-3)) == 1e-3
+    assert asked == list(rivals.RATES)
+    assert best_rate(lambda rate: None if rate > 2e-3 else -rate) == 1e-3
+    lowest = best_rate(lambda rate: rate)
+    assert lowest == min(asked) == pytest.approx(rivals.RATES[0] / rivals.WIDER**3)
+    assert len(asked) == rivals.MOST_RATES
+    assert best_rate(lambda rate: -rate) == max(asked) > rivals.RATES[-1]
+
+
+def test_a_gain_beyond_another_method_has_the_error_of_the_paired_differences():
+    gains = torch.linspace(0, 1, 50).tolist()
+    reference = [dict(gains=gains)]
+    group = [dict(gains=[gain + 0.1 + 0.01 * (-1) ** i for i, gain in enumerate(gains)])]
+    difference, error = rivals.gain_beyond(group, reference)
+    assert difference == pytest.approx(0.1)
+    assert error == pytest.approx(0.01 / 50**0.5, rel=0.02)             # not that of the gains
+
+
+def test_a_row_of_another_base_is_not_read_and_a_damaged_one_is_named(tmp_path):
+    file, job = tmp_path / "rivals.jsonl", rivals.Job("sketch", "lora", 0, 1, 1e-3, 0)
+    rivals.Record(file, "old").add(job, dict(val=1.0))
+    assert rivals.Record(file, "old").results == {job: dict(val=1.0)}
+    assert rivals.Record(file, "new").results == {}
+    with file.open("a") as f:
+        f.write("{")
+    with pytest.raises(weights.UserError, match="line 2 is damaged"):
+        rivals.Record(file, "new")
