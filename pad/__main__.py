@@ -194,9 +194,8 @@ def main():
     studio = Studio(args, args.bps or [DEFAULT_BPS], () if args.bps else trained_files())
     server = make_server(studio, args.port)
     address = f"http://{ADDRESS}:{server.server_port}"
-    print(f"{address}    (Ctrl-C ends)", flush=True)
-    for task, (file, _) in studio.networks.items():
-        print(f"{task}: {file}", flush=True)
+    print(address, *(f"{task}: {file}" for task, (file, _) in studio.networks.items()),
+          "Ctrl-C ends", sep="\n", flush=True)
     if sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
         webbrowser.open(address)
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -181,7 +181,7 @@ class Studio:
 
     def network(self, request):
         """Returns (file, BPS) for the task of a request. Errors: UserError."""
-        if request.get("task") not in self.networks:
+        if str(request.get("task")) not in self.networks:
             raise UserError(f"task {request.get('task')}: no BPS for it; allowed are "
                             f"{', '.join(self.networks)}")
         return self.networks[request["task"]]

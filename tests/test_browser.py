@@ -6,35 +6,52 @@ Needs Debian's chromium and chromium-driver, and the package selenium; without t
 import base64
 import io
 import os
+import shutil
 import sys
 import threading
 from types import SimpleNamespace
 
 import pytest
+import torch
 from PIL import Image
 
 import sample
+from bps import BPS, config_for, save_bps
+from inputs.conditions import TASKS
 from inputs.options import BASE
 from inputs.sample_options import DEFAULT_BPS
 from pad import __main__ as pad
 from pad import studio
+from tiny.tasks import CLASSES
 
 pytestmark = pytest.mark.browser
 # an apple, as shares of the drawing's side: round strokes that begin at the stem
-APPLE = [[(0.5, 0.32), (0.36, 0.24), (0.2, 0.3), (0.14, 0.5), (0.22, 0.74), (0.38, 0.88), (0.5, 0.85),
-          (0.62, 0.88), (0.78, 0.74), (0.86, 0.5), (0.8, 0.3), (0.64, 0.24), (0.5, 0.32)],
-         [(0.5, 0.32), (0.52, 0.2), (0.58, 0.1)], [(0.55, 0.2), (0.68, 0.1), (0.78, 0.12), (0.6, 0.2)]]
+APPLE = [[(0.5, 0.32), (0.36, 0.24), (0.2, 0.3), (0.14, 0.5), (0.22, 0.74), (0.38, 0.88),
+          (0.5, 0.85), (0.62, 0.88), (0.78, 0.74), (0.86, 0.5), (0.8, 0.3), (0.64, 0.24),
+          (0.5, 0.32)], [(0.5, 0.32), (0.52, 0.2), (0.58, 0.1)],
+         [(0.55, 0.2), (0.68, 0.1), (0.78, 0.12), (0.6, 0.2)]]
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """The address of a running pad."""
+    """The address of a running pad, of drawings, boxes and pictures in colours."""
+    torch.manual_seed(0)
+    base, files = sample.load_base(BASE), [DEFAULT_BPS]
+    for task in ("layout", "artistic"):
+        bps = BPS(config_for(base.unet.config, TASKS[task].channels, base.vae.factor))
+        for port in bps.zero_blocks:
+            if port is not None:
+                torch.nn.init.normal_(port.weight, std=0.002)       # so that it steers at random
+        files.append(tmp_path_factory.mktemp(task) / "bps.safetensors")
+        classes = {colour: name for name, colour in CLASSES.items()} if task == "layout" else {}
+        save_bps(bps, files[-1], dict(task=task, size=64, context_dim=128, classes=classes))
     args = SimpleNamespace(base=BASE, tokenizer=None, vae=None, prediction_type=None, dtype="fp32",
                            device="cpu", out=tmp_path_factory.mktemp("pictures"))
-    server = pad.make_server(studio.Studio(args, [DEFAULT_BPS]), 0)
+    server = pad.make_server(studio.Studio(args, files), 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
+    server.server_close()
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +65,7 @@ def browser(tmp_path_factory):
                  f"user-data-dir={profile}", "hide-scrollbars"):
         options.add_argument(f"--{word}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService("/usr/bin/chromedriver"))
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     driver.set_window_size(1000, 1150)
     yield driver
     driver.quit()
@@ -58,6 +75,7 @@ def browser(tmp_path_factory):
 def page(browser, address):
     """The pad's page, freshly opened, when its first picture is there."""
     browser.get(address)
+    browser.get_log("browser")                      # what was before
     wait_for(browser, lambda: status(browser).startswith("drawn in"))
     return browser
 
@@ -114,6 +132,7 @@ def test_what_is_drawn_by_hand_is_drawn_again_by_sample_py(page, monkeypatch, tm
     draw(page, APPLE)
     steered = picture(page)
     print(f"\n{status(page)}")
+    assert "the last preview in" in status(page)
     assert steered.tobytes() != before.tobytes() == picture(page, "prior").tobytes()
     find(page, "save").click()
     wait_for(page, lambda: status(page).startswith("saved"))
@@ -122,6 +141,7 @@ def test_what_is_drawn_by_hand_is_drawn_again_by_sample_py(page, monkeypatch, tm
     monkeypatch.setattr(sys, "argv", ["sample.py", "--from", file, "--out", str(tmp_path)])
     sample.main()
     assert Image.open(tmp_path / "0000.png").tobytes() == steered.tobytes()
+    page.execute_script("window.scrollTo(0, 0)")
     find(page, "draw_strip").click()
     wait_for(page, lambda: len(page.find_elements("css selector", "#strip img")) == 5)
     wait_for(page, lambda: status(page).startswith("drawn in"))
@@ -164,7 +184,7 @@ def test_settings_count_and_a_mistake_is_one_line_in_the_page(page):
 def test_an_opened_picture_is_the_drawing(page, tmp_path):
     drawing = BASE.parent / "drawing.png"
     find(page, "file").send_keys(str(drawing))
-    wait_for(page, lambda: not page.execute_script("return current.blank"))
+    wait_for(page, lambda: not page.execute_script("return isBlank()"))
     wait_for(page, lambda: status(page).startswith("drawn in"))
     assert picture(page).tobytes() != picture(page, "prior").tobytes()
     (tmp_path / "no.png").write_text("no picture")
@@ -200,9 +220,103 @@ def test_every_control_is_labelled_reachable_by_tab_and_fits_a_phone(page):
         page.set_window_size(width, 1150)
 
 
+def choose(page, group, value):
+    """Chooses one of the page's radio buttons."""
+    page.find_element("css selector", f"input[name={group}][value='{value}']").click()
+
+
+def canvas_colours(page):
+    """Returns the colours on the canvas, as in #1f77b4."""
+    return set(page.execute_script(
+        "const all = new Uint8Array(image().data.buffer), seen = new Set();"
+        "for (let i = 0; i < all.length; i += 4) {"
+        "  seen.add('#' + [...all.slice(i, i + 3)].map("
+        "    part => part.toString(16).padStart(2, '0')).join('')); }"
+        "return [...seen]"))
+
+
+def test_boxes_and_brush_strokes_have_the_classes_colours_only(page):
+    choose(page, "task", "layout")
+    wait_for(page, lambda: status(page).startswith("drawn in"))
+    choose(page, "colour", "#d62728")
+    draw(page, [[(0.1, 0.1), (0.3, 0.2), (0.45, 0.45)]])
+    assert canvas_colours(page) == {"#000000", "#d62728"}
+    choose(page, "tool", "pen")
+    choose(page, "colour", "#2ca02c")
+    draw(page, [[(0.6, 0.6), (0.71, 0.83), (0.9, 0.7)]])
+    assert canvas_colours(page) == {"#000000", "#d62728", "#2ca02c"}
+    assert picture(page).tobytes() != picture(page, "prior").tobytes()
+    choose(page, "tool", "eraser")
+    set_value(page, "width", "40")
+    draw(page, [[(0.55, 0.5 + 0.1 * i), (0.95, 0.5 + 0.1 * i)] for i in range(5)])
+    assert canvas_colours(page) == {"#000000", "#d62728"}
+
+
+def test_another_task_begins_with_an_empty_canvas_and_history(page):
+    draw(page, APPLE[:1])
+    choose(page, "task", "artistic")
+    wait_for(page, lambda: status(page).startswith("drawn in"))
+    assert not find(page, "undo").is_enabled() and canvas_colours(page) == {"#ffffff"}
+    page.execute_script("const brush = document.querySelector('input[type=color]');"
+                        "brush.value = '#ff0000'; brush.dispatchEvent(new Event('input'))")
+    draw(page, APPLE[:1])
+    assert "#ff0000" in canvas_colours(page) and find(page, "undo").is_enabled()
+
+
+def test_what_the_eraser_empties_is_no_drawing_and_no_strip(page):
+    draw(page, [[(0.4, 0.5), (0.6, 0.5)]])
+    choose(page, "tool", "eraser")
+    set_value(page, "width", "40")
+    draw(page, [[(0.3, 0.5), (0.7, 0.5)]])
+    assert picture(page).tobytes() == picture(page, "prior").tobytes()
+    find(page, "draw_strip").click()
+    wait_for(page, lambda: status(page) == "draw something first")
+
+
+def test_a_stroke_during_a_long_picture_has_a_preview(page):
+    set_value(page, "steps", "400")
+    wait_for(page, lambda: float(find(page, "progress").get_attribute("value")) > 0)
+    from selenium.webdriver.common.action_chains import ActionChains
+    before, canvas = picture(page).tobytes(), find(page, "pad")
+    pointer = ActionChains(page).move_to_element(canvas).click_and_hold()
+    pointer.move_by_offset(60, 40).move_by_offset(-90, 10).perform()
+    wait_for(page, lambda: picture(page).tobytes() != before, 20)
+    ActionChains(page).release().perform()
+    find(page, "clear").click()
+    set_value(page, "steps", "3")
+    wait_for(page, lambda: status(page).startswith("drawn in"))
+
+
+def test_without_keeping_the_seed_each_stroke_has_another(page):
+    find(page, "lock").click()
+    seeds = []
+    for stroke in APPLE[1:]:
+        draw(page, [stroke])
+        seeds.append(find(page, "seed").get_attribute("value"))
+    assert len(set(seeds) | {"0"}) == 3
+
+
+def test_a_picture_that_is_dropped_on_the_page_is_the_drawing(page):
+    url = "data:image/png;base64," + base64.b64encode(
+        (BASE.parent / "drawing.png").read_bytes()).decode()
+    page.execute_script("""
+        const bytes = Uint8Array.from(atob(arguments[0].split(",")[1]), c => c.charCodeAt(0));
+        const dropped = new DataTransfer();
+        dropped.items.add(new File([bytes], "drawing.png", {type: "image/png"}));
+        document.dispatchEvent(new DragEvent("drop", {dataTransfer: dropped, cancelable: true}));
+    """, url)
+    wait_for(page, lambda: not page.execute_script("return isBlank()"))
+    wait_for(page, lambda: status(page).startswith("drawn in"))
+    assert picture(page).tobytes() != picture(page, "prior").tobytes()
+
+
 def test_the_page_raises_no_error_and_asks_no_other_site(page, address):
     draw(page, APPLE)
-    errors = [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"]
-    assert [e for e in errors if "favicon" not in e["message"] and "400" not in e["message"]] == []
+    assert find(page, "status").get_attribute("class") == ""
+    assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
     urls = page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
-    assert urls and all(url.startswith((address, "data:")) for url in urls)
+    assert urls and all(url.startswith((f"{address}/", "data:")) for url in urls)
+
+
+def test_conditions_without_a_bps_are_named_with_the_command_that_trains_one(page):
+    assert "python train.py --task segmentation" in find(page, "missing").text
