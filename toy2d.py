@@ -366,7 +366,7 @@ class HeldOut:
         self.rows = torch.arange(CONDITIONS).repeat_interleave(SAMPLES)
 
     def floor(self):
-        """Returns the energy distance of fresh true points, which no method can be below."""
+        """Returns the energy distance of fresh true points: what chance alone gives, about 0."""
         return energy_distance(self.fresh, self.true).mean().item()
 
     def draw(self, eps):

@@ -15,7 +15,7 @@ from data import LatentCache, load_pairs
 from inputs.conditions import to_x
 from inputs.options import BASE, Parser, run
 from measure.obedience import meter_for
-from measure.quality import kernel_distance
+from measure.quality import distance_and_error
 from measure.report import draw_pairs, validate
 from sample import load_base
 from tiny import world
@@ -28,7 +28,7 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("bps", type=Path, nargs="+", help="files that train.py wrote for embedded tasks")
-    add("--count", type=int, default=141, help="pictures of each row (default: %(default)s)")
+    add("--count", type=int, help="pictures of each row (default: all test pairs)")
     add("--seed", type=int, default=0, help="the seed of the first picture (default: %(default)s)")
     parser.add_device()
     args = parser.parse_args()
@@ -39,18 +39,19 @@ def main():
         task = bps.metadata["task"]
         val, test = (LatentCache(load_pairs(task, split), task, world.SIZE, base)
                      for split in ("val", "test"))
-        count = min(args.count, len(test.pairs))
+        count = args.count or len(test.pairs)
         meter = meter_for(task, embedded=True, device=args.device)
         true = classify.embed_pictures(torch.stack([to_x(test.image(i)) for i in range(count)])
-                                       .to(args.device))
+                                       .to(args.device)).cpu()
         bits = "{:.0f} +- {:.0f}".format(*validate(base, test, bps)["bits"])
         best, error = validate(base, val, bps)["strength"]
         for strength, shown in ((1.0, "1"), (best, f"{best:.2f} +- {error:.2f}")):
             x = draw_pairs(base, test, bps, count, args.seed, strength=strength)
-            distance = kernel_distance(classify.embed_pictures(x.to(args.device)), true)
+            distance = distance_and_error(classify.embed_pictures(x.to(args.device)).cpu(), true)
             measures = ", ".join(f"{name} {value:.3f}" for name, value in
                                  meter(x, test.cond(range(count))).items())
-            print(f"| {task} | {bits} | {shown} | {measures} | {distance:.4f} |", flush=True)
+            print(f"| {task} | {bits} | {shown} | {measures} | "
+                  "{:.4f} +- {:.4f} |".format(*distance), flush=True)
 
 
 if __name__ == "__main__":

@@ -67,6 +67,25 @@ def test_the_calibrated_strength_halves_a_steering_twice_as_large_as_it_should_b
     assert error == pytest.approx((49 * without.var(correction=0)).sqrt().item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("prediction_type", ("epsilon", "v_prediction"))
+def test_validation_says_the_bits_of_all_dimensions_whatever_is_predicted(prediction_type):
+    """200 independent readings of 200 standard normal numbers, each with an error of 1."""
+    dimensions, v, schedule = 200, 0.5, NoiseSchedule(prediction_type=prediction_type)
+    snr = log_snr(schedule, report.VALIDATION_T).exp()
+    abar = schedule.alphas_cumprod[list(report.VALIDATION_T)]
+    prior, posterior = snr / (1 + snr), snr * v / (1 + snr * v)             # errors of eps
+    squares = torch.stack([prior, posterior, prior, prior - posterior])[:, None].expand(4, 3, 8)
+    if prediction_type == "v_prediction":
+        squares = squares / abar                                            # v = eps / alpha + ..
+    numbers = report.summarize(squares, schedule, dimensions)
+    ends = snr[[0, -1]]
+    known = ((1 + ends).log() - (1 + ends * v).log()) / 2 / math.log(2) * dimensions
+    assert numbers["bits"][0] == pytest.approx((known[0] - known[1]).item(), rel=0.02)
+    assert numbers["gain"][0] == pytest.approx(numbers["base"] - numbers["steered"])
+    assert numbers["strength"][0] == pytest.approx(1)
+    assert numbers["gap"][0] == pytest.approx(numbers["gain"][0])           # as shuffled is prior
+
+
 def test_validation_measures_the_strength_of_the_lowest_loss(monkeypatch):
     monkeypatch.setattr(report, "VALIDATION_T", (200, 600))
     base = load_base(BASE)
