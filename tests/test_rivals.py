@@ -233,6 +233,7 @@ def test_another_prompt_is_of_the_same_category_and_of_another_thing():
         assert f", {of_prompt[other]}, " in other
 
 
+@pytest.mark.slow
 def test_a_job_that_was_killed_goes_on_and_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "SAMPLING", Sampling(steps=1))
     monkeypatch.setattr(report, "VALIDATION_T", (500,))
