@@ -21,6 +21,7 @@ from measure import (
     calibration,
     cost,
     figures,
+    report,
     rivals,
     samplers,
     toy,
@@ -210,6 +211,39 @@ def test_each_figure_of_steering_is_written(name, tmp_path, monkeypatch):
     figures.main()
     width, _ = Image.open(tmp_path / f"{name}.png").size
     assert width > 6 * 128
+
+
+def test_the_wiring_is_drawn_from_the_networks(tmp_path, monkeypatch):
+    """Each of 21 maps has an arrow; 38 additions in all, as in the authors' figure."""
+    counts, arrows = [], []
+    text, arrow = wiring.Drawing.text, wiring.Drawing.arrow
+
+    def note(drawing, x, y, words, *style):
+        counts.extend([int(words[0])] if re.fullmatch(r"\dx", words) else [])
+        text(drawing, x, y, words, *style)
+
+    monkeypatch.setattr(wiring.Drawing, "text", note)
+    monkeypatch.setattr(wiring.Drawing, "arrow",
+                        lambda *arguments: arrows.append(arrow(*arguments)))
+    monkeypatch.setattr(sys, "argv", ["wiring", "--out", str(tmp_path)])
+    wiring.main()
+    assert len(arrows) == len(counts) == 21 and sum(counts) == 38
+    width, _ = Image.open(tmp_path / "wiring.png").size
+    assert 800 < width <= 912
+
+
+@pytest.mark.slow
+def test_calibration_prints_a_row_for_each_strength_and_obedience_follows_it(monkeypatch, capsys):
+    file = options.BASE.parent / "bps_sketch.safetensors"
+    monkeypatch.setattr(report, "VALIDATION_T", (300, 600))
+    monkeypatch.setattr(report, "SAMPLING", Sampling(steps=3))
+    load = calibration.load_pairs
+    monkeypatch.setattr(calibration, "load_pairs", lambda *arguments: load(*arguments)[:12])
+    printed = printed_by(calibration, [str(file), "--device", "cpu"], monkeypatch, capsys)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["sketch"] * 2 and rows[0][2] == "1"
+    assert 0.5 < float(rows[1][2].split()[0]) < 1.5
+    assert all(row[3].startswith("line F1 0.") for row in rows)
 
 
 @pytest.mark.slow
