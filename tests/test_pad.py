@@ -324,12 +324,15 @@ def test_it_prints_its_address_and_ctrl_c_ends_it_at_once(end, tmp_path):
     process = subprocess.Popen([sys.executable, "-m", "pad", "--port", "0", "--out", tmp_path],
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env=without_display)
-    address = process.stdout.readline().strip()
-    assert address.startswith("http://127.0.0.1:")
-    connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
-    body = json.dumps(SETTINGS | dict(number=1, steps="900", drawing=DRAWING))
-    connection.request("POST", "/draw", body, {"Content-Type": "application/json"})
-    connection.getresponse().readline()             # it is drawing
-    process.send_signal(end)
-    assert process.wait(5) == 130
+    try:
+        address = process.stdout.readline().strip()
+        assert address.startswith("http://127.0.0.1:")
+        connection = http.client.HTTPConnection(address.removeprefix("http://"), timeout=30)
+        body = json.dumps(SETTINGS | dict(number=1, steps="900", drawing=DRAWING))
+        connection.request("POST", "/draw", body, {"Content-Type": "application/json"})
+        connection.getresponse().readline()             # it is drawing
+        process.send_signal(end)
+        assert process.wait(5) == 130
+    finally:
+        process.kill()
     assert "Traceback" not in process.stderr.read()
