@@ -500,6 +500,22 @@ def is_blank(cond, task):
     return bool(contrast == 0 if TASKS[task].has_labels else contrast < FAINTEST_INK)
 
 
+def open_condition(file, task, classes=None):
+    """Returns the condition picture in any file that a user may draw with.
+
+    Any map of few colours will do, whatever its mode: nothing is learned from it. classes:
+    {colour: name} that BPS was trained on. Errors: UserError, as read_condition has them.
+    """
+    kind = TASKS[task]
+    if not kind.has_labels:
+        return kind.open(file)
+    image = open_boxes(file)
+    if classes:
+        image = match_mask(image, classes)
+        check_classes(file, image, classes)
+    return image
+
+
 def read_condition(file, task, width, height, classes=None):
     """Returns (cond (C, height, width), picture of it) of any file that a user may draw with.
 
@@ -508,12 +524,7 @@ def read_condition(file, task, width, height, classes=None):
     BPS was trained on. Errors: UserError names the file, and a class that is unknown.
     """
     kind = TASKS[task]
-    # any map of few colours can be drawn with, whatever its mode: nothing is learned from it
-    image = open_boxes(file) if kind.has_labels else kind.open(file)
-    if kind.has_labels and classes:
-        image = match_mask(image, classes)
-        check_classes(file, image, classes)
-    cond = kind.to_cond(kind.fit(image, width, height))
+    cond = kind.to_cond(kind.fit(open_condition(file, task, classes), width, height))
     if kind.open is open_drawing:
         if is_blank(cond, task):
             raise UserError(f"{file}: no line in it; a drawing is dark on light or light on dark")

@@ -33,27 +33,40 @@ def drawings(count, category=None):
     return torch.stack([drawing_to_cond(pair.open_cond()) for pair in pairs]), pairs
 
 
-def draw_rows(base, pairs, steerings_of):
-    """Returns columns, each x (pairs, 3, H, W): a row has one prompt and one noise.
+def draw_rows(base, prompts, steerings_of):
+    """Returns columns, each x (prompts, 3, H, W): a row has one prompt and one noise.
 
     steerings_of(row) -> a list of Steerings for each column.
     """
     rows = []
-    for row, pair in enumerate(pairs):
-        context, empty = base.encode([pair.prompts[0], ""]).split(1)
+    for row, prompt in enumerate(prompts):
+        context, empty = base.encode([prompt, ""]).split(1)
         rows.append(torch.cat([draw(base, context, empty, [row], world.SIZE, conditions=steerings)
                                for steerings in steerings_of(row)]))
     return list(torch.stack(rows, dim=1))
 
 
+def one_drawing(base, titles, steerings_of):
+    """Returns (columns, titles, names) of a sheet: each column steers otherwise.
+
+    steerings_of(cond (1, 1, H, W)) -> a Steering for each column.
+    """
+    conds, pairs = drawings(ROWS)
+    columns = draw_rows(base, [pair.prompts[0] for pair in pairs], lambda row: [
+        [steering] for steering in steerings_of(conds[row:row + 1])])
+    return [cond_to_x(conds), *columns], ["drawing", *titles], [pair.name for pair in pairs]
+
+
 def strip(base, bps):
     """Returns (columns, titles, names) of a sheet: the strength rises."""
-    conds, pairs = drawings(ROWS)
-    columns = draw_rows(base, pairs, lambda row: [
-        [Steering(bps, base.unet, conds[row:row + 1], strength=strength)]
-        for strength in STRENGTHS])
-    return ([cond_to_x(conds), *columns], ["drawing", *map("strength {:g}".format, STRENGTHS)],
-            [pair.name for pair in pairs])
+    return one_drawing(base, [f"strength {strength:g}" for strength in STRENGTHS], lambda cond: [
+        Steering(bps, base.unet, cond, strength=strength) for strength in STRENGTHS])
+
+
+def windows(base, bps):
+    """Returns (columns, titles, names) of a sheet: a part of the steps is steered."""
+    return one_drawing(base, [f"{start:g} to {end:g}" for start, end in WINDOWS], lambda cond: [
+        Steering(bps, base.unet, cond, window=window) for window in WINDOWS])
 
 
 def joined(base, bps):
@@ -68,19 +81,10 @@ def joined(base, bps):
                        for cond in (upper, lower, conds))
         return [], [a], [b], [a, b], [whole]
 
-    return ([cond_to_x(upper), cond_to_x(lower), *draw_rows(base, pairs, steerings_of)],
+    columns = draw_rows(base, [pair.prompts[0] for pair in pairs], steerings_of)
+    return ([cond_to_x(upper), cond_to_x(lower), *columns],
             ["upper half", "lower half", "the base", "upper", "lower", "both, added",
              "one drawing"], [pair.name for pair in pairs])
-
-
-def windows(base, bps):
-    """Returns (columns, titles, names) of a sheet: a part of the steps is steered."""
-    conds, pairs = drawings(ROWS)
-    columns = draw_rows(base, pairs, lambda row: [
-        [Steering(bps, base.unet, conds[row:row + 1], window=window)] for window in WINDOWS])
-    return ([cond_to_x(conds), *columns], ["drawing", *(f"{start:g} to {end:g}"
-                                                        for start, end in WINDOWS)],
-            [pair.name for pair in pairs])
 
 
 def halves(base, bps):
@@ -88,15 +92,16 @@ def halves(base, bps):
     conds, pairs = drawings(2 * ROWS, "face")
     mask = torch.zeros(1, 1, *2 * [world.SIZE // base.vae.factor])
     mask[..., :mask.shape[-1] // 2] = 1                                     # the left half
-    context, empty = base.encode([HALVES_PROMPT, ""]).split(1)
-    columns, names = [[] for _ in range(4)], []
-    for row, (left, right) in enumerate(zip(conds[::2], conds[1::2])):
-        names.append(" | ".join(pair.name for pair in pairs[2 * row:2 * row + 2]))
-        steerings = [Steering(bps, base.unet, cond[None], mask=share)
-                     for cond, share in ((left, mask), (right, 1 - mask))]
-        for column, some in zip(columns, ([], steerings[:1], steerings[1:], steerings)):
-            column.append(draw(base, context, empty, [row], world.SIZE, conditions=some))
-    return ([cond_to_x(conds[::2]), cond_to_x(conds[1::2]), *map(torch.cat, columns)],
+
+    def steerings_of(row):
+        """Returns the Steerings of the base alone, of each half, and of both."""
+        left, right = (Steering(bps, base.unet, conds[i:i + 1], mask=share)
+                       for i, share in ((2 * row, mask), (2 * row + 1, 1 - mask)))
+        return [], [left], [right], [left, right]
+
+    names = [" | ".join(pair.name for pair in pairs[2 * row:2 * row + 2]) for row in range(ROWS)]
+    return ([cond_to_x(conds[::2]), cond_to_x(conds[1::2]),
+             *draw_rows(base, [HALVES_PROMPT] * ROWS, steerings_of)],
             ["left drawing", "right drawing", "the base", "left half", "right half", "both"],
             names)
 

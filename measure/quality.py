@@ -11,20 +11,14 @@ CANDIDATES = 24                 # captions among which a picture has to find its
 def recognition_rates(classify, x, captions, categories):
     """Returns how often the CLIP sees the right category, and how often the right caption.
 
-    classify: a Classifier. x: (n, 3, 64, 64). categories: (n,) indices of world.CATEGORIES.
-    """
-    return ((classify(x).cpu() == categories).float().mean().item(),
-            caption_rate(classify, x, captions))
-
-
-def caption_rate(classify, x, captions):
-    """Returns how often the CLIP finds a picture's own caption among CANDIDATES.
-
-    These are its own and those of the pictures that follow it.
+    classify: a Classifier. x: (n, 3, 64, 64). categories: (n,) indices of world.CATEGORIES. A
+    picture's candidates are its own caption and those of the pictures that follow it.
     """
     cosines = classify.cosines(x, captions).cpu()                              # (n, n)
     order = (torch.arange(len(x))[:, None] + torch.arange(CANDIDATES)) % len(x)
-    return (cosines.gather(1, order).argmax(dim=1) == 0).float().mean().item()
+    best = cosines.gather(1, order).argmax(dim=1)
+    return ((classify(x).cpu() == categories).float().mean().item(),
+            (best == 0).float().mean().item())
 
 
 def preference(classify, x, captions, others):

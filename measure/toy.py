@@ -99,14 +99,13 @@ def robustness(world, prior, args):
     Everywhere each method has its own best learning rate.
     """
     held_outs = [toy2d.HeldOut(world, args.seed + i) for i in range(ROBUSTNESS_SEEDS)]
-    rows, scores = [], {}
+    rows = []
     for name, n, epochs in tqdm(list(itertools.product(RIVALS, SIZES, EPOCHS)), desc="robustness"):
         method = best_rate(replace(toy2d.METHODS[name], epochs=epochs), world, prior, n, args)
         runs = [train_and_score(held_out, method, prior, n, args.effort) for held_out in held_outs]
         row = dict(method=name, n=n, epochs=epochs, rate=f"{method.lr:g}")
         for key in SCORES:
             values = torch.tensor([scores_of_run[key] for scores_of_run in runs])
-            scores[name, n, epochs, key] = values.mean().item(), values.std().item()
             row |= {key: values.mean().item(), f"{key} sd": values.std().item()}
         rows.append(row | dict(floor=mean_floor(held_outs)))
     toy2d.save_table(rows, args.out / "robustness.md")
@@ -114,8 +113,9 @@ def robustness(world, prior, args):
     figure = Figure(len(RIVALS), [f"{name}: {key} by epochs" for key, name in panels])
     for axes, (key, name) in zip(figure.axes, panels):
         for n in SIZES:
-            values, deviations = zip(*(scores[name, n, epochs, key] for epochs in EPOCHS))
-            axes.line(EPOCHS, values, f"n = {n}", log_y=key == "energy", band=deviations)
+            line = [row for row in rows if (row["method"], row["n"]) == (name, n)]
+            axes.line(EPOCHS, [row[key] for row in line], f"n = {n}", log_y=key == "energy",
+                      band=[row[f"{key} sd"] for row in line])
     for first in range(0, len(panels), len(RIVALS)):
         figure.share_limits(range(first, first + len(RIVALS)))
     figure.save(args.out / "robustness.png")
@@ -202,6 +202,7 @@ def gaussian_eps(variances):
     variances = torch.tensor(variances)
 
     def denoise(z_t, t):
+        """Returns eps of points z_t (B, coordinates)."""
         alpha, sigma = toy2d.signal_and_noise(t, z_t)
         return sigma * z_t / (alpha**2 * variances + sigma**2)
 
@@ -299,8 +300,8 @@ def denoisers_bits(schedule, timesteps, z_0, prior, posterior, seed):
 
 def bits(world, prior, args):
     """Compares the bits of each kind of condition: exact, and from exact and learned denoisers."""
-    held_out, rows = toy2d.HeldOut(world, args.seed), []
-    z_0, cond = held_out.world.draw_labelled(BITS_POINTS, torch.Generator().manual_seed(args.seed))
+    rows = []
+    z_0, cond = world.draw_labelled(BITS_POINTS, torch.Generator().manual_seed(args.seed))
     points = toy2d.labelled_points(world, toy2d.LABELLED, args.seed)
     for kind in tqdm(toy2d.KINDS, desc="bits"):
         exact = world.denoiser(world.log_p_cond(cond, kind))

@@ -32,9 +32,11 @@ class Drawing:
         self.pen = ImageDraw.Draw(self.sheet)
 
     def line(self, points, color, width=1):
+        """Draws a line through points."""
         self.pen.line([(x * ZOOM, y * ZOOM) for x, y in points], color, width * ZOOM)
 
     def text(self, x, y, words, color="black", size=11, anchor="mm"):
+        """Writes words at (x, y)."""
         self.pen.text((x * ZOOM, y * ZOOM), words, color, ImageFont.load_default(size * ZOOM),
                       anchor)
 
@@ -57,6 +59,7 @@ class Drawing:
         self.line([(x, top), (x, height), (other, height), (other, other_top)], "#c3c8d0")
 
     def save(self, file):
+        """Writes the picture as PNG at its own size."""
         size = self.width, HEIGHT
         self.sheet.resize(size, Image.Resampling.LANCZOS).quantize(64).save(file, optimize=True)
         print(file)

@@ -39,7 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     started = False             # whether the head of the answer is sent
 
     def log_message(self, *_):
-        pass
+        """Prints nothing of a request that went well."""
 
     def do_GET(self):
         """Sends the page, or what it has to know."""
@@ -81,8 +81,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.connection.settimeout(DRAW_TIMEOUT)
             self.start(200, "application/x-ndjson")
             studio.draw(request, self.send_line)
-        elif self.path in ("/open", "/save"):
-            self.answer_json(200, dict(open=studio.open, save=studio.save)[self.path[1:]](request))
+        elif self.path == "/open":
+            self.answer_json(200, studio.open(request))
+        elif self.path == "/save":
+            self.answer_json(200, studio.save(request))
         else:
             self.answer_json(404, dict(error=f"{self.path}: not here"))
 
@@ -156,10 +158,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 def trained_files():
     """Returns the newest BPS file of each task that train.py has written to runs."""
-    found = [max(files, key=lambda file: file.stat().st_mtime) for task in TASKS
-             if (files := [*Path("runs").glob(f"{task}/bps.safetensors"),
-                           *Path("runs").glob(f"{task}-[0-9]*/bps.safetensors")])]
-    return found
+    newest = []
+    for task in TASKS:
+        files = [*Path("runs").glob(f"{task}/bps.safetensors"),
+                 *Path("runs").glob(f"{task}-[0-9]*/bps.safetensors")]
+        newest += sorted(files, key=lambda file: file.stat().st_mtime)[-1:]
+    return newest
 
 
 def make_server(studio, port):

@@ -17,14 +17,7 @@ import torch
 
 import diffusion
 from bps import Steering, load_bps
-from inputs.conditions import (
-    TASKS,
-    check_classes,
-    match_mask,
-    open_boxes,
-    read_condition,
-    to_image,
-)
+from inputs.conditions import TASKS, open_condition, read_condition, to_image
 from inputs.options import DTYPES, shell_command
 from inputs.sample_options import (
     Job,
@@ -132,6 +125,7 @@ class Studio:
             self.newest = max(self.newest, number)
 
         def check():
+            """Ends the drawing if there is a newer request."""
             if number < self.newest:
                 raise Dropped
 
@@ -161,6 +155,7 @@ class Studio:
         step, steps = itertools.count(1), sum(args.steps for args, _, _ in drawings)
 
         def on_step():
+            """Reports a step."""
             check()
             send(dict(progress=next(step) / steps))
 
@@ -205,6 +200,7 @@ class Studio:
     def parser(self):
         """Returns sample.py's parser, whose errors are UserErrors."""
         def refuse(message):
+            """Raises what the parser would end the script with."""
             raise UserError(message.removeprefix("argument "))
 
         parser = make_parser("")
@@ -241,19 +237,16 @@ class Studio:
         holds unknown classes.
         """
         _, bps = self.network(request)
-        kind, classes = TASKS[request["task"]], bps.metadata.get("classes")
         content, side = from_data_url(request.get("file")), max(CANVAS_SIDE, bps.metadata["size"])
         with tempfile.NamedTemporaryFile(dir=self.scratch.name) as file:
             file.write(content)
             file.flush()
             try:
-                image = open_boxes(file.name) if kind.has_labels else kind.open(file.name)
-                if kind.has_labels and classes:
-                    image = match_mask(image, classes)
-                    check_classes(file.name, image, classes)
+                image = open_condition(file.name, request["task"], bps.metadata.get("classes"))
             except UserError as error:
                 raise UserError(str(error).replace(file.name, "picture")) from None
-        return dict(picture=data_url(kind.fit(image, side, side).convert("RGB")))
+        image = TASKS[request["task"]].fit(image, side, side)
+        return dict(picture=data_url(image.convert("RGB")))
 
     def save(self, request):
         """Writes the picture that was drawn last, and its drawing.

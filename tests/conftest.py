@@ -3,24 +3,12 @@ import functools
 
 import pytest
 import references
-import torch
-
-from bps import BPS, config_for, save_bps
-from inputs.options import BASE
-from unet import load_unet
 
 
 @pytest.fixture(scope="session")
 def bps_file(tmp_path_factory):
     """A BPS file for the embedded base whose ports are random, so that it steers visibly."""
-    torch.manual_seed(0)
-    bps = BPS(config_for(load_unet(BASE).config, cond_channels=1, factor=4))
-    for port in bps.zero_blocks:
-        if port is not None:
-            torch.nn.init.normal_(port.weight, std=0.002)
-    file = tmp_path_factory.mktemp("bps") / "bps.safetensors"
-    save_bps(bps, file, dict(task="sketch", size=64, context_dim=128))
-    return file
+    return references.write_random_bps(tmp_path_factory.mktemp("bps") / "bps.safetensors", "sketch")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,9 @@ from safetensors.torch import save_file as save_float32
 import clip
 import unet
 import vae
+from bps import BPS, config_for, save_bps
 from inputs import checkpoints
+from inputs.conditions import TASKS
 from inputs.options import BASE
 
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
@@ -210,6 +212,18 @@ def write_folder(path, name, states):
     (path / "tokenizer").symlink_to(BASE / "tokenizer")
     (path / "model_index.json").write_text("{}")
     return path
+
+
+def write_random_bps(file, task, **metadata):
+    """Writes a BPS file of a task for the embedded base whose ports are random, so that it steers.
+    """
+    torch.manual_seed(0)
+    bps = BPS(config_for(unet.load_unet(BASE).config, TASKS[task].channels, factor=4))
+    for port in bps.zero_blocks:
+        if port is not None:
+            torch.nn.init.normal_(port.weight, std=0.002)
+    save_bps(bps, file, dict(task=task, size=64, context_dim=128) | metadata)
+    return file
 
 
 def single_file_of(states):

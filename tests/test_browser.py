@@ -9,15 +9,13 @@ import os
 import shutil
 import sys
 import threading
-from types import SimpleNamespace
 
 import pytest
-import torch
+import references
 from PIL import Image
+from test_pad import studio_args
 
 import sample
-from bps import BPS, config_for, save_bps
-from inputs.conditions import TASKS
 from inputs.options import BASE
 from inputs.sample_options import DEFAULT_BPS
 from pad import __main__ as pad
@@ -35,18 +33,12 @@ APPLE = [[(0.5, 0.32), (0.36, 0.24), (0.2, 0.3), (0.14, 0.5), (0.22, 0.74), (0.3
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
     """The address of a running pad, of drawings, boxes and pictures in colours."""
-    torch.manual_seed(0)
-    base, files = sample.load_base(BASE), [DEFAULT_BPS]
-    for task in ("layout", "artistic"):
-        bps = BPS(config_for(base.unet.config, TASKS[task].channels, base.vae.factor))
-        for port in bps.zero_blocks:
-            if port is not None:
-                torch.nn.init.normal_(port.weight, std=0.002)       # so that it steers at random
-        files.append(tmp_path_factory.mktemp(task) / "bps.safetensors")
-        classes = {colour: name for name, colour in CLASSES.items()} if task == "layout" else {}
-        save_bps(bps, files[-1], dict(task=task, size=64, context_dim=128, classes=classes))
-    args = SimpleNamespace(base=BASE, tokenizer=None, vae=None, prediction_type=None, dtype="fp32",
-                           device="cpu", out=tmp_path_factory.mktemp("pictures"))
+    files = [DEFAULT_BPS]
+    for task, classes in (("layout", CLASSES), ("artistic", {})):
+        files.append(references.write_random_bps(
+            tmp_path_factory.mktemp(task) / "bps.safetensors", task,
+            classes={colour: name for name, colour in classes.items()}))
+    args = studio_args(tmp_path_factory.mktemp("pictures"))
     server = pad.make_server(studio.Studio(args, files), 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"

@@ -14,11 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
+import references
 from PIL import Image, ImageDraw
 
 import sample
-from bps import BPS, config_for, save_bps
 from inputs.options import BASE
 from inputs.sample_options import DEFAULT_BPS, DEFAULT_DRAWING
 from pad import __main__ as pad
@@ -41,19 +40,21 @@ DRAWING = url_of(DEFAULT_DRAWING)
 @pytest.fixture(scope="module")
 def layout_bps(tmp_path_factory):
     """A BPS file for boxes, which steers at random."""
-    torch.manual_seed(0)
-    bps = BPS(config_for(sample.load_base(BASE).unet.config, cond_channels=3, factor=4))
     file = tmp_path_factory.mktemp("layout") / "bps.safetensors"
-    save_bps(bps, file, dict(task="layout", size=64, context_dim=128,
-                             classes={colour: name for name, colour in CLASSES.items()}))
-    return file
+    return references.write_random_bps(file, "layout", classes={
+        colour: name for name, colour in CLASSES.items()})
+
+
+def studio_args(out):
+    """Returns a pad's arguments for the embedded base."""
+    return SimpleNamespace(base=BASE, tokenizer=None, vae=None, prediction_type=None, dtype="fp32",
+                           device="cpu", out=out)
 
 
 @pytest.fixture(scope="module")
 def server(layout_bps, tmp_path_factory):
     """A running server of the embedded base; `.studio.args.out` is where it saves."""
-    args = SimpleNamespace(base=BASE, tokenizer=None, vae=None, prediction_type=None, dtype="fp32",
-                           device="cpu", out=tmp_path_factory.mktemp("pictures"))
+    args = studio_args(tmp_path_factory.mktemp("pictures"))
     server = pad.make_server(studio.Studio(args, [DEFAULT_BPS, layout_bps]), 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
@@ -180,9 +181,7 @@ def test_a_picture_is_saved_only_if_it_is_the_last_one(server, ask):
 def test_a_record_is_of_the_file_that_drew_even_if_it_was_replaced(layout_bps, tmp_path, capsys):
     file = tmp_path / "bps.safetensors"
     shutil.copy(layout_bps, file)
-    args = SimpleNamespace(base=BASE, tokenizer=None, vae=None, prediction_type=None, dtype="fp32",
-                           device="cpu", out=tmp_path / "out")
-    own = studio.Studio(args, [file])
+    own = studio.Studio(studio_args(tmp_path / "out"), [file])
     boxes = Image.new("RGB", (64, 64), "#000000")
     boxes.paste("#d62728", (8, 8, 40, 40))
     boxes.save(tmp_path / "boxes.png")
@@ -203,9 +202,7 @@ def test_a_trained_bps_that_does_not_fit_is_left_out_with_a_note(tmp_path, monke
         os.utime(tmp_path / "runs" / folder / "bps.safetensors", (0, len(folder)))
     assert pad.trained_files() == [Path("runs/sketch-2/bps.safetensors"),
                                    Path("runs/layout/bps.safetensors")]
-    args = SimpleNamespace(base=BASE, tokenizer=None, vae=None, prediction_type=None, dtype="fp32",
-                           device="cpu", out=tmp_path)
-    own = studio.Studio(args, [DEFAULT_BPS], pad.trained_files())
+    own = studio.Studio(studio_args(tmp_path), [DEFAULT_BPS], pad.trained_files())
     assert own.networks["sketch"][0] == DEFAULT_BPS and list(own.networks) == ["sketch"]
     assert capsys.readouterr().err.count("note: not used: runs/") == 2
 
