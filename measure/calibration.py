@@ -12,10 +12,9 @@ import torch
 
 from bps import load_bps
 from data import LatentCache, load_pairs
-from inputs.conditions import to_x
 from inputs.options import BASE, Parser, run
 from measure.obedience import meter_for
-from measure.quality import distance_and_error
+from measure.quality import distance_and_error, true_features
 from measure.report import draw_pairs, validate
 from sample import load_base
 from tiny import world
@@ -32,7 +31,7 @@ def main():
     add("--seed", type=int, default=0, help="the seed of the first picture (default: %(default)s)")
     parser.add_device()
     args = parser.parse_args()
-    base, classify = load_base(BASE, device=args.device), Classifier(device=args.device)
+    base, classify = load_base(BASE, device=args.device), Classifier()
     print("| task | bits | strength | obedience | kernel distance |\n|" + "---|" * 5)
     for file in args.bps:
         bps = load_bps(file, device=args.device)
@@ -41,13 +40,12 @@ def main():
                      for split in ("val", "test"))
         count = args.count or len(test.pairs)
         meter = meter_for(task, embedded=True, device=args.device)
-        true = classify.embed_pictures(torch.stack([to_x(test.image(i)) for i in range(count)])
-                                       .to(args.device)).cpu()
+        true = true_features(classify, test, count)
         bits = "{:.0f} +- {:.0f}".format(*validate(base, test, bps)["bits"])
         best, error = validate(base, val, bps)["strength"]
         for strength, shown in ((1.0, "1"), (best, f"{best:.2f} +- {error:.2f}")):
             x = draw_pairs(base, test, bps, count, args.seed, strength=strength)
-            distance = distance_and_error(classify.embed_pictures(x.to(args.device)).cpu(), true)
+            distance = distance_and_error(classify.embed_pictures(x), true)
             measures = ", ".join(f"{name} {value:.3f}" for name, value in
                                  meter(x, test.cond(range(count))).items())
             print(f"| {task} | {bits} | {shown} | {measures} | "

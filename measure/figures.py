@@ -4,6 +4,8 @@
     python -m measure.figures halves        # docs/figures/halves.png: two drawings, a half each
     python -m measure.figures joined        # docs/figures/joined.png: two conditions, added
     python -m measure.figures windows       # docs/figures/windows.png: a part of the steps
+    python -m measure.figures tasks --bps tiny/bps_sketch.safetensors runs/layout/bps.safetensors
+                                            # docs/figures/tasks.png: a row for each trained BPS
 
 Shapes: C channels, H W rows and columns of the picture.
 """
@@ -12,17 +14,17 @@ from pathlib import Path
 import torch
 
 from bps import Steering, load_bps
-from data import load_pairs
+from data import LatentCache, load_pairs
 from inputs.conditions import cond_to_x, drawing_to_cond
 from inputs.options import BASE, HERE, Parser, run
 from inputs.sample_options import DEFAULT_BPS
-from measure.report import contact_sheet
+from measure.report import contact_sheet, draw_pairs
 from sample import draw, load_base
 from tiny import world
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WINDOWS = ((0.0, 0.25), (0.0, 0.5), (0.5, 1.0), (0.75, 1.0), (0.0, 1.0))       # shares of the steps
-HALVES_PROMPT = "face, 3d style"
+CATEGORY, CATEGORY_PROMPT = "face", "face, 3d style"
 ROWS = 3
 
 
@@ -34,14 +36,14 @@ def drawings(count, category=None):
 
 
 def draw_rows(base, prompts, steerings_of):
-    """Returns columns, each x (prompts, 3, H, W): a row has one prompt and one noise.
+    """Returns columns, each x (prompts, 3, H, W): a row has one prompt, and all have one noise.
 
     steerings_of(row) -> a list of Steerings for each column.
     """
     rows = []
     for row, prompt in enumerate(prompts):
         context, empty = base.encode([prompt, ""]).split(1)
-        rows.append(torch.cat([draw(base, context, empty, [row], world.SIZE, conditions=steerings)
+        rows.append(torch.cat([draw(base, context, empty, [0], world.SIZE, conditions=steerings)
                                for steerings in steerings_of(row)]))
     return list(torch.stack(rows, dim=1))
 
@@ -49,10 +51,11 @@ def draw_rows(base, prompts, steerings_of):
 def one_drawing(base, titles, steerings_of):
     """Returns (columns, titles, names) of a sheet: each column steers otherwise.
 
+    All rows have one prompt, so their drawings alone make them differ.
     steerings_of(cond (1, 1, H, W)) -> a Steering for each column.
     """
-    conds, pairs = drawings(ROWS)
-    columns = draw_rows(base, [pair.prompts[0] for pair in pairs], lambda row: [
+    conds, pairs = drawings(ROWS, CATEGORY)
+    columns = draw_rows(base, [CATEGORY_PROMPT] * ROWS, lambda row: [
         [steering] for steering in steerings_of(conds[row:row + 1])])
     return [cond_to_x(conds), *columns], ["drawing", *titles], [pair.name for pair in pairs]
 
@@ -89,7 +92,7 @@ def joined(base, bps):
 
 def halves(base, bps):
     """Returns (columns, titles, names) of a sheet: two drawings, each of which steers a half."""
-    conds, pairs = drawings(2 * ROWS, "face")
+    conds, pairs = drawings(2 * ROWS, CATEGORY)
     mask = torch.zeros(1, 1, *2 * [world.SIZE // base.vae.factor])
     mask[..., :mask.shape[-1] // 2] = 1                                     # the left half
 
@@ -101,12 +104,25 @@ def halves(base, bps):
 
     names = [" | ".join(pair.name for pair in pairs[2 * row:2 * row + 2]) for row in range(ROWS)]
     return ([cond_to_x(conds[::2]), cond_to_x(conds[1::2]),
-             *draw_rows(base, [HALVES_PROMPT] * ROWS, steerings_of)],
+             *draw_rows(base, [CATEGORY_PROMPT] * ROWS, steerings_of)],
             ["left drawing", "right drawing", "the base", "left half", "right half", "both"],
             names)
 
 
-FIGURES = dict(strip=strip, halves=halves, joined=joined, windows=windows)
+def tasks(base, *networks):
+    """Returns (columns, titles, names) of a sheet: a task's first two test pairs in each row."""
+    rows = []
+    for bps in networks:
+        task = bps.metadata["task"]
+        cache = LatentCache(load_pairs(task, "test")[:2], task, world.SIZE, base)
+        cells = (cond_to_x(cache.cond(range(2))), draw_pairs(base, cache, None, 2, 0),
+                 draw_pairs(base, cache, bps, 2, 0))
+        rows.append(torch.stack(cells, dim=1).flatten(0, 1))                # (6, 3, H, W)
+    return (list(torch.stack(rows, dim=1)), ["condition", "the base", "with BPS"] * 2,
+            [bps.metadata["task"] for bps in networks])
+
+
+FIGURES = dict(strip=strip, halves=halves, joined=joined, windows=windows, tasks=tasks)
 
 
 @torch.inference_mode()
@@ -115,10 +131,13 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("figure", choices=FIGURES)
+    add("--bps", type=Path, nargs="+", default=[DEFAULT_BPS], help="trained BPS: one for each row of "
+        "tasks, else one of sketch (default: the one that comes with the project)")
     add("--out", type=Path, default=HERE / "docs" / "figures", help="folder (default: "
         "docs/figures)")
     args = parser.parse_args()
-    columns, titles, names = FIGURES[args.figure](load_base(BASE), load_bps(DEFAULT_BPS))
+    networks = [load_bps(file) for file in (args.bps if args.figure == "tasks" else args.bps[:1])]
+    columns, titles, names = FIGURES[args.figure](load_base(BASE), *networks)
     args.out.mkdir(parents=True, exist_ok=True)
     contact_sheet(columns, titles, names, args.out / f"{args.figure}.png", groups=1)
 

@@ -5,7 +5,14 @@ Shapes: n pictures, D width.
 import numpy as np
 import torch
 
+from inputs.conditions import to_x
+
 CANDIDATES = 24                 # captions among which a picture has to find its own
+
+
+def true_features(classify, cache, count):
+    """Returns what a Classifier sees in the first true pictures of a LatentCache: (count, D)."""
+    return classify.embed_pictures(torch.stack([to_x(cache.image(i)) for i in range(count)]))
 
 
 def recognition_rates(classify, x, captions, categories):

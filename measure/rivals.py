@@ -34,7 +34,7 @@ from inputs.processes import Processes
 from inputs.train_options import EMPTY_SHARE
 from measure.obedience import meter_for
 from measure.plots import Figure
-from measure.quality import distance_and_error, preference
+from measure.quality import distance_and_error, preference, true_features
 from measure.report import draw_pairs, paired_errors, paired_squares, summarize
 from measure.rival_networks import (
     ConditionBlindBPS,
@@ -176,8 +176,7 @@ class Bench:
     @functools.cached_property
     def true(self):
         """Its features (n, D) of the true test pictures."""
-        return self.classify.embed_pictures(
-            torch.stack([to_x(self.test.image(i)) for i in range(self.count)]))
+        return true_features(self.classify, self.test, self.count)
 
     @functools.cached_property
     def base_loss(self):

@@ -15,11 +15,10 @@ import torch
 from bps import load_bps
 from data import LatentCache, load_pairs
 from diffusion import Sampling
-from inputs.conditions import to_x
 from inputs.options import BASE, Parser, run
 from inputs.sample_options import DEFAULT_BPS
 from measure.obedience import sketch
-from measure.quality import kernel_distance, recognition_rates
+from measure.quality import kernel_distance, recognition_rates, true_features
 from measure.report import draw_pairs
 from sample import load_base
 from tiny import world
@@ -47,7 +46,7 @@ def main():
     categories = torch.tensor([world.CATEGORIES.index(row["category"])
                                for row in world.records("test", ("3d",))[:args.count]])
     classify = Classifier()
-    true = classify.embed_pictures(torch.stack([to_x(pair.open_image()) for pair in pairs]))
+    true = true_features(classify, cache, len(pairs))
     print("| drawn by | sampler | s per picture | line F1 | category | name among 24 | "
           "kernel distance |\n|---|---|---|---|---|---|---|")
     for drawer in (None, bps):
