@@ -111,15 +111,15 @@ def halves(base, bps):
 
 def tasks(base, *networks):
     """Returns (columns, titles, names) of a sheet: a task's first two test pairs in each row."""
-    rows = []
+    rows, names = [], []
     for bps in networks:
         task = bps.metadata["task"]
         cache = LatentCache(load_pairs(task, "test")[:2], task, world.SIZE, base)
         cells = (cond_to_x(cache.cond(range(2))), draw_pairs(base, cache, None, 2, 0),
                  draw_pairs(base, cache, bps, 2, 0))
         rows.append(torch.stack(cells, dim=1).flatten(0, 1))                # (6, 3, H, W)
-    return (list(torch.stack(rows, dim=1)), ["condition", "the base", "with BPS"] * 2,
-            [bps.metadata["task"] for bps in networks])
+        names.append(f"{task}: {' | '.join(cache.first_prompts(range(2)))}")
+    return list(torch.stack(rows, dim=1)), ["condition", "the base", "with BPS"] * 2, names
 
 
 FIGURES = dict(strip=strip, halves=halves, joined=joined, windows=windows, tasks=tasks)

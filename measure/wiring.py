@@ -13,7 +13,7 @@ from measure.plots import COLORS, GREY, ZOOM
 from unet import ResBlock, SpatialTransformer, UNet, UNetConfig
 
 STEP, BOX = 34, 24                      # pixels from block to block, and of a block's width
-LEFT, UNET_FLOOR, BPS_FLOOR, HEIGHT = 30, 185, 345, 410
+LEFT, UNET_FLOOR, BPS_FLOOR, HEIGHT = 30, 185, 345, 430
 FROZEN, TRAINED = COLORS[3], COLORS[0]
 TALLEST = 64                            # pixels, of a block at the latent's full size
 
@@ -92,8 +92,11 @@ def draw_wiring(file):
             drawing.arrow(x, top - 2, UNET_FLOOR + 18, TRAINED)
             drawing.text(x, BPS_FLOOR + 24, f"{weight:g}", TRAINED, 12)
             drawing.text(x + 9, UNET_FLOOR + 50, f"{additions(block)}x", "black", 11)
-    drawing.text(LEFT, 12, "frozen U-Net: z_t, t, text in; eps out. Grey: skips, which carry the "
-                 "steered maps", FROZEN, 13, "lm")
+    for x, path in zip((xs[inputs // 2], xs[inputs], xs[-inputs // 2]),
+                       ("down: contracting path", "middle", "up: expansive path, the foot")):
+        drawing.text(x, BPS_FLOOR + 44, path, GREY, 12)
+    drawing.text(LEFT, 12, "frozen U-Net: z_t, t, text in; eps out. A map is added after each "
+                 "residual block and each transformer of its block. Grey: skips", FROZEN, 13, "lm")
     drawing.text(LEFT, HEIGHT - 14, "BPS: condition and t in. Below each block the port's fixed "
                  "weight, beside its arrow how often its map is added. Pale: no port", TRAINED, 13,
                  "lm")
