@@ -23,11 +23,11 @@ from pad import studio
 from tiny.tasks import CLASSES
 
 pytestmark = pytest.mark.browser
-# an apple, as shares of the drawing's side: round strokes that begin at the stem
-APPLE = [[(0.5, 0.32), (0.36, 0.24), (0.2, 0.3), (0.14, 0.5), (0.22, 0.74), (0.38, 0.88),
-          (0.5, 0.85), (0.62, 0.88), (0.78, 0.74), (0.86, 0.5), (0.8, 0.3), (0.64, 0.24),
-          (0.5, 0.32)], [(0.5, 0.32), (0.52, 0.2), (0.58, 0.1)],
-         [(0.55, 0.2), (0.68, 0.1), (0.78, 0.12), (0.6, 0.2)]]
+# a cat's face, as shares of the drawing's side: outline, eyes and mouth
+CAT = [[(0.1, 0.08), (0.14, 0.45), (0.1, 0.62), (0.2, 0.82), (0.4, 0.92), (0.6, 0.92), (0.8, 0.82),
+        (0.9, 0.62), (0.86, 0.45), (0.9, 0.08), (0.66, 0.24), (0.34, 0.24), (0.1, 0.08)],
+       [(0.32, 0.46), (0.32, 0.54)], [(0.68, 0.46), (0.68, 0.54)],
+       [(0.36, 0.72), (0.5, 0.78), (0.64, 0.72)]]
 
 
 @pytest.fixture(scope="module")
@@ -119,9 +119,12 @@ def set_value(browser, name, value):
 
 
 def test_what_is_drawn_by_hand_is_drawn_again_by_sample_py(page, monkeypatch, tmp_path):
+    set_value(page, "prompt", "face, 3d style")
+    set_value(page, "seed", "1")
+    wait_for(page, lambda: status(page).startswith("drawn in"))
     before = picture(page)
     assert before.tobytes() == picture(page, "prior").tobytes()             # nothing is drawn yet
-    draw(page, APPLE)
+    draw(page, CAT)
     steered = picture(page)
     print(f"\n{status(page)}")
     assert "the last preview in" in status(page)
@@ -132,7 +135,7 @@ def test_what_is_drawn_by_hand_is_drawn_again_by_sample_py(page, monkeypatch, tm
     assert status(page).endswith(f"python sample.py --from {file}")
     monkeypatch.setattr(sys, "argv", ["sample.py", "--from", file, "--out", str(tmp_path)])
     sample.main()
-    assert Image.open(tmp_path / "0000.png").tobytes() == steered.tobytes()
+    assert Image.open(tmp_path / "0001.png").tobytes() == steered.tobytes()
     page.execute_script("window.scrollTo(0, 0)")
     find(page, "draw_strip").click()
     wait_for(page, lambda: len(page.find_elements("css selector", "#strip img")) == 5)
@@ -145,9 +148,9 @@ def test_what_is_drawn_by_hand_is_drawn_again_by_sample_py(page, monkeypatch, tm
 
 
 def test_undo_redo_and_clear_are_followed_by_the_picture(page):
-    draw(page, APPLE[:1])
+    draw(page, CAT[:1])
     first = picture(page).tobytes()
-    draw(page, APPLE[1:2])
+    draw(page, CAT[1:2])
     second = picture(page).tobytes()
     assert first != second
     for button, expected in (("undo", first), ("redo", second),
@@ -158,7 +161,7 @@ def test_undo_redo_and_clear_are_followed_by_the_picture(page):
 
 
 def test_settings_count_and_a_mistake_is_one_line_in_the_page(page):
-    draw(page, APPLE)
+    draw(page, CAT)
     first = picture(page).tobytes()
     set_value(page, "prompt", "a green apple")
     wait_for(page, lambda: status(page).startswith("drawn in"))
@@ -245,13 +248,13 @@ def test_boxes_and_brush_strokes_have_the_classes_colours_only(page):
 
 
 def test_another_task_begins_with_an_empty_canvas_and_history(page):
-    draw(page, APPLE[:1])
+    draw(page, CAT[:1])
     choose(page, "task", "artistic")
     wait_for(page, lambda: status(page).startswith("drawn in"))
     assert not find(page, "undo").is_enabled() and canvas_colours(page) == {"#ffffff"}
     page.execute_script("const brush = document.querySelector('input[type=color]');"
                         "brush.value = '#ff0000'; brush.dispatchEvent(new Event('input'))")
-    draw(page, APPLE[:1])
+    draw(page, CAT[:1])
     assert "#ff0000" in canvas_colours(page) and find(page, "undo").is_enabled()
 
 
@@ -282,7 +285,7 @@ def test_a_stroke_during_a_long_picture_has_a_preview(page):
 def test_without_keeping_the_seed_each_stroke_has_another(page):
     find(page, "lock").click()
     seeds = []
-    for stroke in APPLE[1:]:
+    for stroke in CAT[:2]:
         draw(page, [stroke])
         seeds.append(find(page, "seed").get_attribute("value"))
     assert len(set(seeds) | {"0"}) == 3
@@ -303,7 +306,7 @@ def test_a_picture_that_is_dropped_on_the_page_is_the_drawing(page):
 
 
 def test_the_page_raises_no_error_and_asks_no_other_site(page, address):
-    draw(page, APPLE)
+    draw(page, CAT)
     assert find(page, "status").get_attribute("class") == ""
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
     urls = page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
