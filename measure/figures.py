@@ -4,7 +4,7 @@
     python -m measure.figures halves        # docs/figures/halves.png: two drawings, a half each
     python -m measure.figures joined        # docs/figures/joined.png: two conditions, added
     python -m measure.figures windows       # docs/figures/windows.png: a part of the steps
-    python -m measure.figures tasks --bps tiny/bps_sketch.safetensors runs/layout/bps.safetensors
+    python -m measure.figures tasks --bps FILE ..
                                             # docs/figures/tasks.png: a row for each trained BPS
 
 Shapes: C channels, H W rows and columns of the picture.
@@ -21,6 +21,7 @@ from inputs.sample_options import DEFAULT_BPS
 from measure.report import contact_sheet, draw_pairs
 from sample import draw, load_base
 from tiny import world
+from weights import UserError
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WINDOWS = ((0.0, 0.25), (0.0, 0.5), (0.5, 1.0), (0.75, 1.0), (0.0, 1.0))       # shares of the steps
@@ -111,15 +112,15 @@ def halves(base, bps):
 
 def tasks(base, *networks):
     """Returns (columns, titles, names) of a sheet: a task's first two test pairs in each row."""
-    rows, names = [], []
+    rows = []
     for bps in networks:
         task = bps.metadata["task"]
         cache = LatentCache(load_pairs(task, "test")[:2], task, world.SIZE, base)
         cells = (cond_to_x(cache.cond(range(2))), draw_pairs(base, cache, None, 2, 0),
                  draw_pairs(base, cache, bps, 2, 0))
         rows.append(torch.stack(cells, dim=1).flatten(0, 1))                # (6, 3, H, W)
-        names.append(f"{task}: {' | '.join(cache.first_prompts(range(2)))}")
-    return list(torch.stack(rows, dim=1)), ["condition", "the base", "with BPS"] * 2, names
+    return (list(torch.stack(rows, dim=1)), ["condition", "the base", "with BPS"] * 2,
+            [bps.metadata["task"] for bps in networks])
 
 
 FIGURES = dict(strip=strip, halves=halves, joined=joined, windows=windows, tasks=tasks)
@@ -131,12 +132,14 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("figure", choices=FIGURES)
-    add("--bps", type=Path, nargs="+", default=[DEFAULT_BPS], help="trained BPS: one for each row of "
-        "tasks, else one of sketch (default: the one that comes with the project)")
+    add("--bps", type=Path, nargs="+", default=[DEFAULT_BPS], help="trained BPS: one for each row "
+        "of tasks, else one of sketch (default: the one that comes with the project)")
     add("--out", type=Path, default=HERE / "docs" / "figures", help="folder (default: "
         "docs/figures)")
     args = parser.parse_args()
-    networks = [load_bps(file) for file in (args.bps if args.figure == "tasks" else args.bps[:1])]
+    if args.figure != "tasks" and len(args.bps) > 1:
+        raise UserError(f"--bps: {args.figure} takes one file, not {len(args.bps)}")
+    networks = [load_bps(file) for file in args.bps]
     columns, titles, names = FIGURES[args.figure](load_base(BASE), *networks)
     args.out.mkdir(parents=True, exist_ok=True)
     contact_sheet(columns, titles, names, args.out / f"{args.figure}.png", groups=1)

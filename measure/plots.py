@@ -41,7 +41,7 @@ class Axes:
 
     def range(self):
         """Returns the least and the greatest value of its lines and bands."""
-        bands = np.stack([layer[5] for layer in self.layers])
+        bands = np.concatenate([layer[5].ravel() for layer in self.layers])
         return bands.min(), bands.max()
 
     def bars(self, labels, values, errors):

@@ -57,7 +57,7 @@ SEEDS, SWEEP_SEED = (0, 1, 2), 100
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 WIDER = 10**0.5                 # factor by which a sweep goes on beyond its best end
 MOST_RATES = 7
-DIGITS = {"strength": 2, "line F1": 3, "pixel accuracy": 3, "mIoU": 3}   # printed
+DIGITS = {"strength": 2, "bits": 0, "line F1": 3, "pixel accuracy": 3, "mIoU": 3}   # printed
 
 
 def bps_maker(port_weights="head-heavy", foot="faithful"):
@@ -364,7 +364,7 @@ def means(group):
     The standard error of an obedience is unknown, as is a deviation over a single seed: both nan.
     """
     values = {name: [numbers[name] for numbers in group]
-              for name in ("gain", "gap", "distance", "strength") if name in group[0]}
+              for name in ("gain", "gap", "bits", "distance", "strength") if name in group[0]}
     for name in group[0]["obedience"]:
         values[name] = [(numbers["obedience"][name], float("nan")) for numbers in group]
     return {name: (*np.mean(pairs, axis=0),
@@ -384,7 +384,7 @@ def print_results(results):
     groups = over_seeds(results)
     measures = list(means(list(groups.values())[-1]))
     titles = ("method", "pairs", "steps", "rate", "seeds", "parameters", *measures,
-              "gain beyond bps", "CPU minutes")
+              "gain beyond bps", "best step", "CPU minutes")
     print(f"| {' | '.join(titles)} |\n|" + "---|" * len(titles))
     for job, group in groups.items():
         found, cells = means(group), []
@@ -400,10 +400,11 @@ def print_results(results):
         if "gains" in group[0] and reference and job.method != "bps":
             beyond = "{:+.4f} +- {:.4f}".format(*gain_beyond(group, reference[0]))
         size = f"{group[0]['parameters']:,}" if "parameters" in group[0] else "-"
+        best = ", ".join(f"{numbers['best_step']}" for numbers in group if "best_step" in numbers)
         minutes = [numbers["minutes"] for numbers in group if numbers.get("minutes")]
         print(f"| {job.method} | {job.pairs or 'all'} | {job.steps} | {job.rate:.2g} "
               f"| {len(group)} | {size} | {' | '.join(cells)} | {beyond} "
-              f"| {f'{np.mean(minutes):.1f}' if minutes else '-'} |")
+              f"| {best or '-'} | {f'{np.mean(minutes):.1f}' if minutes else '-'} |")
 
 
 def print_conflicts(results):

@@ -92,7 +92,7 @@ def draw_wiring(file):
             drawing.arrow(x, top - 2, UNET_FLOOR + 18, TRAINED)
             drawing.text(x, BPS_FLOOR + 24, f"{weight:g}", TRAINED, 12)
             drawing.text(x + 9, UNET_FLOOR + 50, f"{additions(block)}x", "black", 11)
-    for x, path in zip((xs[inputs // 2], xs[inputs], xs[-inputs // 2]),
+    for x, path in zip((xs[inputs // 2], xs[inputs], xs[-(inputs // 2)]),
                        ("down: contracting path", "middle", "up: expansive path, the foot")):
         drawing.text(x, BPS_FLOOR + 44, path, GREY, 12)
     drawing.text(LEFT, 12, "frozen U-Net: z_t, t, text in; eps out. A map is added after each "

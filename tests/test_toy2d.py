@@ -220,12 +220,13 @@ def test_panels_with_shared_limits_draw_one_number_at_one_height_and_bands_aroun
     figure, pen = plots.Figure(2, ["", ""]), Pen()
     figure.axes[0].line((1, 10), (1.0, 2.0), "small", band=0.5)
     figure.axes[1].line((1, 10), (1.0, 8.0), "large")
+    figure.axes[1].line((1,), (1.0,), "short")
     figure.share_limits((0, 1))
     for axes in figure.axes:
         axes.paint(pen, 0, 0)
-    small, _, large, _ = (y for _, y in pen.dots)
-    assert small == large
-    band, flat = pen.polygons
+    small, _, large, _, short = (y for _, y in pen.dots)
+    assert small == large == short
+    band, flat, _ = pen.polygons
     (_, lower), (_, upper) = band[0], band[-1]
     assert lower > small > upper and lower - small == pytest.approx(small - upper)
     assert flat[0] == flat[-1]
