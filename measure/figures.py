@@ -80,15 +80,15 @@ def joined(base, bps):
     upper[:, :, world.SIZE // 2:] = lower[:, :, :world.SIZE // 2] = 0
 
     def steerings_of(row):
-        """Returns the Steerings of the base alone, of each half, of both, and of the whole."""
+        """Returns the Steerings of each half, of both, and of the whole."""
         a, b, whole = (Steering(bps, base.unet, cond[row:row + 1])
                        for cond in (upper, lower, conds))
-        return [], [a], [b], [a, b], [whole]
+        return [a], [b], [a, b], [whole]
 
     columns = draw_rows(base, [pair.prompts[0] for pair in pairs], steerings_of)
     return ([cond_to_x(upper), cond_to_x(lower), *columns],
-            ["upper half", "lower half", "the base", "upper", "lower", "both, added",
-             "one drawing"], [pair.name for pair in pairs])
+            ["upper half", "lower half", "upper", "lower", "both, added", "one drawing"],
+            [pair.name for pair in pairs])
 
 
 def halves(base, bps):
