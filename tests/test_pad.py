@@ -285,7 +285,7 @@ def test_a_picture_is_opened_as_a_condition_with_the_guards_of_inputs(server, as
     _, (line,) = ask("/open", dict(task="sketch", file=url_of(tmp_path / "dark.png")))
     image, = pictures_of([line])
     assert image.size == (256, 256) and image.getpixel((5, 128)) == (255, 255, 255)
-    Image.new("RGB", (20000, 20000)).save(tmp_path / "bomb.png")
+    Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     Image.new("RGB", (9, 9), "#123456").save(tmp_path / "unknown.png")
     for task, name, words in (("sketch", "bomb.png", "meant to fill the memory"),
                               ("layout", "unknown.png", "#123456 is unknown")):
