@@ -70,10 +70,11 @@ def pairs(tmp_path_factory):
 
 
 def start(pairs, out, phase="none", count=1, moment="before"):
-    """Starts a training in a process of its own."""
+    """Starts a training in a process of its own, on one thread, which rounds in one way."""
     return subprocess.Popen(
         [sys.executable, "-c", KILLED, phase, str(count), moment, *OPTIONS, "--data", pairs,
-         "--cache", out.parent / "cache", "--out", out], cwd=HERE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+         "--cache", out.parent / "cache", "--out", out], cwd=HERE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.fixture(scope="module")
