@@ -57,7 +57,7 @@ SEEDS, SWEEP_SEED = (0, 1, 2), 100
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 WIDER = 10**0.5                 # factor by which a sweep goes on beyond its best end
 MOST_RATES = 7
-DIGITS = {"strength": 2, "bits": 0, "line F1": 3, "pixel accuracy": 3, "mIoU": 3}   # printed
+DIGITS = {"strength": 2, "bits": 1, "line F1": 3, "pixel accuracy": 3, "mIoU": 3}   # printed
 
 
 def bps_maker(port_weights="head-heavy", foot="faithful"):
