@@ -311,19 +311,21 @@ class Bench:
 # ---- studies -------------------------------------------------------------------------------
 
 def methods_study(bench, rates):
-    """Yields the Jobs of all methods, on scenes the main ones, at all pairs, beside the bounds."""
+    """Yields the Jobs at all pairs, beside the bounds: on scenes the main methods, one seed."""
     for bound in BOUNDS:
         yield Job(bench.task, bound, 0, 0, 0.0, 0)
-    once = METHODS if bench.task == "sketch" else (*MAIN, "bps-condition-blind")
-    for seed in SEEDS:
-        for method in once if seed == 0 else MAIN:
+    sketch = bench.task == "sketch"
+    for method in METHODS if sketch else (*MAIN, "bps-condition-blind"):
+        yield Job(bench.task, method, 0, STEPS, rates(method), 0)
+    for seed in SEEDS[1:] if sketch else ():
+        for method in MAIN:
             yield Job(bench.task, method, 0, STEPS, rates(method), seed)
 
 
 def data_study(bench, rates):
-    """Yields the Jobs of the main methods over the number of pairs; several seeds at 40."""
-    for pairs in (40, 12, 300, 100, 0):
-        for seed in SEEDS if pairs in (40, 0) else (0,):
+    """Yields the Jobs of the main methods over the number of pairs; several seeds at 40 and all."""
+    for seed in SEEDS:
+        for pairs in (40, 12, 300, 100, 0) if seed == 0 else (40, 0):
             for method in MAIN:
                 yield Job(bench.task, method, pairs, STEPS, rates(method), seed)
 
