@@ -9,7 +9,8 @@
 The results of each training are a line of docs/rivals.jsonl; a study trains what has no line there,
 which takes hours, and prints its tables. Stopped, it goes on where it was. A method's learning
 rate, in all studies, has the lowest validation loss of a sweep: all pairs, another seed, a third
-of the steps. Lines of another base than today's are not read.
+of the steps (all steps for ControlNet, which learns late). Lines of another base than today's are
+not read.
 """
 import functools
 import json
@@ -299,7 +300,8 @@ class Bench:
         losses, rates = {}, list(RATES)
         while rates:
             rate = rates.pop(0)
-            job = Job(self.task, method, 0, STEPS // 3, rate, SWEEP_SEED)
+            steps = STEPS if method == "controlnet" else STEPS // 3
+            job = Job(self.task, method, 0, steps, rate, SWEEP_SEED)
             loss = self.result(job)["val"]
             losses[rate] = float("inf") if loss is None else loss
             best = min(losses, key=losses.get)
@@ -425,12 +427,12 @@ def print_sweeps(record, task):
     sweeps = {}
     for job, numbers in record.results.items():
         if job.task == task and job.seed == SWEEP_SEED:
-            sweeps.setdefault(job.method, {})[job.rate] = numbers["val"]
-    print("\n| method | validation loss at each rate |\n|---|---|")
-    for method, losses in sweeps.items():
+            sweeps.setdefault((job.method, job.steps), {})[job.rate] = numbers["val"]
+    print("\n| method | steps | validation loss at each rate |\n|---|---|---|")
+    for (method, steps), losses in sweeps.items():
         cells = [f"{rate:.2g}: {loss:.5f}" if loss else f"{rate:.2g}: not finite"
                  for rate, loss in sorted(losses.items())]
-        print(f"| {method} | {', '.join(cells)} |")
+        print(f"| {method} | {steps} | {', '.join(cells)} |")
 
 
 def draw_results(results, over, most_pairs, file):

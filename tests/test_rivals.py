@@ -179,7 +179,7 @@ def test_what_is_done_is_printed_without_training_and_nothing_is_an_error(tmp_pa
             table, sweeps = capsys.readouterr().out.split("\n\n")
             rows = [line.split(" | ") for line in table.splitlines()[2:]]
             assert [(row[0], row[4]) for row in rows] == [("| bps", "2"), ("| lora", "1")]
-            assert "| bps | 0.001: not finite |" in sweeps
+            assert "| bps | 1 | 0.001: not finite |" in sweeps
         else:
             with pytest.raises(weights.UserError, match="nothing of this study"):
                 rivals.main()
