@@ -138,8 +138,8 @@ class BPS(nn.Module):
     of the contracting path and, last, of the middle; an entry of `output_blocks` is
     [block, port] or [block, port, up-sampler].
     """
-    checkpointing = False               # of activations: less memory in training, more time
-    port_size = 3                       # of the ports' convolutions in contracting path and middle
+    checkpointing = False               # activations computed twice: less memory, more time
+    port_size = 3                       # the ports' convolutions in contracting path and middle
     middle_blocks = 2
 
     def __init__(self, config=BPSConfig()):
@@ -259,7 +259,8 @@ def config_for(unet_config, cond_channels, factor, port_weights="head-heavy", fo
     the middle and 1 on the expansive path (authors' code); "flat" is 1 everywhere (theirs for
     layout); or numbers: one per level, the middle's, the expansive path's. The weights do not
     limit what can be learned, for a port can grow; with Adam a weight of w acts like a learning
-    rate w times as large. Errors: weights.UserError if their count does not fit.
+    rate w times as large. Errors: weights.UserError if their count does not fit, or if
+    the layers behind the last port would learn nothing.
     """
     levels = len(unet_config.channels)
     if port_weights == "head-heavy":
@@ -270,6 +271,9 @@ def config_for(unet_config, cond_channels, factor, port_weights="head-heavy", fo
         raise weights.UserError(f"{len(port_weights)} port weights; this base takes {levels + 2}: "
                                 f"one for each of {levels} levels of the contracting path, the "
                                 f"middle's, the expansive path's")
+    if not any(port_weights[levels - 1:]):
+        raise weights.UserError(f"port weights {port_weights}: nothing is steered from the lowest "
+                                f"level on; give it, the middle or the expansive path a weight")
     *input_weights, middle_weight, output_weight = port_weights
     return BPSConfig(
         cond_channels=cond_channels, factor=factor, channels=unet_config.channels,
@@ -423,8 +427,6 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
         with torch.device("meta"):
             bps = build_bps(BPSConfig(**config))
         bps.metadata = dict(metadata)
-    except weights.UserError:
-        raise
     except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
         raise weights.UserError(f"{file}: not a BPS file; train.py writes "
                                 f"bps.safetensors") from None
@@ -538,15 +540,13 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--ports", action="store_true", help="print the table")
-    add("--cond-channels", type=int, default=1, help="1 for sketch, 3 for segmentation or layout, "
-        "4 for artistic (default: %(default)s)")
+    add("--cond-channels", type=int, choices=(1, 3, 4), default=1, help="1 for sketch, 3 for "
+        "segmentation or layout, 4 for artistic (default: %(default)s)")
     add("--base", type=Path, help="the Stable Diffusion to steer (default: SD 1.5's sizes)")
     add_port_options(parser)
     args = parser.parse_args()
     if not args.ports:
         parser.error("nothing to do; --ports prints the table of ports")
-    if args.cond_channels < 1:
-        parser.error(f"--cond-channels {args.cond_channels}: at least 1")
     unet_config, factor = UNetConfig(), BPSConfig.factor
     if args.base:
         unet_config = UNetConfig(**checkpoints.read_unet(args.base).config)

@@ -82,7 +82,7 @@ class Tokenizer:
             ids, dropped = self.fit(text)
             if dropped:
                 warnings.warn(f"prompt longer than {CONTEXT_LENGTH - 2} tokens; "
-                              f"dropped: {dropped!r}", stacklevel=2)
+                              f"dropped: {dropped!r}")
             row = [self.begin, *ids, self.end]
             rows.append(row + [self.pad] * (CONTEXT_LENGTH - len(row)))
         return torch.tensor(rows, dtype=torch.int64)

@@ -5,7 +5,7 @@ width.
 
     pairs = load_pairs("sketch", "train")
     cache = LatentCache(pairs, "sketch", 64, base)
-    cond, z, context = cache.batch(16, generator)
+    cond, z, context = cache.batch(torch.arange(16), 16, generator)
 """
 import hashlib
 import json
@@ -36,11 +36,11 @@ from inputs.train_options import EMPTY_SHARE
 from tiny.tasks import embedded_pairs
 from weights import UserError
 
-TEST_SHARE, VAL_SHARE = 0.15, 0.05      # of a user's pairs
+TEST_SHARE, VAL_SHARE = 0.15, 0.05      # shares of a user's pairs
 MIN_PAIRS = 10
 PART = 48                       # pairs in a part of the cache
 MOST_PROMPTS = 2000             # that are encoded beforehand: 240 MB at SD 1.5's size
-CACHE_VERSION = 1               # of what is cached, and how
+CACHE_VERSION = 1               # to be raised with what is cached, or how
 
 
 class Pair(NamedTuple):
@@ -49,7 +49,7 @@ class Pair(NamedTuple):
     open_cond: Callable[[], Image.Image]
     open_image: Callable[[], Image.Image]
     prompts: tuple              # the first is the one to validate with
-    files: tuple = ()           # of condition and image, if they are a user's own
+    files: tuple = ()           # condition and image, if they are a user's own
 
 
 # ---- pairs ---------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def open_pair(pair, task, size, extract=False, flip=False):
 class DiskCache(NamedTuple):
     """A folder of what is computed once, by what it depends on; trainings share it."""
     folder: Path
-    facts: dict                 # of the base, that all of it depends on
+    facts: dict                 # the base's, that all of it depends on
     processes: Processes = Processes()
 
     def file(self, facts, make):
@@ -168,7 +168,7 @@ class LatentCache:
         self.flips = (False, True) if mirror else (False,)
         parts = [(pairs[i:i + PART], flip) for flip in self.flips
                  for i in range(0, len(pairs), PART)]
-        files = {}                                      # of the parts that this process makes
+        files = {}                              # {index of a part that this process makes: file}
         if disk:
             disk.folder.mkdir(parents=True, exist_ok=True)
             for i in tqdm(disk.processes.slots(len(parts)).tolist(), desc="latents", leave=False):

@@ -55,7 +55,7 @@ from inputs.sample_options import (
 )
 from unet import UNet, load_unet
 from vae import AutoencoderKL, load_vae
-from weights import UserError, fingerprint, is_finite
+from weights import UserError, fingerprint, is_finite, replacing
 
 PROMPTS_AT_A_TIME = 16
 FAR_OUTSIDE = 10                # mean of |x| or |z|, which is about 1 at most
@@ -124,8 +124,8 @@ def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_
 def draw(base, context, context_empty, seeds, size, sampling=diffusion.Sampling(), conditions=()):
     """Returns pictures x (B, 3, size, size), one per text state and seed, drawn as one batch.
 
-    context: (B, L, D). context_empty: (1, L, D). seeds: B integers. conditions: Steerings of B
-    conditions each.
+    context: (B, L, D). context_empty: (1, L, D). seeds: B integers. conditions: Steerings, of
+    B conditions each or of one for all.
     """
     sampler, steps, guidance_scale = sampling
     timesteps, _ = diffusion.sampler_steps(steps, base.schedule, sampler)
@@ -220,7 +220,8 @@ def write_pictures(name, pictures, seeds, texts, conditions, out):
     files = unused([*(out / f"{name}condition{number}.png" for number in numbers),
                     *(out / f"{name}{seed:04d}.png" for seed in seeds)])
     for image, file in zip(conditions, files):
-        image.save(file)
+        with replacing(file) as temporary:
+            image.save(temporary)
         print(file, "(the condition as the network sees it)")
     for x, text, file in zip(pictures, texts, files[len(conditions):]):
         write_picture(x, text, file)
@@ -233,9 +234,8 @@ def write_picture(x, text, file):
     for key, value in text.items():
         # a file's name may not be valid Unicode, which a text field must be
         info.add_itxt(key, str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
-    temporary = file.with_suffix(".tmp")
-    to_image(x).save(temporary, "PNG", pnginfo=info)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        to_image(x).save(temporary, pnginfo=info)
 
 
 def describe(args, job, seed, size, files, base):

@@ -1,7 +1,7 @@
 """From a large to a small probability space in the plane, against the exact posterior denoiser.
 
     python toy2d.py                     prior, steered, rivals: two figures and a table, 3 minutes
-    python -m measure.toy modes         studies: modes, robustness, algebra, rates
+    python -m measure.toy modes         studies: modes, robustness, algebra, rates, bits
 
 The large space is a pinwheel, a Gaussian mixture of K components; a condition c_add names an arm
 and says, with some error, how far out on it the point lies. In a mixture everything that a
@@ -26,6 +26,7 @@ import diffusion
 from inputs.options import Parser, run, seed_number
 from measure.plots import Figure
 from unet import timestep_embedding
+from weights import replacing
 
 ARMS, BEADS = 5, 12                     # arms of the pinwheel, components on each
 PLACE_ERROR = 0.2                       # standard error of a reading of the place, 0 to 1
@@ -426,7 +427,8 @@ def save_table(rows, file):
                for value in row.values()] for row in rows]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     print(text, end="")
-    file.write_text(text, encoding="utf-8")
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
     print(file)
 
 

@@ -15,7 +15,6 @@ import hashlib
 import json
 import os
 import time
-from pathlib import Path
 
 try:
     import fcntl
@@ -178,11 +177,12 @@ def lock(folder):
         return
     file = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another process trains in it; wait for its end, or give "
+                            f"another --out") from None
         yield
-    except BlockingIOError:
-        raise UserError(f"{folder}: another process trains in it; wait for its end, or give "
-                        f"another --out") from None
     finally:
         os.close(file)
 
@@ -314,7 +314,8 @@ def train_in(out, args, facts, base, splits, processes):
     numbers = report(base, test_cache, bps, out, args.seed, meter)
     file, drawing = out / "bps.safetensors", out / "condition.png"
     save_bps(bps, file, metadata | dict(best=run.best, results=numbers))
-    example_condition(args.task, test_cache).save(drawing)
+    with weights.replacing(drawing) as temporary:
+        example_condition(args.task, test_cache).save(temporary)
     (out / CHECKPOINT).unlink()
     for written in (file, drawing, out / "log.jsonl", out / "curve.png", out / "args.json"):
         print(written)

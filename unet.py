@@ -215,7 +215,7 @@ def run_block(block, *arguments, checkpointing):
 
 class UNet(nn.Module):
     """Predicts the noise in a latent from the noisy latent, the timestep and the text."""
-    checkpointing = False               # of activations: less memory in training, more time
+    checkpointing = False               # activations computed twice: less memory, more time
 
     def __init__(self, config=UNetConfig()):
         super().__init__()

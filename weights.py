@@ -7,6 +7,7 @@ fetched from a network.
     checkpoint = checkpoints.read_unet("tiny/model")    # config and tensors
     unet = checkpoint.build(UNet, UNetConfig)
 """
+import contextlib
 import hashlib
 import json
 import os
@@ -22,11 +23,11 @@ from tqdm import tqdm
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 CONVERTED_AT_A_TIME = 16        # tensors, before their file is opened anew
 LARGEST_HEADER = 100_000_000    # bytes; the format's own limit
-LARGEST_SIZE = 1 << 20          # of a module: more than any model has
-NAMES_SHOWN = 8                 # of tensors that do not fit
+LARGEST_SIZE = 1 << 20          # more channels, layers or words than any model has
+NAMES_SHOWN = 8                 # names of tensors that do not fit
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something that the user can mend; the message is one line that says what and how."""
 
 
@@ -157,31 +158,41 @@ def read_json(file):
     return content
 
 
-def save(tensors, file, metadata):
-    """Writes tensors and string metadata as safetensors: to a temporary name, then renamed."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    temporary = f"{file}.tmp"
+@contextlib.contextmanager
+def replacing(file):
+    """Yields a temporary path to write to, of the same suffix, and renames it to `file` at the end.
+
+    After an error or an interruption an older `file` is as it was, and the temporary one is gone.
+    """
+    file = Path(file)
+    temporary = file.with_name(f".{file.name}")
     try:
-        save_file(tensors, temporary, metadata)
-    except SafetensorError as error:
-        raise UserError(f"{file}: cannot be written ({error}); is the disk full?") from None
-    os.replace(temporary, file)
+        yield temporary
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(tensors, file, metadata):
+    """Writes tensors and string metadata as safetensors."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(file) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise UserError(f"{file}: cannot be written ({error}); is the disk full?") from None
 
 
 def write_json(content, file):
-    """Writes a dict or list as indented JSON: to a temporary name, then renamed."""
-    temporary = f"{file}.tmp"
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.write(json.dumps(content, indent=1) + "\n")
-    os.replace(temporary, file)
+    """Writes a dict or list as indented JSON."""
+    with replacing(file) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def write_lines(rows, file):
-    """Writes dicts as one line of JSON each: to a temporary name, then renamed."""
-    temporary = f"{file}.tmp"
-    with open(temporary, "w", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
-    os.replace(temporary, file)
+    """Writes dicts as one line of JSON each."""
+    with replacing(file) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def save_training(file, modules, trained, optimizer, facts):
@@ -192,8 +203,7 @@ def save_training(file, modules, trained, optimizer, facts):
     tensors = {f"{name}.{key}": parameter for name, module in modules.items()
                for key, parameter in module.named_parameters()}
     for key, parameter in modules[trained].named_parameters():
-        if parameter.requires_grad:
-            state = optimizer.state[parameter]
+        if state := optimizer.state.get(parameter):     # none before its first step
             tensors |= {f"m.{key}": state["exp_avg"], f"v.{key}": state["exp_avg_sq"]}
     save(tensors, file, dict(facts=json.dumps(facts)))
 
@@ -210,7 +220,7 @@ def load_training(file, modules, trained, optimizer):
                 for key, parameter in module.named_parameters():
                     parameter.copy_(f.get_tensor(f"{name}.{key}"))
             for key, parameter in modules[trained].named_parameters():
-                if parameter.requires_grad:
+                if f"m.{key}" in f.keys():
                     optimizer.state[parameter] = dict(
                         step=torch.tensor(float(facts["step"])),
                         exp_avg=torch.empty_like(parameter).copy_(f.get_tensor(f"m.{key}")),

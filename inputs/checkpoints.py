@@ -22,7 +22,7 @@ from weights import (
     shortened,
 )
 
-UNET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"       # of weights files in a folder
+UNET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"       # names of weights files
 TAKES = "this program takes text-to-image models of SD 1.x and 2.x"
 SDXL_WIDTHS = {2048: "an SD XL model", 1280: "an SD XL refiner"}
 SD2_TEXT_LAYERS = 23
@@ -47,9 +47,9 @@ VAE_FIXED = dict(
     use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
     shift_factor=None, latents_mean=None, latents_std=None)
 TEXT_FIXED = dict(max_position_embeddings=77, layer_norm_eps=1e-5)
-SCHEDULE_FIXED = dict(beta_schedule="scaled_linear", trained_betas=None,
+SCHEDULE_FIXED = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", trained_betas=None,
                       rescale_betas_zero_snr=False, prediction_type=PREDICTION_TYPES,
-                      timestep_spacing=(None, *SPACINGS))
+                      timestep_spacing=(None, *SPACINGS), steps_offset=(0, 1))
 
 
 # ---- refusing ------------------------------------------------------------------------------
@@ -65,8 +65,6 @@ def as_user_error(read):
         """Reads the path; all errors name it."""
         try:
             return read(path, *args)
-        except UserError:
-            raise
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
                 ValueError) as error:
             raise UserError(f"{path}: its names or sizes are not those of SD 1.x or 2.x "
@@ -94,8 +92,8 @@ def check_values(config, implemented, file):
         allowed = allowed if isinstance(allowed, tuple) else (allowed,)
         value = config.get(key, allowed[0])
         values = value if isinstance(value, list) else [value]
-        if any((entry or None) not in [choice or None for choice in allowed]  # false is none is 0
-               for entry in values):
+        # diffusers writes "off" as false, null or 0
+        if any((entry or None) not in [choice or None for choice in allowed] for entry in values):
             raise UserError(f"{file}: {key} = {value!r} is not implemented; allowed is "
                             f"{' or '.join(map(repr, allowed))}")
 
@@ -530,7 +528,7 @@ def check_text(checkpoint, folder, vocab, activations):
                         f"knows ids up to {vocab_size - 1}; give the tokenizer of this model")
     if vocab[last] + 1 < vocab_size:
         warnings.warn(f"{folder}: {vocab[last] + 1} tokens, but {checkpoint.file} knows "
-                      f"{vocab_size}; is it this model's?", stacklevel=3)
+                      f"{vocab_size}; is it this model's?")
 
 
 # ---- noise schedule ------------------------------------------------------------------------
@@ -551,7 +549,6 @@ def load_schedule(path, prediction_type=None):
                         f"--prediction-type epsilon (512 px models) or v_prediction (768 px)")
     check_values(config, SCHEDULE_FIXED, file)
     return NoiseSchedule(config.get("beta_start", 0.00085), config.get("beta_end", 0.012),
-                         config.get("num_train_timesteps", 1000),
                          prediction_type=config.get("prediction_type", "epsilon"),
                          spacing=config.get("timestep_spacing"),
                          steps_offset=config.get("steps_offset", 1),

@@ -23,12 +23,12 @@ from weights import UserError
 
 LINE_CONTRAST = 0.1             # slope of x per pixel from which an edge counts as a line
 FAINT, FULL_INK = 0.05, 0.25    # slopes from which a soft line is there, and is drawn in full
-FAINTEST_INK = 0.1              # of the darkest line of a drawing that has lines
+FAINTEST_INK = 0.1              # least contrast of a condition that says something
 UNIFORM = 0.97                  # share of one tone in a line of pixels that is frame or margin
 HIDDEN_INK = 2                  # how much more contrast than white a black ground has to give
 RARE_LIGHT = 0.3                # share of light pixels up to which a dark-sided drawing is chalk
 SMOOTHED = 256                  # pixels a side above which pictures are smoothed for soft lines
-COLOUR_CELLS = 8                # of a colour reference, along the shorter side
+COLOUR_CELLS = 8                # cells of a colour reference along the shorter side
 MAX_CLASSES = 256               # what a palette holds
 INSIDE_NUMBERS = (1, 255)       # what grey masks have inside; 0 is outside
 LOSSLESS = ("PNG", "BMP", "GIF", "TIFF")
@@ -48,8 +48,6 @@ def naming_file(file):
     """Turns whatever Pillow raises for a file into a UserError that names it."""
     try:
         yield
-    except UserError:
-        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise UserError(f"{file}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be meant "
                         f"to fill the memory; scale it down") from None

@@ -80,6 +80,14 @@ class Parser(argparse.ArgumentParser):
             "it: v_prediction for SD 2.x at 768 px")
 
 
+    def add_draws(self):
+        """Adds --count and --seed of the pictures that a measurement draws."""
+        self.add_argument("--count", type=positive, help="pictures of each row (default: "
+                          "all test pairs)")
+        self.add_argument("--seed", type=seed_number, default=0, help="the seed of the first "
+                          "picture (default: %(default)s)")
+
+
 def add_port_options(parser):
     """Adds what a BPS consists of: --weights and --foot."""
     add = parser.add_argument
@@ -111,7 +119,7 @@ def usable_device(name):
     """Returns the name of a device that this machine has. Errors: ArgumentTypeError."""
     try:
         torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError):      # no such kind, or PyTorch was built without it
+    except (RuntimeError, AssertionError, ImportError):     # no such kind, or not in this PyTorch
         raise argparse.ArgumentTypeError(f"{name} is not there; cpu always is") from None
     return name
 
@@ -164,6 +172,13 @@ def seed_number(text):
     return int(text)
 
 
+def positive(text):
+    """Returns the integer that a text means, 1 or more. Errors: ArgumentTypeError."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return int(text)
+
+
 def run(main, interrupted="interrupted"):
     """Runs a script's main(): a user's mistake ends in one line on stderr and exit code 2.
 
@@ -175,18 +190,15 @@ def run(main, interrupted="interrupted"):
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0":          # the other processes have met the same
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RuntimeError as error:
-        if (isinstance(error, torch.cuda.OutOfMemoryError)
-                or "MPS backend out of memory" in str(error)):
-            print("error: out of GPU memory; a smaller --size or --batch, --dtype fp16 or --device "
-                  "cpu needs less", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if (isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
+                or "MPS backend out of memory" in str(error)
+                or "can't allocate memory" in str(error)):
+            print("error: out of memory; a smaller --size or --batch, --dtype fp16 or, on a GPU, "
+                  "--device cpu needs less", file=sys.stderr)
         elif ended_elsewhere(error):
             print("error: another process of this training has ended", file=sys.stderr)
         else:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from weights import UserError
 
-LONGEST_WAIT = timedelta(days=1)        # of the others, while the first one validates
+LONGEST_WAIT = timedelta(days=1)        # while the first process validates
 
 
 class Processes(NamedTuple):

@@ -26,13 +26,13 @@ from inputs.options import (
 from inputs.pairs import list_files, read_captions
 from weights import UserError
 
-DEFAULT_BPS = HERE / "tiny" / "bps_sketch.safetensors"      # of the embedded base
+DEFAULT_BPS = HERE / "tiny" / "bps_sketch.safetensors"      # for the embedded base
 DEFAULT_DRAWING = HERE / "tiny" / "drawing.png"
 NONE = Path("none")             # for --bps and --mask
 DEFAULTS = diffusion.Sampling()
 SD_GUIDANCE = 7.5
 DENOISE = 0.6                   # share of the steps after --init
-MOST = 1000                     # of a strength, either way
+MOST_STRENGTH = 1000            # either way; of scales and guidance, too
 PATHS = ("base", "tokenizer", "vae", "init")                # options that name one file or folder
 # what a picture's options are, beside its conditions and paths; the seed is its own
 SETTINGS = ("prompt", "negative_prompt", "sampler", "steps", "guidance", "clip_skip", "dtype",
@@ -124,13 +124,14 @@ def parse_args(description):
         options, drawn_with, device = read_picture_options(args.picture)
         if device != args.device:
             warnings.warn(f"{args.picture} was drawn on {device}; on {args.device} it may differ "
-                          f"in the last bits", stacklevel=2)
-        parser.set_defaults(**options)
-        before = files_of(finish(parser, parser.parse_args([])))
+                          f"in the last bits")
+        own = parser.parse_args(option_words(options))
+        parser.set_defaults(**vars(own))
+        own_files = files_of(finish(parser, own))
         args = parser.parse_args()
-    now = files_of(finish(parser, args))
+    files = files_of(finish(parser, args))
     args.drawn_with = {role: digest for role, digest in drawn_with.items()
-                       if before.get(role) == now.get(role)}
+                       if own_files.get(role) == files.get(role)}
     check_settings(parser, args)
     return args
 
@@ -178,7 +179,7 @@ def join_conditions(parser, args, is_embedded):
 def check_settings(parser, args):
     """Ends the script if a setting is out of range; sets args.start, the first step to do."""
     for name, low, high in (("n", 1, 10_000), ("batch", 1, 10_000), ("steps", 1, 999),
-                            ("guidance", -MOST, MOST)):
+                            ("guidance", -MOST_STRENGTH, MOST_STRENGTH)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} {getattr(args, name)}: allowed are {low} to {high}")
     if args.seed + args.n > MOST_SEEDS:
@@ -196,8 +197,9 @@ def check_settings(parser, args):
     steps = args.steps - args.start
     for condition in args.conditions:
         for name in ("scale", "strength"):
-            if not -MOST <= getattr(condition, name) <= MOST:
-                parser.error(f"--{name} {getattr(condition, name)}: allowed are {-MOST} to {MOST}")
+            if not -MOST_STRENGTH <= getattr(condition, name) <= MOST_STRENGTH:
+                parser.error(f"--{name} {getattr(condition, name)}: allowed are {-MOST_STRENGTH} "
+                             f"to {MOST_STRENGTH}")
         start, end = condition.window
         if not 0 <= start < end <= 1:
             parser.error(f"--window {start:g} {end:g}: give a start and a later end, both from 0 "
@@ -226,8 +228,9 @@ def check_fit(bps, file, base, base_path):
         if trained != given:
             raise UserError(f"{file}: for a base of {name} {trained}, but {base_path} has {given}; "
                             f"give the --base it was trained on")
-    task = bps.metadata.get("task")
-    if task not in TASKS or "size" not in bps.metadata:
+    task, size = bps.metadata.get("task"), bps.metadata.get("size")
+    if (task not in TASKS or type(size) is not int or size < 1
+            or not isinstance(bps.metadata.get("classes", {}), dict)):
         raise UserError(f"{file}: does not say what it was trained for; give a file that "
                         f"train.py wrote")
     if bps.config.cond_channels != TASKS[task].channels:
@@ -309,7 +312,7 @@ def picture_options(args, job, seed, size, prediction_type):
                     prediction_type=prediction_type)
     for name in PATHS:
         path = getattr(args, name)
-        if path and path != BASE:
+        if path and path.resolve() != BASE:
             options[name] = str(path.resolve())
     if not job.conditions:
         return options | dict(bps=["none"])
@@ -320,22 +323,27 @@ def picture_options(args, job, seed, size, prediction_type):
         options["mask"] = [str(condition.mask.resolve()) if condition.mask else str(NONE)
                            for condition in job.conditions]
     for name, default in (("bps", DEFAULT_BPS), ("cond", DEFAULT_DRAWING)):
-        paths = options.pop(name)
+        paths = [path.resolve() for path in options.pop(name)]
         if paths != [default]:
-            options[name] = [str(path.resolve()) for path in paths]
+            options[name] = list(map(str, paths))
     return options
 
 
 def command_line(options):
     """Returns the command that draws a picture of these options."""
-    words = ["python", "sample.py"]
+    return shell_command(["python", "sample.py", *option_words(options)])
+
+
+def option_words(options):
+    """Returns the words of a command line that gives these options."""
+    words = []
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
         if isinstance(value, list):
-            words += [option, *value]
+            words += [option, *map(str, value)]
         else:
             words.append(f"{option}={value}")           # a prompt may begin with -
-    return shell_command(words)
+    return words
 
 
 def read_picture_options(picture):
@@ -345,10 +353,13 @@ def read_picture_options(picture):
         raise UserError(f"{picture}: drawn by an earlier version, whose options are not read; its "
                         f"text field `command` says them")
     try:
-        return json.loads(text["options"]), json.loads(text["files"]), text["device"]
+        options, files = json.loads(text["options"]), json.loads(text["files"])
+        if isinstance(options, dict) and isinstance(files, dict):
+            return options, files, text["device"]
     except (KeyError, ValueError):
-        raise UserError(f"{picture}: does not say how it was drawn; --from takes a PNG as "
-                        f"sample.py wrote it; other programs drop such notes") from None
+        pass                                    # as of any other picture
+    raise UserError(f"{picture}: does not say how it was drawn; --from takes a PNG as sample.py "
+                    f"wrote it; other programs drop such notes")
 
 
 def files_of(args):

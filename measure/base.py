@@ -61,8 +61,7 @@ def main():
     add("--base", type=Path, default=BASE, help="the SD folder to measure (default: tiny/model)")
     add("--reader", type=Path, default=BASE, help="the SD folder whose CLIP reads the pictures "
         "(default: tiny/model)")
-    add("--count", type=int, default=141, help="test pictures to draw (default: all %(default)s)")
-    add("--seed", type=int, default=0, help="the seed of the first picture (default: %(default)s)")
+    parser.add_draws()
     parser.add_device()
     add("--out", type=Path, default=BASE.parent / "drawn.png", help="(default: tiny/drawn.png)")
     args = parser.parse_args()

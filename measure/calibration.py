@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from bps import load_bps
 from data import LatentCache, load_pairs
 from inputs.options import BASE, Parser, run
 from measure.obedience import meter_for
 from measure.quality import distance_and_error, true_features
-from measure.report import draw_pairs, validate
+from measure.report import draw_pairs, load_fitting, validate
 from sample import load_base
 from tiny import world
 from tiny.classifier import Classifier
@@ -27,18 +26,17 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("bps", type=Path, nargs="+", help="files that train.py wrote for embedded tasks")
-    add("--count", type=int, help="pictures of each row (default: all test pairs)")
-    add("--seed", type=int, default=0, help="the seed of the first picture (default: %(default)s)")
+    parser.add_draws()
     parser.add_device()
     args = parser.parse_args()
     base, classify = load_base(BASE, device=args.device), Classifier()
     print("| task | bits | strength | obedience | kernel distance |\n|" + "---|" * 5)
     for file in args.bps:
-        bps = load_bps(file, device=args.device)
+        bps = load_fitting(file, base, device=args.device)
         task = bps.metadata["task"]
         val, test = (LatentCache(load_pairs(task, split), task, world.SIZE, base)
                      for split in ("val", "test"))
-        count = args.count or len(test.pairs)
+        count = min(args.count or len(test.pairs), len(test.pairs))
         meter = meter_for(task, embedded=True, device=args.device)
         true = true_features(classify, test, count)
         bits = "{:.0f} +- {:.0f}".format(*validate(base, test, bps)["bits"])

@@ -33,7 +33,7 @@ import weights
 from bps import Steering, build_bps, config_for, make_denoiser
 from clip import CLIPTextConfig, CLIPTextModel
 from inputs import checkpoints
-from inputs.options import BASE, DTYPES, FEET, Parser, run
+from inputs.options import BASE, DTYPES, FEET, Parser, positive, run
 from measure.report import peak_memory
 from sample import draw, load_base
 from tiny.pretrain import save_text_encoder, save_unet, save_vae
@@ -156,7 +156,7 @@ def with_controlnet(unet, controlnet):
     return predict
 
 
-def training_networks(program, checkpointing, dtype):
+def training_networks(program, checkpointing, dtype, device):
     """Returns (trained network, prediction(z_t, t, context, cond)) at SD 1.5's sizes.
 
     program: a foot of BPS, or "controlnet".
@@ -168,25 +168,25 @@ def training_networks(program, checkpointing, dtype):
         if checkpointing:
             unet.enable_gradient_checkpointing()
             trained.enable_gradient_checkpointing()
-        predict = with_controlnet(unet.to(dtype).requires_grad_(False), trained)
+        predict = with_controlnet(unet.to(device, dtype).requires_grad_(False), trained)
     else:
-        unet = UNet(UNetConfig()).to(dtype, memory_format=torch.channels_last)
+        unet = UNet(UNetConfig()).to(device, dtype, memory_format=torch.channels_last)
         unet.requires_grad_(False)
-        trained = random_bps(unet, 8, program)
+        trained = random_bps(unet, 8, program, device)
         unet.checkpointing = trained.checkpointing = checkpointing
 
         def predict(z_t, t, context, cond):
             """Returns eps (B, 4, H, W)."""
             return unet(z_t, t, context, trained(cond, unet.time_embedding(t)))
-    return trained.train(), predict
+    return trained.to(device).train(), predict
 
 
 def measure_training(program, size, checkpointing, dtype, device, repeat):
     """Returns (median seconds of a step, peak memory in GB) of a training on one picture."""
     torch.manual_seed(0)
     dtype = DTYPES[dtype]
-    trained, predict = training_networks(program, checkpointing, dtype)
-    trained, optimizer = trained.to(device), torch.optim.AdamW(trained.parameters(), lr=1e-5)
+    trained, predict = training_networks(program, checkpointing, dtype, device)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5)
     z_t = torch.randn(1, 4, size // 8, size // 8, device=device)
     noise, context = torch.randn_like(z_t), torch.randn(1, 77, 768, device=device)
     cond, t = torch.rand(1, 1, size, size, device=device), torch.tensor([500], device=device)
@@ -313,7 +313,7 @@ def peer_steps(device):
     """Returns {name: function that predicts SHARED_STEP pictures with guidance} of diffusers."""
     import diffusers
     unet = diffusers.UNet2DConditionModel(cross_attention_dim=768).to(device)
-    controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=1)
+    controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=1).to(device)
     batch = 2 * SHARED_STEP
     inputs = (torch.randn(batch, 4, SIDE, SIDE, device=device), torch.tensor(981, device=device),
               torch.randn(batch, 77, 768, device=device))
@@ -391,7 +391,7 @@ def main():
     add = parser.add_argument
     add("--base", type=Path, default=Path("runs/bench"), help="folder of the base that is made "
         "(default: %(default)s)")
-    add("--repeat", type=int, default=5, help="runs of each program (default: %(default)s)")
+    add("--repeat", type=positive, default=5, help="runs of each program (default: %(default)s)")
     # The last three make this process big, and the peak of a child begins with that of its parent.
     tables = dict(load=load_table, forward=forward_table, training=training_table,
                   controlnet=controlnet_table, steering=steering_table, rounding=rounding_table)

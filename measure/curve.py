@@ -2,6 +2,8 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from weights import replacing
+
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 60, 110, 20, 34      # room around the lines, in pixels
 ZOOM = 3                                        # it is drawn so much larger, then made small
@@ -11,8 +13,7 @@ TICKS = 4
 
 
 def draw_curve(rows, file):
-    """Writes the losses of a log's rows over their steps as PNG: to a temporary name, then renamed.
-    """
+    """Writes the losses of a log's rows over their steps as PNG."""
     steps = np.array([row["step"] for row in rows], float)
     losses = {key: np.array([row[key] for row in rows], float) for key in LINES}
     low, high = min(map(np.min, losses.values())), max(map(np.max, losses.values()))
@@ -45,6 +46,5 @@ def draw_curve(rows, file):
         lowest_name = max(points[-1][1], lowest_name)
         pen.text((points[-1][0] + 8 * ZOOM, lowest_name), name, color, font, "lm")
         lowest_name += 13 * ZOOM
-    temporary = file.with_suffix(".tmp.png")
-    sheet.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(temporary)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        sheet.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(temporary)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from bps import Steering, load_bps
+from bps import Steering
 from data import LatentCache, load_pairs
-from inputs.conditions import cond_to_x, drawing_to_cond
+from inputs.conditions import TASKS, cond_to_x, drawing_to_cond
 from inputs.options import BASE, HERE, Parser, run
 from inputs.sample_options import DEFAULT_BPS
-from measure.report import contact_sheet, draw_pairs
+from measure.report import contact_sheet, draw_pairs, load_fitting
 from sample import draw, load_base
 from tiny import world
 from weights import UserError
@@ -139,8 +139,9 @@ def main():
     args = parser.parse_args()
     if args.figure != "tasks" and len(args.bps) > 1:
         raise UserError(f"--bps: {args.figure} takes one file, not {len(args.bps)}")
-    networks = [load_bps(file) for file in args.bps]
-    columns, titles, names = FIGURES[args.figure](load_base(BASE), *networks)
+    base, tasks = load_base(BASE), tuple(TASKS) if args.figure == "tasks" else ("sketch",)
+    networks = [load_fitting(file, base, tasks) for file in args.bps]
+    columns, titles, names = FIGURES[args.figure](base, *networks)
     args.out.mkdir(parents=True, exist_ok=True)
     contact_sheet(columns, titles, names, args.out / f"{args.figure}.png", groups=1)
 

@@ -4,12 +4,14 @@ import math
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
+from weights import replacing
+
 SIDE, TOP, EDGE, NAMES = 300, 34, 42, 64        # pixels of a panel, and of its title and names
 GAP = 16                                        # pixels between panels
 ZOOM = 3                                        # figures are drawn larger, then scaled down
 COLORS = ("#d1495b", "#e28413", "#2a9d5c", "#2f6fb5", "#7b4fa3", "#444444")
 LIGHT, GREY = "#d5d8dd", "#777777"
-BAND_ALPHA = 50                                 # of 255
+BAND_ALPHA = 50                                 # opacity, 0 to 255
 GREYS = dict(light=LIGHT, dark="#555555")
 
 
@@ -175,5 +177,6 @@ class Figure:
             row, column = divmod(i, self.columns)
             axes.paint(pen, GAP + column * (SIDE + GAP), TOP + row * (SIDE + TOP))
         sheet = sheet.resize((width, height), Image.Resampling.LANCZOS)
-        sheet.quantize(128).save(file, optimize=True)
+        with replacing(file) as temporary:
+            sheet.quantize(128).save(temporary, optimize=True)
         print(file)

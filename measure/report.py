@@ -8,11 +8,14 @@ import sys
 import torch
 from PIL import Image, ImageDraw
 
-from bps import Steering
+from bps import Steering, load_bps
 from diffusion import Sampling
-from inputs.conditions import cond_to_x, images_at_a_time, to_image, to_x
+from inputs.conditions import TASKS, cond_to_x, images_at_a_time, to_image, to_x
+from inputs.options import BASE
+from inputs.sample_options import check_fit
 from measure.bits import calibrated_strength, condition_bits, log_snr
 from sample import draw
+from weights import UserError, replacing
 
 VALIDATION_T = tuple(range(62, 1000, 125))      # timesteps 62, 187 .. 937
 OBEDIENCE_PICTURES = 48
@@ -158,6 +161,16 @@ def draw_pairs(base, cache, bps, count, seed, sampling=None, strength=1.0, promp
     return torch.cat(pictures)
 
 
+def load_fitting(file, base, tasks=tuple(TASKS), device="cpu"):
+    """Returns a BPS for the embedded base and one of the tasks. Errors: UserError."""
+    bps = load_bps(file, device=device)
+    check_fit(bps, file, base, BASE)
+    if bps.metadata["task"] not in tasks:
+        raise UserError(f"{file}: for {bps.metadata['task']}; a BPS for {' or '.join(tasks)} is "
+                        f"wanted")
+    return bps
+
+
 def contact_sheet(columns, titles, names, file, groups=3):
     """Writes one picture with a row per name, in groups side by side; in one if they do not share
     the names equally.
@@ -182,9 +195,8 @@ def contact_sheet(columns, titles, names, file, groups=3):
             tile = to_image(column[i]).resize((W, H), Image.Resampling.NEAREST)
             sheet.paste(tile, (x, y))
         pen.text((left, y + H + 1), names[i][:group_width // 7], "grey")     # 6 px a letter
-    temporary = file.with_suffix(".tmp.png")
-    sheet.save(temporary)
-    temporary.replace(file)
+    with replacing(file) as temporary:
+        sheet.save(temporary)
     print(file)
 
 

@@ -23,7 +23,7 @@ from torch import nn
 from bps import BPS, zero_conv
 from unet import CrossAttention, UNet, timestep_embedding
 
-HINT_CHANNELS = (16, 32, 96, 256)   # of ControlNet's condition encoder, from size to size
+HINT_CHANNELS = (16, 32, 96, 256)   # ControlNet's condition encoder, from size to size
 
 
 class RivalUNet(nn.Module):

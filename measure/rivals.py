@@ -30,7 +30,7 @@ from bps import build_bps, config_for
 from data import LatentCache, load_pairs
 from inputs import checkpoints
 from inputs.conditions import TASKS, to_x
-from inputs.options import BASE, HERE, Parser, run
+from inputs.options import BASE, HERE, Parser, positive, run
 from inputs.processes import Processes
 from inputs.train_options import EMPTY_SHARE
 from measure.obedience import meter_for
@@ -469,9 +469,9 @@ def main():
         "(default: docs/figures)")
     add("--done", action="store_true", help="train nothing: print what is done")
     add("--method", choices=METHODS, help="train this one only, on --pairs for --steps by --seed")
-    add("--pairs", type=int, default=0, help="of --method; 0 is all (default: %(default)s)")
-    add("--steps", type=int, default=STEPS, help="of --method (default: %(default)s)")
-    add("--seed", type=int, choices=SEEDS, default=0, help="of --method (default: %(default)s)")
+    add("--pairs", type=int, default=0, help="its training pairs; 0 is all (default: %(default)s)")
+    add("--steps", type=positive, default=STEPS, help="its steps (default: %(default)s)")
+    add("--seed", type=int, choices=SEEDS, default=0, help="its seed (default: %(default)s)")
     args = parser.parse_args()
     record = Record(args.record, weights.fingerprint(*checkpoints.find_unet(BASE)))
     if not args.done:
@@ -479,6 +479,9 @@ def main():
         rates = functools.cache(bench.best_rate)
         jobs = STUDIES[args.study](bench, rates)
         if args.method:
+            if not 0 <= args.pairs <= len(bench.pairs["train"]):
+                parser.error(f"--pairs {args.pairs}: allowed are 0, which is all, to "
+                             f"{len(bench.pairs['train'])}")
             jobs = [Job(args.task, args.method, args.pairs, args.steps, rates(args.method),
                         args.seed)]
         for job in jobs:

@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 
-from bps import load_bps
 from data import LatentCache, load_pairs
 from diffusion import Sampling
 from inputs.options import BASE, Parser, run
 from inputs.sample_options import DEFAULT_BPS
 from measure.obedience import sketch
-from measure.quality import kernel_distance, recognition_rates, true_features
-from measure.report import draw_pairs
+from measure.quality import CANDIDATES, kernel_distance, recognition_rates, true_features
+from measure.report import draw_pairs, load_fitting
 from sample import load_base
 from tiny import world
 from tiny.classifier import Classifier
@@ -33,13 +32,13 @@ def main():
     """Prints the table."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--bps", type=Path, default=DEFAULT_BPS, help="of sketch (default: the one that comes with "
-        "the project)")
-    add("--count", type=int, default=141, help="pictures of each row (default: all %(default)s)")
-    add("--seed", type=int, default=0, help="the seed of the first picture (default: %(default)s)")
+    add("--bps", type=Path, default=DEFAULT_BPS, help="a BPS for sketch (default: the one "
+        "that comes with the project)")
+    parser.add_draws()
     parser.add_device()
     args = parser.parse_args()
-    base, bps = load_base(BASE, device=args.device), load_bps(args.bps, device=args.device)
+    base = load_base(BASE, device=args.device)
+    bps = load_fitting(args.bps, base, ("sketch",), args.device)
     pairs = load_pairs("sketch", "test")[:args.count]
     cache = LatentCache(pairs, "sketch", world.SIZE, base)
     conds, captions = cache.cond(range(len(pairs))), cache.first_prompts(range(len(pairs)))
@@ -47,7 +46,7 @@ def main():
                                for row in world.records("test", ("3d",))[:args.count]])
     classify = Classifier()
     true = true_features(classify, cache, len(pairs))
-    print("| drawn by | sampler | s per picture | line F1 | category | name among 24 | "
+    print(f"| drawn by | sampler | s per picture | line F1 | category | name among {CANDIDATES} | "
           "kernel distance |\n|---|---|---|---|---|---|---|")
     for drawer in (None, bps):
         for sampling in COMPARED:

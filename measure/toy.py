@@ -217,7 +217,7 @@ def gaussian_rows():
     reading, derived here). drawn: what diffusion.sample draws.
     """
     r_squared = GAUSSIAN_READING**2
-    v = r_squared / (1 + r_squared)                     # of a coordinate, given one reading
+    v = r_squared / (1 + r_squared)                     # a coordinate's variance, given one reading
     first, second = gaussian_eps((v, 1.0)), gaussian_eps((1.0, v))
     cases = [(f"one reading, s = {s:g}", [first], [s], r_squared / (r_squared + s), v**s)
              for s in STRENGTHS]

@@ -11,6 +11,7 @@ from bps import build_bps, config_for, port_table
 from inputs.options import HERE, Parser, run
 from measure.plots import COLORS, GREY, ZOOM
 from unet import ResBlock, SpatialTransformer, UNet, UNetConfig
+from weights import replacing
 
 STEP, BOX = 34, 24                      # pixels from block to block, and of a block's width
 LEFT, UNET_FLOOR, BPS_FLOOR, HEIGHT = 30, 185, 345, 430
@@ -61,7 +62,9 @@ class Drawing:
     def save(self, file):
         """Writes the picture as PNG at its own size."""
         size = self.width, HEIGHT
-        self.sheet.resize(size, Image.Resampling.LANCZOS).quantize(64).save(file, optimize=True)
+        sheet = self.sheet.resize(size, Image.Resampling.LANCZOS).quantize(64)
+        with replacing(file) as temporary:
+            sheet.save(temporary, optimize=True)
         print(file)
 
 

@@ -26,7 +26,7 @@ ADDRESS, PORT = "127.0.0.1", 8765
 HOSTS = [ADDRESS, "localhost"]
 DRAW_TIMEOUT = 5                # seconds that a page may take to read, for others wait meanwhile
 PAGE = Path(__file__).with_name("page.html")
-MOST_BYTES = 32 * 2**20         # of a request
+MOST_BYTES = 32 * 2**20         # the largest request
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
            "Cross-Origin-Resource-Policy": "same-origin",
            "Content-Security-Policy": "default-src 'self' 'unsafe-inline'; img-src data: blob:; "

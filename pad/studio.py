@@ -33,7 +33,7 @@ from weights import UserError, fingerprint
 PREVIEW_STEPS = 5
 CANVAS_SIDE = 256                       # pixels of the page's canvas at least
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)     # strengths
-# of a request, what is an option of sample.py, too
+# entries of a request that are options of sample.py
 SETTINGS = ("prompt", "negative_prompt", "seed", "steps", "guidance", "sampler", "strength")
 
 
@@ -43,7 +43,7 @@ class Dropped(Exception):
 
 class Drawn(NamedTuple):
     """A picture x (3, H, W), and what it was drawn of."""
-    number: int                 # of its request
+    number: int                 # the request's
     args: object                # sample.py's arguments
     job: Job
     x: torch.Tensor
@@ -238,13 +238,13 @@ class Studio:
         """
         _, bps = self.network(request)
         content, side = from_data_url(request.get("file")), max(CANVAS_SIDE, bps.metadata["size"])
-        with tempfile.NamedTemporaryFile(dir=self.scratch.name) as file:
-            file.write(content)
-            file.flush()
+        with tempfile.TemporaryDirectory(dir=self.scratch.name) as folder:
+            file = Path(folder) / "picture"
+            file.write_bytes(content)
             try:
-                image = open_condition(file.name, request["task"], bps.metadata.get("classes"))
+                image = open_condition(file, request["task"], bps.metadata.get("classes"))
             except UserError as error:
-                raise UserError(str(error).replace(file.name, "picture")) from None
+                raise UserError(str(error).replace(str(file), "picture")) from None
         image = TASKS[request["task"]].fit(image, side, side)
         return dict(picture=data_url(image.convert("RGB")))
 

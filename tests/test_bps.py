@@ -173,6 +173,8 @@ def test_weights_may_be_numbers_but_as_many_as_the_base_takes():
         (3.0, 2.0), 5.0, 0.5)
     with pytest.raises(UserError, match="3 port weights; this base takes 4: .* 2 levels"):
         config_for(SMALL, 1, FACTOR, port_weights=(1.0, 2.0, 3.0))
+    with pytest.raises(UserError, match="nothing is steered from the lowest level on"):
+        config_for(SMALL, 1, FACTOR, port_weights=(3.0, 0.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("foot", FEET)

@@ -390,6 +390,8 @@ def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states
     (dict(rescale_betas_zero_snr=True), "rescale_betas_zero_snr"),
     (dict(trained_betas=[0.1]), "trained_betas"),
     (dict(timestep_spacing="other"), "timestep_spacing = 'other'"),
+    (dict(num_train_timesteps=10), "num_train_timesteps = 10"),
+    (dict(steps_offset="1"), "steps_offset = '1'"),
 ])
 def test_another_noise_schedule_is_refused(change, message, tmp_path):
     (tmp_path / "scheduler").mkdir()

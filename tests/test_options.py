@@ -49,6 +49,15 @@ def folder(tmp_path):
     return tmp_path / "pairs"
 
 
+def test_memory_that_is_not_there_is_one_line(capsys):
+    for fill in (lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60)):
+        with pytest.raises(SystemExit) as stop:
+            options.run(fill)
+        printed = capsys.readouterr().err
+        assert stop.value.code == 2 and printed.startswith("error: out of memory; a smaller --size")
+        assert printed.count("\n") == 1
+
+
 @pytest.mark.parametrize("prompt", ["-cat", "-3 cats", "-h", "-"])
 def test_a_prompt_may_begin_with_a_dash(run, tmp_path, capsys, prompt):
     run(sample, "--bps", "none", "--prompt", prompt, "--negative-prompt", "-dog", "--steps", "1",

@@ -307,6 +307,21 @@ def test_the_command_in_a_picture_draws_it_again(draw, tmp_path, monkeypatch):
     assert np.array_equal(pixels(file), pixels(tmp_path / "c" / "0000.png"))
 
 
+@pytest.mark.parametrize("options, message", [
+    ([], "does not say how it was drawn"), (dict(window=[None]), "invalid float value: 'None'"),
+    (dict(sampler="none"), "invalid choice: 'none'"), (dict(other=1), "unrecognized arguments"),
+])
+def test_a_picture_whose_options_make_no_sense_is_refused_in_one_line(draw_again, tmp_path, capsys,
+                                                                      options, message):
+    info = PngImagePlugin.PngInfo()
+    for name, value in dict(options=json.dumps(options), files="{}", device="cpu").items():
+        info.add_text(name, value)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png", pnginfo=info)
+    with pytest.raises((UserError, SystemExit)) as error:
+        draw_again(tmp_path / "a.png")
+    assert message in f"{error.value}{capsys.readouterr().err}"
+
+
 def test_a_picture_of_an_earlier_version_is_refused_in_one_line(draw, draw_again, tmp_path):
     image = Image.open(draw("--n", 1) / "0000.png")
     info = PngImagePlugin.PngInfo()
@@ -428,6 +443,7 @@ def test_what_comes_with_the_project_is_found_again_where_the_project_has_moved(
     (["--guidance", "1e30"], "--guidance 1e+30: allowed are -1000 to 1000"),
     (["--guidance", "nan"], "--guidance nan: allowed are -1000 to 1000"),
     (["--seed", "-3"], "-3: allowed are 0 to"), (["--device", "warp"], "warp is not there"),
+    (["--device", "privateuseone"], "privateuseone is not there"),
     (["--bps", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
     (["--bps", "x", "y"], "--bps x: without --cond; of several, each needs its own"),
     (["--bps", "none", "x"], "--bps x: beside --bps none"),
@@ -459,9 +475,10 @@ def test_a_bps_of_the_wrong_channels_or_without_its_task_is_refused(draw, tmp_pa
     save_bps(bps, tmp_path / "a.safetensors", bps.metadata | dict(task="layout"))
     with pytest.raises(UserError, match="takes conditions of 1 channels, but .* layout, have 3"):
         draw("--bps", tmp_path / "a.safetensors")
-    save_bps(bps, tmp_path / "b.safetensors", bps.metadata | dict(task="nonsense"))
-    with pytest.raises(UserError, match="does not say what it was trained for"):
-        draw("--bps", tmp_path / "b.safetensors")
+    for fault in (dict(task="nonsense"), dict(size="64"), dict(size=0), dict(classes=["face"])):
+        save_bps(bps, tmp_path / "b.safetensors", bps.metadata | fault)
+        with pytest.raises(UserError, match="does not say what it was trained for"):
+            draw("--bps", tmp_path / "b.safetensors")
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])

@@ -1,7 +1,6 @@
 """Nothing is lost: runs that are killed, folders that two want, disks that are full, best weights."""
 import errno
 import fcntl
-import json
 import os
 import random
 import signal
@@ -15,7 +14,6 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-import sample
 import train
 import weights
 from bps import load_bps
@@ -143,6 +141,8 @@ def test_a_second_training_in_a_folder_ends_in_one_line(run, tmp_path):
         run(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
     os.close(other)                                     # as the kernel does when its owner dies
+    with pytest.raises(BlockingIOError), train.lock(tmp_path / "run"):      # another's, not ours
+        raise BlockingIOError
     run(tmp_path / "run")
     assert (tmp_path / "run" / "bps.safetensors").exists()
 
@@ -201,7 +201,8 @@ def test_a_full_disk_is_one_line_and_older_files_stay_whole(run, tmp_path, monke
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(lines) == 1 and "No space left" in lines[0]
     for file in out.iterdir():
-        if ".tmp" not in file.name and file.name in before:
+        assert not file.name.startswith(".")            # no temporary file is left
+        if file.name in before:
             assert file.suffix == ".safetensors" or file.read_bytes() == before[file.name]
     monkeypatch.setattr(owner, function, write)
     run(out)                                            # and once there is room, it goes on

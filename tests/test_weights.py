@@ -117,6 +117,30 @@ def test_a_faulty_file_is_refused_with_the_reason(folder, spoil, message):
         load_unet(folder)
 
 
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "a.json"
+    weights.write_json(dict(a=1), file)
+    with pytest.raises(KeyboardInterrupt), weights.replacing(file) as temporary:
+        temporary.write_text("{")
+        raise KeyboardInterrupt
+    assert weights.read_json(file) == dict(a=1) and list(tmp_path.iterdir()) == [file]
+    weights.write_json(dict(a=2), file)
+    assert weights.read_json(file) == dict(a=2) and list(tmp_path.iterdir()) == [file]
+
+
+def test_a_checkpoint_before_the_optimizers_first_step_is_written_and_read(tmp_path):
+    module = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(module.parameters())
+    for step in range(2):
+        weights.save_training(tmp_path / "a", dict(net=module), "net", optimizer, dict(step=step))
+        restored, fresh = torch.nn.Linear(2, 2), torch.optim.AdamW(module.parameters())
+        facts = weights.load_training(tmp_path / "a", dict(net=restored), "net", fresh)
+        assert facts == dict(step=step) and torch.equal(restored.weight, module.weight)
+        assert len(fresh.state) == (0 if step == 0 else 2)
+        module(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+
+
 def test_a_missing_path_is_named(tmp_path):
     with pytest.raises(weights.UserError, match="nowhere"):
         load_unet(tmp_path / "nowhere")
@@ -254,7 +278,7 @@ def test_a_senseless_index_of_shards_is_refused_in_one_line(folder):
 def test_a_senseless_noise_schedule_is_refused_in_one_line(tmp_path):
     file = tmp_path / "scheduler" / "scheduler_config.json"
     file.parent.mkdir()
-    for key in (*references.OLD, *checkpoints.SCHEDULE_FIXED, "steps_offset"):
+    for key in (*references.OLD, *checkpoints.SCHEDULE_FIXED):
         for value in NONSENSE:
             file.write_text(json.dumps(references.OLD | {key: value}))
             loads_or_is_refused(checkpoints.load_schedule, tmp_path)

@@ -8,8 +8,10 @@ A picture keeps its alpha, so that it can be pasted on any ground. Its colours a
 bits per channel (at most 2 of 255 off), which saves a third of the bytes.
 """
 import hashlib
+import importlib.util
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -20,8 +22,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from inputs.options import Parser
+from inputs.options import Parser, run
 from tiny import world
+from weights import UserError, replacing, write_lines
 
 # style word in captions -> npm package, pinned
 PACKAGES = {
@@ -49,10 +52,23 @@ SPELLING = {"e-mail": "e-mail", "t-shirt": "t-shirt", "x-ray": "x-ray", "t-rex":
 TEST_SHARE, VAL_SHARE = 0.16, 0.06
 
 
+def check_tools():
+    """Raises UserError if this machine lacks what requirements.txt does not bring."""
+    if importlib.util.find_spec("resvg_py") is None:
+        raise UserError("resvg-py is not installed; pip install resvg-py")
+    if shutil.which("npm") is None:
+        raise UserError("npm is not on the PATH; it comes with Node.js")
+
+
 def fetch(package, folder):
-    """Returns (icons.json, metadata.json) of an npm package as dicts, unpacked by `npm pack`."""
-    process = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, check=True,
-                             capture_output=True, text=True)
+    """Returns (icons.json, metadata.json) of an npm package as dicts, unpacked by `npm pack`.
+
+    Errors: UserError if npm cannot fetch it.
+    """
+    process = subprocess.run(["npm", "pack", "--silent", package], cwd=folder, capture_output=True,
+                             text=True)
+    if process.returncode:
+        raise UserError(f"{package}: npm cannot fetch it ({process.stderr.strip()})")
     with tarfile.open(Path(folder) / process.stdout.split()[-1]) as tar:
         names = tar.getnames()
         return [json.load(tar.extractfile(f"package/{part}.json"))
@@ -111,13 +127,15 @@ def main():
     parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=world.DATA, help="(default: tiny/data)")
     args = parser.parse_args()
+    check_tools()
     args.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         sets = {style: fetch(package, folder) for style, package in PACKAGES.items()}
     names = choose_names(sets["line"][1])
     rows = []
     for style, (icons, _) in sets.items():
-        with zipfile.ZipFile(args.out / f"{style}.zip", "w", zipfile.ZIP_STORED) as archive:
+        with (replacing(args.out / f"{style}.zip") as temporary,
+              zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive):
             for name, category in tqdm(names.items(), desc=style):
                 icon = find_icon(icons, name)
                 if icon is None:
@@ -127,10 +145,9 @@ def main():
                 caption = SPELLING.get(name, name.replace("-", " "))
                 rows.append(dict(name=name, caption=caption, category=category, style=style,
                                  split=split_of(name)))
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    (args.out / "metadata.jsonl").write_text(text, encoding="utf-8")
+    write_lines(rows, args.out / "metadata.jsonl")
     print(f"{len(names)} names, {len(rows)} pictures -> {args.out}")
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -28,7 +28,7 @@ import clip
 import weights
 from diffusion import NoiseSchedule
 from inputs import checkpoints
-from inputs.options import Parser, run
+from inputs.options import Parser, positive, run, seed_number
 from tiny import world
 from tiny.classifier import BATCH, CLIPScore, save_score
 from unet import ResBlock, SpatialTransformer, UNet, UNetConfig, load_unet
@@ -187,8 +187,9 @@ def train_tokenizer(captions, folder):
     vocab = {token: i for i, token in enumerate(tokens)}
     folder.mkdir(parents=True, exist_ok=True)
     weights.write_json(vocab, folder / "vocab.json")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(
-        f"{left} {right}\n" for left, right in merges), encoding="utf-8")
+    with weights.replacing(folder / "merges.txt") as temporary:
+        temporary.write_text("#version: 0.2\n" + "".join(
+            f"{left} {right}\n" for left, right in merges), encoding="utf-8")
     weights.write_json(dict(
         tokenizer_class="CLIPTokenizer", model_max_length=clip.CONTEXT_LENGTH,
         add_prefix_space=False, do_lower_case=True, errors="replace", bos_token=clip.BEGIN,
@@ -455,12 +456,12 @@ def main():
     add = parser.add_argument
     add("--stage", choices=STAGES, required=True)
     add("--minutes", type=float, default=60.0, help="budget of the stage (default: %(default)s)")
-    add("--steps", type=int, default=10**9, help="stop after this many steps (default: never)")
-    add("--pool", type=int, default=32_000, help="training pictures (default: %(default)s)")
+    add("--steps", type=positive, default=10**9, help="stop after this many steps (default: never)")
+    add("--pool", type=positive, default=32_000, help="training pictures (default: %(default)s)")
     add("--work", type=Path, default=HERE / "work", help="checkpoints (default: tiny/work)")
     add("--out", type=Path, default=HERE / "model", help="SD folder (default: tiny/model)")
     add("--init", metavar="PATH", help="SD folder whose U-Net the training starts from")
-    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    add("--seed", type=seed_number, default=0, help="(default: %(default)s)")
     parser.add_device()
     args = parser.parse_args()
     torch.manual_seed(args.seed)            # the initial weights

@@ -10,7 +10,6 @@ import json
 import zipfile
 from pathlib import Path
 
-import numpy as np
 from PIL import Image
 
 DATA = Path(__file__).parent / "data"
