@@ -296,7 +296,12 @@ class Bench:
         return meter_for(self.task, embedded=True)(x, self.test.cond(range(len(x))))
 
     def best_rate(self, method):
-        """Returns the learning rate of the lowest validation loss; the sweep widens at its ends."""
+        """Returns the learning rate of the lowest validation loss; the sweep widens at its ends.
+
+        The control that sees no condition is trained at BPS's rate.
+        """
+        if method == "bps-condition-blind":
+            return self.best_rate("bps")
         losses, rates = {}, list(RATES)
         while rates:
             rate = rates.pop(0)

@@ -5,6 +5,7 @@ import json
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -133,7 +134,7 @@ def test_augmented_pictures_are_other_pictures_of_the_same_range():
 
 def test_a_scene_holds_the_emoji_it_names_without_overlap():
     for i in range(20):
-        rng = world.np.random.default_rng(i)
+        rng = np.random.default_rng(i)
         _, caption, places = world.scene(world.pool("val"), rng)
         assert 2 <= len(places) <= 4
         assert all(row["caption"] in caption for row, *_ in places)
