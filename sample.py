@@ -222,9 +222,11 @@ def write_pictures(name, pictures, seeds, texts, conditions, out):
     for image, file in zip(conditions, files):
         with replacing(file) as temporary:
             image.save(temporary)
-        print(file, "(the condition as the network sees it)")
     for x, text, file in zip(pictures, texts, files[len(conditions):]):
         write_picture(x, text, file)
+    for file in files[:len(conditions)]:
+        print(file, "(the condition as the network sees it)")
+    for file in files[len(conditions):]:
         print(file)
 
 

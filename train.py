@@ -43,6 +43,8 @@ from tiny.tasks import CLASSES
 from weights import UserError
 
 CHECKPOINT = "checkpoint.safetensors"           # there as long as a run is unfinished
+FILES = ("args.json", CHECKPOINT, "bps.safetensors", "log.jsonl", "curve.png", "samples.png",
+         "condition.png")                       # what a run writes
 SPLITS = ("train", "val", "test")
 CHANGEABLE = {"out", "cache", "accumulate", "checkpointing"}    # arguments a run may go on with
 BASE_FACTS = ("vae_sha256", "configs_sha256")           # what latents depend on
@@ -190,16 +192,17 @@ def lock(folder):
 def choose_out(folder, facts):
     """Returns the run's folder: `folder` if new or an unfinished run of the same facts.
 
-    Otherwise the first free one of folder-2, folder-3 ..: a finished run is never overwritten.
+    Otherwise the first free one of folder-2, folder-3 ..: what is there is never overwritten.
     facts: what run_facts returns. Errors: UserError for a damaged args.json.
     """
     folder = folder if folder.name else folder.resolve()        # "." has no name to count up
     for number in range(1, 10_000):
         out = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        if not (out / "args.json").is_file():
+        there = [name for name in FILES if (out / name).exists()]
+        if not there:
             return out
-        finished = (out / "bps.safetensors").exists() and not (out / CHECKPOINT).exists()
-        if not finished and weights.read_json(out / "args.json") == facts:
+        finished = "bps.safetensors" in there and CHECKPOINT not in there
+        if "args.json" in there and not finished and weights.read_json(out / "args.json") == facts:
             return out
     raise UserError(f"{folder}: 10,000 runs beside it; give another --out")
 

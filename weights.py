@@ -163,12 +163,15 @@ def replacing(file):
     """Yields a temporary path to write to, of the same suffix, and renames it to `file` at the end.
 
     After an error or an interruption an older `file` is as it was, and the temporary one is gone.
+    Errors: UserError names the file if it cannot be written.
     """
     file = Path(file)
     temporary = file.with_name(f".{file.name}")
     try:
         yield temporary
         os.replace(temporary, file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -180,7 +183,7 @@ def save(tensors, file, metadata):
         try:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:
-            raise UserError(f"{file}: cannot be written ({error}); is the disk full?") from None
+            raise UserError(f"{file}: cannot be written ({first_line(error)})") from None
 
 
 def write_json(content, file):
@@ -226,8 +229,8 @@ def load_training(file, modules, trained, optimizer):
                         exp_avg=torch.empty_like(parameter).copy_(f.get_tensor(f"m.{key}")),
                         exp_avg_sq=torch.empty_like(parameter).copy_(f.get_tensor(f"v.{key}")))
     except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{file}: damaged ({first_line(error)}); delete it to start this run "
-                        f"anew") from None
+        raise UserError(f"{file}: damaged ({first_line(error)}); delete it and what else its run "
+                        f"wrote, to start anew") from None
     return facts
 
 

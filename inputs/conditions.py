@@ -62,7 +62,8 @@ def load_image(file):
     Errors: UserError if it is not there, cannot be read, or is too large to be meant.
     """
     if not Path(file).is_file():
-        raise UserError(f"{file}: no such file")
+        raise UserError(f"{file}: {'a folder' if Path(file).is_dir() else 'no such file'}; a "
+                        f"picture is wanted")
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = LARGEST_TEXT
     with naming_file(file), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -41,12 +41,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         """Ends the script with exit code 2."""
-        if "expected one argument" in message:
+        if re.search("expected (one|at least one) argument", message):
             message += "; write --option=VALUE if the value begins with a dash"
         self.exit(2, f"error: {message}\n")
 
-    def check_out(self, out, *sources):
-        """Ends the script if --out, or a folder it would lie in, is a file or write-protected.
+    def check_out(self, out, *sources, option="--out"):
+        """Ends the script if a folder to write to, or one it would lie in, is a file or protected.
 
         Nor may it lie in a source, a folder whose pictures are read: its own would be among them.
         """
@@ -55,10 +55,10 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--out {out}: lies in {source}, whose pictures are read; give another")
         for folder in (out, *out.absolute().parents):
             if folder.is_file():
-                self.error(f"--out {out}: {folder} is a file; a folder is wanted")
+                self.error(f"{option} {out}: {folder} is a file; a folder is wanted")
             if folder.exists():
                 if not os.access(folder, os.W_OK):
-                    self.error(f"--out {out}: {folder} cannot be written to")
+                    self.error(f"{option} {out}: {folder} cannot be written to")
                 return
 
     def add_device(self):
@@ -190,6 +190,10 @@ def run(main, interrupted="interrupted"):
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:                     # as of `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -61,7 +61,7 @@ def join_processes(device):
 
     Sources: the environment variables that torchrun sets. Errors: UserError for several on mps.
     """
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     if count == 1:
         return Processes(), device
     if device.startswith("mps"):

@@ -76,6 +76,7 @@ def parse_args(description):
     check_pixels(args.size, args.size)
     args.out = args.out or Path("runs") / ("check" if args.check_data else args.task)
     parser.check_out(args.out, *([args.data] if args.extract else []))
+    parser.check_out(args.cache, option="--cache")
     return args
 
 

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from clip import load_clip
@@ -35,6 +36,8 @@ class Survey:
     def look(self, role, file):
         """Returns the image of a file and counts it; None if it cannot be used."""
         try:
+            with conditions.naming_file(file), Image.open(file) as image:
+                image.verify()                      # checksums, too, which load() passes over
             image = conditions.load_image(file)
             if role == "condition" or self.extract:
                 self.look_at_condition(file, image)

@@ -137,6 +137,7 @@ def main():
     add("--out", type=Path, default=HERE / "docs" / "figures", help="folder (default: "
         "docs/figures)")
     args = parser.parse_args()
+    parser.check_out(args.out)
     if args.figure != "tasks" and len(args.bps) > 1:
         raise UserError(f"--bps: {args.figure} takes one file, not {len(args.bps)}")
     base, tasks = load_base(BASE), tuple(TASKS) if args.figure == "tasks" else ("sketch",)

@@ -109,7 +109,7 @@ class Record:
 
     def read(self):
         """Reads what other processes have added, too. Errors: UserError names a line."""
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        lines = self.file.read_text(errors="replace").splitlines() if self.file.exists() else []
         for number, line in enumerate(lines, 1):
             try:
                 row = json.loads(line)
@@ -457,6 +457,7 @@ def draw_results(results, over, most_pairs, file):
                 continue                    # nothing of this method is done
             x, mean, error, deviation = np.array(lines).T
             axes.line(x, mean, method, band=np.nan_to_num(deviation if name == names[1] else error))
+    file.parent.mkdir(parents=True, exist_ok=True)
     figure.save(file)
 
 
@@ -478,6 +479,11 @@ def main():
     add("--steps", type=positive, default=STEPS, help="its steps (default: %(default)s)")
     add("--seed", type=int, choices=SEEDS, default=0, help="its seed (default: %(default)s)")
     args = parser.parse_args()
+    if args.done and args.method:
+        parser.error(f"--method {args.method}: --done prints a whole study; leave one out")
+    if not args.method and (args.pairs, args.steps, args.seed) != (0, STEPS, 0):
+        parser.error("--pairs, --steps, --seed: need --method")
+    parser.check_out(args.record.parent, option="--record")
     record = Record(args.record, weights.fingerprint(*checkpoints.find_unet(BASE)))
     if not args.done:
         bench = Bench(args.task, load_base(BASE), args.out, record)

@@ -49,6 +49,21 @@ def folder(tmp_path):
     return tmp_path / "pairs"
 
 
+def test_a_closed_pipe_ends_a_script_without_a_word_and_after_the_pictures(tmp_path, monkeypatch):
+    process = subprocess.Popen([sys.executable, "bps.py", "--ports"], cwd=HERE,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()                              # as `| head -1` does
+    assert process.stderr.read() == b"" and process.wait() == 1
+
+    def closed(*_):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(sample, "print", closed, raising=False)
+    with pytest.raises(BrokenPipeError):
+        sample.write_pictures("", torch.zeros(2, 3, 8, 8), range(2), [{}, {}], [], tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["0000.png", "0001.png"]
+
+
 def test_memory_that_is_not_there_is_one_line(capsys):
     for fill in (lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60)):
         with pytest.raises(SystemExit) as stop:

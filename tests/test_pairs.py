@@ -664,10 +664,14 @@ def test_a_check_names_every_problem_and_ends_in_an_error(check, folder, capsys)
     (folder / "images" / "02.png").write_bytes(b"nonsense")
     (folder / "images" / "04.txt").write_bytes("grün".encode("latin-1"))
     ring(32, 50).save(folder / "images" / "03.png")
-    with pytest.raises(UserError, match="problems, each named above: 4"):
+    damaged = bytearray((folder / "images" / "05.png").read_bytes())
+    damaged[-16] ^= 1                               # in the checksum of the pixels
+    (folder / "images" / "05.png").write_bytes(damaged)
+    with pytest.raises(UserError, match="problems, each named above: 5"):
         check()
     lines = capsys.readouterr().out
     for words in ("01 is not in both", "02.png: cannot be read as an image", "04.txt: not UTF-8",
+                  "05.png: cannot be read as an image",
                   "03.png: 35 x 35 px, but its picture has 32 x 50"):
         assert words in lines, words
 

@@ -65,7 +65,8 @@ def process(rank, count, port, folder):
 
 
 def test_several_processes_on_apples_gpu_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in dict(RANK="0", WORLD_SIZE="2").items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--device mps: has no way to join processes"):
         join_processes("mps")
 

@@ -225,6 +225,8 @@ def test_a_finished_run_is_never_overwritten(tmp_path):
     assert train.choose_out(wanted, dict(task="other")) == tmp_path / "run-2"
     (wanted / "bps.safetensors").touch()
     assert train.choose_out(wanted, facts) == tmp_path / "run-2"
+    (wanted / "args.json").unlink()                                     # a copy, or another's
+    assert train.choose_out(wanted, facts) == tmp_path / "run-2"
 
 
 def test_a_users_folder_of_pairs_can_be_trained_on(tmp_path, monkeypatch):

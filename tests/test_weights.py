@@ -1,4 +1,5 @@
 """Checkpoints in both layouts load to the same model, and every fault is named."""
+import errno
 import json
 import random
 import shutil
@@ -124,6 +125,9 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
         temporary.write_text("{")
         raise KeyboardInterrupt
     assert weights.read_json(file) == dict(a=1) and list(tmp_path.iterdir()) == [file]
+    with pytest.raises(weights.UserError, match="a.json: cannot be written .No space left"):
+        with weights.replacing(file):
+            raise OSError(errno.ENOSPC, "No space left on device")
     weights.write_json(dict(a=2), file)
     assert weights.read_json(file) == dict(a=2) and list(tmp_path.iterdir()) == [file]
 
