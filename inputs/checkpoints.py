@@ -441,6 +441,9 @@ def read_text(path):
                      heads=config.get("num_attention_heads", width // 64),
                      activation=config.get("hidden_act",
                                            "gelu" if width == 1024 else "quick_gelu"))
+    if width % arguments["heads"]:
+        raise UserError(f"{file}: num_attention_heads = {arguments['heads']}, but its width is "
+                        f"{width}; allowed is what divides it")
     layers = _count(state, "encoder.layers.{}.layer_norm1.weight")
     if layers or "embeddings.token_embedding.weight" in state:
         layers = config.get("num_hidden_layers", layers)
@@ -548,7 +551,11 @@ def load_schedule(path, prediction_type=None):
         raise UserError(f"{path}: does not say what its SD 2 model predicts; give "
                         f"--prediction-type epsilon (512 px models) or v_prediction (768 px)")
     check_values(config, SCHEDULE_FIXED, file)
-    return NoiseSchedule(config.get("beta_start", 0.00085), config.get("beta_end", 0.012),
+    beta_start, beta_end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
+    if not 0 < beta_start <= beta_end < 1:
+        raise UserError(f"{file}: beta_start = {beta_start} and beta_end = {beta_end}; allowed is "
+                        f"what rises between 0 and 1")
+    return NoiseSchedule(beta_start, beta_end,
                          prediction_type=config.get("prediction_type", "epsilon"),
                          spacing=config.get("timestep_spacing"),
                          steps_offset=config.get("steps_offset", 1),

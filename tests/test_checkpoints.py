@@ -384,6 +384,14 @@ def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states
     assert_same(base.vae, states[1])
 
 
+def test_heads_that_do_not_divide_the_text_states_are_refused(tmp_path):
+    shutil.copytree(options.BASE / "text_encoder", tmp_path / "text_encoder")
+    config = tmp_path / "text_encoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | dict(num_attention_heads=5)))
+    with pytest.raises(weights.UserError, match="num_attention_heads = 5, but its width is 128"):
+        checkpoints.read_text(tmp_path)
+
+
 @pytest.mark.parametrize("change, message", [
     (dict(prediction_type="sample"), "prediction_type = 'sample'"),
     (dict(beta_schedule="linear"), "beta_schedule"),
@@ -392,6 +400,8 @@ def test_what_a_single_file_lacks_is_asked_for_by_its_option(name, random_states
     (dict(timestep_spacing="other"), "timestep_spacing = 'other'"),
     (dict(num_train_timesteps=10), "num_train_timesteps = 10"),
     (dict(steps_offset="1"), "steps_offset = '1'"),
+    (dict(beta_end=12.0), "beta_end = 12.0; allowed is what rises between 0 and 1"),
+    (dict(beta_end=float("nan")), "beta_end = nan"),
 ])
 def test_another_noise_schedule_is_refused(change, message, tmp_path):
     (tmp_path / "scheduler").mkdir()
