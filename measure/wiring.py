@@ -77,8 +77,11 @@ def draw_wiring(file):
     blocks = [*unet.input_blocks, unet.middle_block, *unet.output_blocks]
     inputs = len(unet.input_blocks)
     sides, side = [], TALLEST
-    for row in rows:                    # a block without a port, after the stem, halves the side
-        side = row[2] if row[2] != "-" else side if not sides else side // 2
+    for row in rows:
+        if row[2] != "-":
+            side = row[2]
+        elif sides:                     # a block without a port, after the stem, halves the side
+            side //= 2
         sides.append(side)
     drawing = Drawing(2 * LEFT + STEP * len(rows))
     xs = [LEFT + STEP * (i + 0.5) for i in range(len(rows))]
