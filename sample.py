@@ -298,7 +298,7 @@ def main():
             continue
         print(f"prompt: {job.prompt}")
         for condition in job.conditions:
-            print(f"steered by {condition.bps} and {condition.cond} (--bps none: not steered)")
+            print(f"steered by {condition.bps} and {condition.cond} (--bps none draws without)")
         conds, images = zip(*map(read, job.conditions)) if job.conditions else ((), ())
         steerings = [Steering(networks[c.bps], base.unet, cond[None], c.scale, c.strength, c.window,
                               masks.get(c.mask)) for c, cond in zip(job.conditions, conds)]

@@ -33,7 +33,7 @@ from inputs import checkpoints
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
 from inputs.options import BASE, DTYPES, run, shell_command
 from inputs.processes import join_processes
-from inputs.train_options import check_training, parse_args
+from inputs.train_options import CHECKPOINT, check_training, parse_args
 from measure.curve import draw_curve
 from measure.dataset import check_data
 from measure.obedience import meter_for
@@ -42,7 +42,6 @@ from sample import load_base
 from tiny.tasks import CLASSES
 from weights import UserError
 
-CHECKPOINT = "checkpoint.safetensors"           # there as long as a run is unfinished
 FILES = ("args.json", CHECKPOINT, "bps.safetensors", "log.jsonl", "curve.png", "samples.png",
          "condition.png")                       # what a run writes
 SPLITS = ("train", "val", "test")
@@ -272,7 +271,7 @@ def main():
     facts = processes.from_first(lambda: run_facts(args, splits))
     out = processes.from_first(lambda: choose_out(args.out, facts))
     renamed = out.resolve() != args.out.resolve()
-    print(f"run: {out} ({args.out} holds another run)" if renamed else f"run: {out}")
+    print(f"run: {out} ({args.out} is taken)" if renamed else f"run: {out}")
     with lock(out) if processes.rank == 0 else contextlib.nullcontext():
         train_in(out, args, facts, base, splits, processes)
 

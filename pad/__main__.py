@@ -19,6 +19,7 @@ from pathlib import Path
 from inputs.conditions import TASKS
 from inputs.options import BASE, DTYPES, Parser, run
 from inputs.sample_options import DEFAULT_BPS
+from inputs.train_options import CHECKPOINT
 from pad.studio import Studio
 from weights import UserError, first_line
 
@@ -157,11 +158,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def trained_files():
-    """Returns the newest BPS file of each task that train.py has written to runs."""
+    """Returns the newest BPS file of each task among the finished runs of train.py."""
     newest = []
     for task in TASKS:
-        files = [*Path("runs").glob(f"{task}/bps.safetensors"),
-                 *Path("runs").glob(f"{task}-[0-9]*/bps.safetensors")]
+        files = [file for pattern in (task, f"{task}-[0-9]*")
+                 for file in Path("runs").glob(f"{pattern}/bps.safetensors")
+                 if not (file.parent / CHECKPOINT).exists()]
         newest += sorted(files, key=lambda file: file.stat().st_mtime)[-1:]
     return newest
 

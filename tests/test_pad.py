@@ -200,6 +200,8 @@ def test_a_trained_bps_that_does_not_fit_is_left_out_with_a_note(tmp_path, monke
         (tmp_path / "runs" / folder).mkdir(parents=True)
         (tmp_path / "runs" / folder / "bps.safetensors").write_text("no")
         os.utime(tmp_path / "runs" / folder / "bps.safetensors", (0, len(folder)))
+    shutil.copytree(tmp_path / "runs" / "sketch", tmp_path / "runs" / "sketch-3")
+    (tmp_path / "runs" / "sketch-3" / "checkpoint.safetensors").touch()     # it is unfinished
     assert pad.trained_files() == [Path("runs/sketch-2/bps.safetensors"),
                                    Path("runs/layout/bps.safetensors")]
     own = studio.Studio(studio_args(tmp_path), [DEFAULT_BPS], pad.trained_files())

@@ -66,6 +66,7 @@ def test_the_first_two_commands_are_the_install_steps():
 
 def test_the_readme_is_short_and_narrow():
     lines = README.splitlines()
+    assert not any(str(ROOT) in text for text in TEXTS.values())     # pasted from this machine
     assert len(lines) <= 200
     assert max(map(len, lines)) <= 110
     assert not [page.name for page, text in TEXTS.items() if re.search("@[A-Z]+@", text)]
