@@ -168,7 +168,10 @@ def replacing(file):
     file = Path(file)
     temporary = file.with_name(f".{file.name}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
+        temporary.chmod(mode)           # safetensors would keep other users from reading it
         os.replace(temporary, file)
     except OSError as error:
         raise UserError(f"{file}: cannot be written ({error.strerror or error})") from None

@@ -128,6 +128,9 @@ def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     with pytest.raises(weights.UserError, match="a.json: cannot be written .No space left"):
         with weights.replacing(file):
             raise OSError(errno.ENOSPC, "No space left on device")
+    weights.save({}, tmp_path / "b", {})
+    assert (tmp_path / "b").stat().st_mode == file.stat().st_mode
+    (tmp_path / "b").unlink()
     weights.write_json(dict(a=2), file)
     assert weights.read_json(file) == dict(a=2) and list(tmp_path.iterdir()) == [file]
 
