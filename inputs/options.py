@@ -190,7 +190,7 @@ def run(main, interrupted="interrupted"):
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
-        sys.stdout.flush()
+        print(end="", flush=True)               # not sys.stdout, which is None if it was closed
     except BrokenPipeError:                     # as of `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -55,6 +55,10 @@ def test_a_closed_pipe_ends_a_script_without_a_word_and_after_the_pictures(tmp_p
     process.stdout.close()                              # as `| head -1` does
     assert process.stderr.read() == b"" and process.wait() == 1
 
+    silent = subprocess.run(f"{shlex.quote(sys.executable)} bps.py --ports >&-", shell=True,
+                            cwd=HERE, stderr=subprocess.PIPE)
+    assert silent.stderr == b"" and silent.returncode == 0
+
     def closed(*_):
         raise BrokenPipeError
 
