@@ -26,7 +26,7 @@ import diffusion
 from inputs.options import Parser, run, seed_number
 from measure.plots import Figure
 from unet import timestep_embedding
-from weights import replacing
+from weights import write_text
 
 ARMS, BEADS = 5, 12                     # arms of the pinwheel, components on each
 PLACE_ERROR = 0.2                       # standard error of a reading of the place, 0 to 1
@@ -427,8 +427,7 @@ def save_table(rows, file):
                for value in row.values()] for row in rows]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     print(text, end="")
-    with replacing(file) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(text, file)
     print(file)
 
 

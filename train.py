@@ -316,8 +316,9 @@ def train_in(out, args, facts, base, splits, processes):
     numbers = report(base, test_cache, bps, out, args.seed, meter)
     file, drawing = out / "bps.safetensors", out / "condition.png"
     save_bps(bps, file, metadata | dict(best=run.best, results=numbers))
+    example = example_condition(args.task, test_cache)
     with weights.replacing(drawing) as temporary:
-        example_condition(args.task, test_cache).save(temporary)
+        example.save(temporary)
     (out / CHECKPOINT).unlink()
     for written in (file, drawing, out / "log.jsonl", out / "curve.png", out / "args.json"):
         print(written)

@@ -189,16 +189,20 @@ def save(tensors, file, metadata):
             raise UserError(f"{file}: cannot be written ({first_line(error)})") from None
 
 
+def write_text(text, file):
+    """Writes a text as UTF-8."""
+    with replacing(file) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
 def write_json(content, file):
     """Writes a dict or list as indented JSON."""
-    with replacing(file) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(json.dumps(content, indent=1) + "\n", file)
 
 
 def write_lines(rows, file):
     """Writes dicts as one line of JSON each."""
-    with replacing(file) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    write_text("".join(json.dumps(row) + "\n" for row in rows), file)
 
 
 def save_training(file, modules, trained, optimizer, facts):
@@ -221,12 +225,12 @@ def load_training(file, modules, trained, optimizer):
     """
     try:
         with safe_open(file, "pt") as f, torch.no_grad():
-            facts = json.loads(f.metadata()["facts"])
+            facts, names = json.loads(f.metadata()["facts"]), set(f.keys())
             for name, module in modules.items():
                 for key, parameter in module.named_parameters():
                     parameter.copy_(f.get_tensor(f"{name}.{key}"))
             for key, parameter in modules[trained].named_parameters():
-                if f"m.{key}" in f.keys():
+                if f"m.{key}" in names:
                     optimizer.state[parameter] = dict(
                         step=torch.tensor(float(facts["step"])),
                         exp_avg=torch.empty_like(parameter).copy_(f.get_tensor(f"m.{key}")),

@@ -28,7 +28,7 @@ from inputs.sample_options import (
     make_parser,
 )
 from sample import describe, draw_job, load_base, unused, write_picture
-from weights import UserError, fingerprint
+from weights import UserError, fingerprint, replacing
 
 PREVIEW_STEPS = 5
 CANVAS_SIDE = 256                       # pixels of the page's canvas at least
@@ -263,7 +263,8 @@ class Studio:
                                        ("pad.png", "pad-drawing.png")])
             job = last.job
             if job.conditions:
-                drawing.write_bytes(last.drawing)
+                with replacing(drawing) as temporary:
+                    temporary.write_bytes(last.drawing)
                 job = job._replace(conditions=[job.conditions[0]._replace(cond=drawing)])
 
             def fingerprint_once(*files):

@@ -187,9 +187,8 @@ def train_tokenizer(captions, folder):
     vocab = {token: i for i, token in enumerate(tokens)}
     folder.mkdir(parents=True, exist_ok=True)
     weights.write_json(vocab, folder / "vocab.json")
-    with weights.replacing(folder / "merges.txt") as temporary:
-        temporary.write_text("#version: 0.2\n" + "".join(
-            f"{left} {right}\n" for left, right in merges), encoding="utf-8")
+    weights.write_text("#version: 0.2\n" + "".join(
+        f"{left} {right}\n" for left, right in merges), folder / "merges.txt")
     weights.write_json(dict(
         tokenizer_class="CLIPTokenizer", model_max_length=clip.CONTEXT_LENGTH,
         add_prefix_space=False, do_lower_case=True, errors="replace", bos_token=clip.BEGIN,
