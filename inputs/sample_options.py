@@ -125,13 +125,13 @@ def parse_args(description):
         if device != args.device:
             warnings.warn(f"{args.picture} was drawn on {device}; on {args.device} it may differ "
                           f"in the last bits")
-        own = parser.parse_args(option_words(options))
-        parser.set_defaults(**vars(own))
-        own_files = files_of(finish(parser, own))
+        recorded = parser.parse_args(option_words(options))
+        parser.set_defaults(**vars(recorded))
+        recorded_files = files_of(finish(parser, recorded))
         args = parser.parse_args()
     files = files_of(finish(parser, args))
     args.drawn_with = {role: digest for role, digest in drawn_with.items()
-                       if own_files.get(role) == files.get(role)}
+                       if recorded_files.get(role) == files.get(role)}
     check_settings(parser, args)
     return args
 

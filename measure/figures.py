@@ -15,7 +15,7 @@ import torch
 
 from bps import Steering
 from data import LatentCache, load_pairs
-from inputs.conditions import TASKS, cond_to_x, drawing_to_cond
+from inputs.conditions import cond_to_x, drawing_to_cond
 from inputs.options import BASE, HERE, Parser, run
 from inputs.sample_options import DEFAULT_BPS
 from measure.report import contact_sheet, draw_pairs, load_fitting
@@ -140,8 +140,9 @@ def main():
     parser.check_out(args.out)
     if args.figure != "tasks" and len(args.bps) > 1:
         raise UserError(f"--bps: {args.figure} takes one file, not {len(args.bps)}")
-    base, tasks = load_base(BASE), tuple(TASKS) if args.figure == "tasks" else ("sketch",)
-    networks = [load_fitting(file, base, tasks) for file in args.bps]
+    base = load_base(BASE)
+    task = None if args.figure == "tasks" else "sketch"
+    networks = [load_fitting(file, base, task) for file in args.bps]
     columns, titles, names = FIGURES[args.figure](base, *networks)
     args.out.mkdir(parents=True, exist_ok=True)
     contact_sheet(columns, titles, names, args.out / f"{args.figure}.png", groups=1)

@@ -38,7 +38,7 @@ def main():
     parser.add_device()
     args = parser.parse_args()
     base = load_base(BASE, device=args.device)
-    bps = load_fitting(args.bps, base, ("sketch",), args.device)
+    bps = load_fitting(args.bps, base, "sketch", args.device)
     pairs = load_pairs("sketch", "test")[:args.count]
     cache = LatentCache(pairs, "sketch", world.SIZE, base)
     conds, captions = cache.cond(range(len(pairs))), cache.first_prompts(range(len(pairs)))

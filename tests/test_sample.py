@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+import references
 import torch
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
@@ -16,6 +17,7 @@ from bps import BPS, BPSConfig, Steering, config_for, load_bps, save_bps
 from inputs import options
 from inputs.conditions import crop, open_image, read_mask, to_x
 from inputs.sample_options import DEFAULT_DRAWING
+from measure.report import load_fitting
 from unet import UNet, load_unet
 from vae import load_vae
 from weights import UserError
@@ -468,6 +470,14 @@ def test_a_wrong_option_is_named_with_what_is_allowed(arguments, message, draw, 
     if error.type is SystemExit:
         assert error.value.code == 2 and printed.count("\n") == 1
     assert message in f"{error.value}{printed}"
+
+
+def test_a_measurement_refuses_a_bps_for_another_task(tmp_path):
+    file = references.write_random_bps(tmp_path / "a.safetensors", "layout")
+    base = sample.load_base(options.BASE)
+    assert load_fitting(file, base).metadata["task"] == "layout"
+    with pytest.raises(UserError, match="a.safetensors: for layout; a BPS for sketch is wanted"):
+        load_fitting(file, base, "sketch")
 
 
 def test_a_bps_of_the_wrong_channels_or_without_its_task_is_refused(draw, tmp_path, bps_file):
