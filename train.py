@@ -10,16 +10,7 @@ checkpoint; a finished run is never overwritten.
 Shapes: B batch, C channels, H W rows and columns of the latent.
 """
 import contextlib
-import functools
-import hashlib
-import json
-import os
 import time
-
-try:
-    import fcntl
-except ModuleNotFoundError:             # Windows
-    fcntl = None
 
 import torch
 import torch.nn.functional as F
@@ -29,11 +20,11 @@ from tqdm import tqdm
 import weights
 from bps import build_bps, config_for, load_bps, save_bps
 from data import DiskCache, LatentCache, check_conditions, load_pairs, warn_of_losses
-from inputs import checkpoints
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
 from inputs.options import BASE, DTYPES, run, shell_command
 from inputs.processes import join_processes
-from inputs.train_options import CHECKPOINT, check_training, parse_args
+from inputs.run_folder import CHECKPOINT, choose_out, lock, run_facts
+from inputs.train_options import check_training, parse_args
 from measure.curve import draw_curve
 from measure.dataset import check_data
 from measure.obedience import meter_for
@@ -42,10 +33,7 @@ from sample import load_base
 from tiny.tasks import CLASSES
 from weights import UserError
 
-FILES = ("args.json", CHECKPOINT, "bps.safetensors", "log.jsonl", "curve.png", "samples.png",
-         "condition.png")                       # what a run writes
 SPLITS = ("train", "val", "test")
-CHANGEABLE = {"out", "cache", "accumulate", "checkpointing"}    # arguments a run may go on with
 BASE_FACTS = ("vae_sha256", "configs_sha256")           # what latents depend on
 
 
@@ -164,62 +152,6 @@ class Run:
         if self.best["step"] != self.step:
             best = load_bps(self.out / "bps.safetensors")
             self.bps.load_state_dict(best.state_dict())
-
-
-@contextlib.contextmanager
-def lock(folder):
-    """Makes a folder and keeps other trainings out of it; there is no lock on Windows.
-
-    Errors: UserError if another one is in it. The kernel lets go of the lock when a process dies.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    file = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{folder}: another process trains in it; wait for its end, or give "
-                            f"another --out") from None
-        yield
-    finally:
-        os.close(file)
-
-
-def choose_out(folder, facts):
-    """Returns the run's folder: `folder` if new or an unfinished run of the same facts.
-
-    Otherwise the first free one of folder-2, folder-3 ..: what is there is never overwritten.
-    facts: what run_facts returns. Errors: UserError for a damaged args.json.
-    """
-    folder = folder if folder.name else folder.resolve()        # "." has no name to count up
-    for number in range(1, 10_000):
-        out = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        there = [name for name in FILES if (out / name).exists()]
-        if not there:
-            return out
-        finished = "bps.safetensors" in there and CHECKPOINT not in there
-        if "args.json" in there and not finished and weights.read_json(out / "args.json") == facts:
-            return out
-    raise UserError(f"{folder}: 10,000 runs beside it; give another --out")
-
-
-def run_facts(args, splits):
-    """Returns what makes a run this one: arguments, and what its base and its pairs consist of."""
-    pairs = [(split, pair) for split, pairs in splits.items() for pair in pairs]
-    names = [(split, pair.name, pair.prompts) for split, pair in pairs]
-    arguments = vars(args) | dict(device=args.device.split(":")[0])
-    fingerprint = functools.cache(weights.fingerprint)          # a single file is asked for thrice
-    return {key: str(arguments[key]) for key in sorted(arguments.keys() - CHANGEABLE)} | dict(
-        base_sha256=fingerprint(*checkpoints.find_unet(args.base)),
-        vae_sha256=fingerprint(checkpoints.read_vae(args.vae or args.base).file),
-        text_sha256=fingerprint(checkpoints.read_text(args.base).file),
-        configs_sha256=fingerprint(*checkpoints.config_files(args.base, args.tokenizer, args.vae)),
-        pairs_sha256=hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16],
-        pictures_sha256=fingerprint(*dict.fromkeys(file for _, pair in pairs
-                                                   for file in pair.files)))
 
 
 def bps_metadata(args, facts, base, cache):

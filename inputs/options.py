@@ -79,7 +79,6 @@ class Parser(argparse.ArgumentParser):
         add("--prediction-type", choices=diffusion.PREDICTION_TYPES, help="if --base does not say "
             "it: v_prediction for SD 2.x at 768 px")
 
-
     def add_draws(self):
         """Adds --count and --seed of the pictures that a measurement draws."""
         self.add_argument("--count", type=positive, help="pictures of each row (default: "

@@ -17,7 +17,6 @@ from inputs.options import (
 )
 from weights import UserError
 
-CHECKPOINT = "checkpoint.safetensors"   # in a run's folder as long as it is unfinished
 EMPTY_SHARE = 0.1               # share of empty prompts, so that guidance has its other pass
 
 

@@ -32,6 +32,7 @@ from inputs import checkpoints
 from inputs.conditions import TASKS, to_x
 from inputs.options import BASE, HERE, Parser, positive, run
 from inputs.processes import Processes
+from inputs.run_folder import lock
 from inputs.train_options import EMPTY_SHARE
 from measure.obedience import meter_for
 from measure.plots import Figure
@@ -50,7 +51,7 @@ from sample import load_base
 from tiny import world
 from tiny.classifier import Classifier
 from tiny.tasks import scene
-from train import Run, lock, train
+from train import Run, train
 from weights import UserError
 
 BATCH, STEPS, SAVES = 16, 300, 5

@@ -19,7 +19,7 @@ from pathlib import Path
 from inputs.conditions import TASKS
 from inputs.options import BASE, DTYPES, Parser, run
 from inputs.sample_options import DEFAULT_BPS
-from inputs.train_options import CHECKPOINT
+from inputs.run_folder import CHECKPOINT
 from pad.studio import Studio
 from weights import UserError, first_line
 

@@ -21,6 +21,7 @@ from data import LatentCache, load_pairs
 from diffusion import Sampling
 from inputs import options
 from inputs.processes import Processes
+from inputs.run_folder import choose_out, run_facts
 from measure import report
 from weights import UserError
 
@@ -198,9 +199,9 @@ def test_other_pairs_are_another_run(monkeypatch):
     args = train.parse_args("")
     six, five = ({split: load_pairs("sketch", split)[:count] for split in train.SPLITS}
                  for count in (6, 5))
-    facts = train.run_facts(args, six)
-    assert facts == train.run_facts(args, six)
-    assert train.run_facts(args, five)["pairs_sha256"] != facts["pairs_sha256"]
+    facts = run_facts(args, six)
+    assert facts == run_facts(args, six)
+    assert run_facts(args, five)["pairs_sha256"] != facts["pairs_sha256"]
 
 
 def test_the_learning_rate_falls_linearly_to_zero(tmp_path, monkeypatch):
@@ -218,15 +219,15 @@ def test_the_learning_rate_falls_linearly_to_zero(tmp_path, monkeypatch):
 def test_a_finished_run_is_never_overwritten(tmp_path):
     facts = dict(task="sketch")
     wanted = tmp_path / "run"
-    assert train.choose_out(wanted, facts) == wanted
+    assert choose_out(wanted, facts) == wanted
     wanted.mkdir()
     weights.write_json(facts, wanted / "args.json")
-    assert train.choose_out(wanted, facts) == wanted                    # unfinished: goes on
-    assert train.choose_out(wanted, dict(task="other")) == tmp_path / "run-2"
+    assert choose_out(wanted, facts) == wanted                    # unfinished: goes on
+    assert choose_out(wanted, dict(task="other")) == tmp_path / "run-2"
     (wanted / "bps.safetensors").touch()
-    assert train.choose_out(wanted, facts) == tmp_path / "run-2"
+    assert choose_out(wanted, facts) == tmp_path / "run-2"
     (wanted / "args.json").unlink()                                     # a copy, or another's
-    assert train.choose_out(wanted, facts) == tmp_path / "run-2"
+    assert choose_out(wanted, facts) == tmp_path / "run-2"
 
 
 def test_a_users_folder_of_pairs_can_be_trained_on(tmp_path, monkeypatch):

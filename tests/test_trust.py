@@ -19,6 +19,7 @@ import weights
 from bps import load_bps
 from diffusion import Sampling
 from inputs.options import HERE
+from inputs.run_folder import lock
 from measure import curve, report
 from weights import UserError
 
@@ -141,7 +142,7 @@ def test_a_second_training_in_a_folder_ends_in_one_line(run, tmp_path):
         run(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
     os.close(other)                                     # as the kernel does when its owner dies
-    with pytest.raises(BlockingIOError), train.lock(tmp_path / "run"):      # another's, not ours
+    with pytest.raises(BlockingIOError), lock(tmp_path / "run"):      # another's, not ours
         raise BlockingIOError
     run(tmp_path / "run")
     assert (tmp_path / "run" / "bps.safetensors").exists()
