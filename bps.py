@@ -39,7 +39,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import nn
 
 import weights
@@ -414,51 +413,10 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
 
     Errors: weights.UserError names the file and what is wrong with it.
     """
-    state = weights.read_header(file)
-    try:
-        with safe_open(file, "pt") as f:
-            entries = f.metadata() or {}
-        # version 1 had an entry for each
-        content = json.loads(entries["bps"]) if "bps" in entries else {
-            name: json.loads(entries[name]) for name in ("config", "training")}
-        header, metadata = content["config"], content["training"]
-        config = migrate_config(header)
-        weights.check_sizes(config, file)
-        with torch.device("meta"):
-            bps = build_bps(BPSConfig(**config))
-        bps.metadata = dict(metadata)
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        raise weights.UserError(f"{file}: not a BPS file; train.py writes "
-                                f"bps.safetensors") from None
-    if "paths" in header:
-        state = migrate_state(state, bps)
-    return weights.load_strict(bps, weights.Checkpoint({}, state, str, file), dtype, device)
-
-
-def migrate_state(state, bps):
-    """Returns the tensors of a version-1 file under today's names, without ports of weight 0."""
-    state = {name.replace("light_foot.levels.", "output_blocks."): stored
-             for name, stored in state.items()}
-    known = bps.state_dict()
-    return {name: stored for name, stored in state.items()
-            if name in known or not name.startswith("zero_blocks.")}
-
-
-def migrate_config(config):
-    """Returns a header's config with tuples for lists.
-
-    Version 1 of these files named the `paths` that are steered; weights of 0 leave out the others.
-    """
-    config = {key: tuple(value) if isinstance(value, list) else value
-              for key, value in config.items()}
-    paths = config.pop("paths", ("contracting", "transition", "expansive"))
-    if "contracting" not in paths:
-        config["input_weights"] = (0.0,) * len(config["input_weights"])
-    if "transition" not in paths:
-        config["middle_weight"] = 0.0
-    if "expansive" not in paths:
-        config["output_weight"] = 0.0
-    return config
+    checkpoint, metadata = checkpoints.read_bps(file)
+    bps = checkpoint.build(build_bps, BPSConfig, dtype, device)
+    bps.metadata = metadata
+    return bps
 
 
 # ---- a lighter expansive path --------------------------------------------------------------

@@ -45,7 +45,7 @@ class Stored(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """One part of a checkpoint: U-Net, autoencoder or text encoder."""
+    """One part of a checkpoint: U-Net, autoencoder or text encoder; or a BPS."""
     config: dict                            # keyword arguments of the part's config dataclass
     state: dict                             # Stored tensors by name
     spelling: Callable[[str], str]          # a module's key -> its name in `state`
@@ -61,8 +61,9 @@ class Checkpoint(NamedTuple):
         try:
             with torch.device("meta"):
                 module = Module(Config(**self.config))
-        except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise UserError(f"{self.file}: no {Module.__name__} has its sizes "
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
+                ValueError) as error:
+            raise UserError(f"{self.file}: no {Config.__name__.removesuffix('Config')} has its sizes "
                             f"({first_line(error)})") from error
         return load_strict(module, self, dtype, device)
 

@@ -1,4 +1,4 @@
-"""How Stable Diffusion 1.x and 2.x lie in files: names, sizes, and what other models look like.
+"""How Stable Diffusion and BPS lie in files: names, sizes, and what other models look like.
 
 The modules of unet.py, vae.py and clip.py carry the names of the single-file layout, so that one
 loads as it is. Other layouts go through the functions *_name below, from a module's key to the
@@ -7,9 +7,12 @@ file's. A folder's config.json says the sizes; of a single file, the tensors' sh
     checkpoint = read_unet("tiny/model")        # config, tensors, and how keys are spelled there
 """
 import functools
+import json
 import re
 import warnings
 from pathlib import Path
+
+from safetensors import safe_open
 
 from diffusion import PREDICTION_TYPES, SPACINGS, NoiseSchedule
 from weights import (
@@ -560,3 +563,46 @@ def load_schedule(path, prediction_type=None):
                          spacing=config.get("timestep_spacing"),
                          steps_offset=config.get("steps_offset", 1),
                          set_alpha_to_one=config.get("set_alpha_to_one", False))
+
+
+# ---- BPS -----------------------------------------------------------------------------------
+
+def read_bps(file):
+    """Returns (Checkpoint, metadata) of a file that bps.save_bps wrote. Errors: UserError."""
+    state = read_header(file)
+    try:
+        with safe_open(file, "pt") as f:
+            entries = f.metadata() or {}
+        # version 1 had an entry for each
+        content = json.loads(entries["bps"]) if "bps" in entries else {
+            name: json.loads(entries[name]) for name in ("config", "training")}
+        config = {key: tuple(value) if isinstance(value, list) else value
+                  for key, value in content["config"].items()}
+        if "paths" in config:
+            config, state = migrate_bps(config, state)
+        return Checkpoint(config, state, str, file), dict(content["training"])
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise UserError(f"{file}: not a BPS file; train.py writes bps.safetensors") from None
+
+
+def migrate_bps(config, state):
+    """Returns config and Stored tensors of a version-1 file as today's files have them.
+
+    Version 1 named the `paths` that are steered, where port weights of 0 leave out the others now,
+    and held ports of all of them.
+    """
+    paths = config.pop("paths")
+    levels = len(config["channels"])
+    middle = f"zero_blocks.{levels * (config['blocks_per_level'] + 1)}."
+    state = {name.replace("light_foot.levels.", "output_blocks."): stored
+             for name, stored in state.items()}
+    if "contracting" not in paths:
+        config["input_weights"] = (0.0,) * levels
+        state = {name: stored for name, stored in state.items()
+                 if name.startswith(middle) or not name.startswith("zero_blocks.")}
+    if "transition" not in paths:
+        config["middle_weight"] = 0.0
+        state = {name: stored for name, stored in state.items() if not name.startswith(middle)}
+    if "expansive" not in paths:
+        config["output_weight"] = 0.0
+    return config, state
