@@ -30,7 +30,7 @@ from inputs.conditions import (
     palette_fault,
     to_x,
 )
-from inputs.pairs import CAPTION_KEYS, find_pairs, group_pairs, same_shape, shape_fault
+from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
 from inputs.processes import Processes
 from inputs.train_options import EMPTY_SHARE
 from tiny.tasks import embedded_pairs
@@ -88,20 +88,6 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
                  lambda file=pair.image: open_image(file), pair.prompts or (default_prompt,),
                  (pair.cond, pair.image))
             for pair, group in zip(files, groups) if sides[group] == split]
-
-
-def warn_of_losses(folder, extract, default_prompt):
-    """Warns of files in a user's folder that are not read, and of captions that most pairs lack."""
-    files, _, unused = find_pairs(folder, extract)
-    if unused:
-        warnings.warn(f"{folder}: files that belong to no pair: {len(unused)}, such as "
-                      f"{unused[0]}; --check-data names them")
-    without_caption = sum(not pair.prompts for pair in files)
-    if without_caption > len(files) / 2 and not default_prompt:
-        warnings.warn(f"{folder}: {without_caption} of {len(files)} pairs have no caption and "
-                      f"train on an empty prompt; give --default-prompt, or captions in NAME.txt "
-                      f"or NAME.caption beside the image, or in a listing as "
-                      f"{', '.join(CAPTION_KEYS)}")
 
 
 # ---- the cache -----------------------------------------------------------------------------

@@ -171,18 +171,23 @@ def draw_job(job, steerings, args, base, z_init, size, on_step=None):
     latents = torch.cat(latents).split(1)
     pictures = [base.vae.decode(z)[0] for z in latents]
     if not all(x.abs().mean() < FAR_OUTSIDE for x in pictures):         # NaN is not less either
-        base.check_finite()
-        for condition, steering in zip(job.conditions, steerings):
-            if not is_finite(steering.bps):
-                raise UserError(f"{condition.bps}: its weights hold numbers that are not finite; "
-                                f"train it again, or get another copy of it")
-        if all(z.abs().mean() < FAR_OUTSIDE for z in latents):
-            raise UserError(f"{base.vae_path}: the numbers of its autoencoder ran over; "
-                            f"give another --vae")
-        remedy = ("a --guidance, --strength or --scale nearer to 1, or another --base"
-                  if args.dtype == "fp32" else "--dtype bf16 or fp32")
-        raise UserError(f"--dtype {args.dtype}: the numbers of {args.base} ran over; give {remedy}")
+        refuse_pictures(latents, job, steerings, args, base)
     return pictures
+
+
+def refuse_pictures(latents, job, steerings, args, base):
+    """Raises UserError, which says why the pictures of latents z, each (1, 4, h, w), ran over."""
+    base.check_finite()
+    for condition, steering in zip(job.conditions, steerings):
+        if not is_finite(steering.bps):
+            raise UserError(f"{condition.bps}: its weights hold numbers that are not finite; "
+                            f"train it again, or get another copy of it")
+    if all(z.abs().mean() < FAR_OUTSIDE for z in latents):
+        raise UserError(f"{base.vae_path}: the numbers of its autoencoder ran over; "
+                        f"give another --vae")
+    remedy = ("a --guidance, --strength or --scale nearer to 1, or another --base"
+              if args.dtype == "fp32" else "--dtype bf16 or fp32")
+    raise UserError(f"--dtype {args.dtype}: the numbers of {args.base} ran over; give {remedy}")
 
 
 # ---- files ---------------------------------------------------------------------------------

@@ -63,7 +63,8 @@ class Checkpoint(NamedTuple):
                 module = Module(Config(**self.config))
         except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
                 ValueError) as error:
-            raise UserError(f"{self.file}: no {Config.__name__.removesuffix('Config')} has its sizes "
+            part = Config.__name__.removesuffix("Config")
+            raise UserError(f"{self.file}: no {part} has its sizes "
                             f"({first_line(error)})") from error
         return load_strict(module, self, dtype, device)
 

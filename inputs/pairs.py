@@ -15,6 +15,7 @@ import functools
 import json
 import os
 import unicodedata
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -142,6 +143,20 @@ def find_pairs(folder, extract=False):
     if extract:
         unused = [file for file in unused if not file.is_relative_to(folder / "conditions")]
     return pairs, problems, unused
+
+
+def warn_of_losses(folder, extract, default_prompt):
+    """Warns of files in a user's folder that are not read, and of captions that most pairs lack."""
+    files, _, unused = find_pairs(folder, extract)
+    if unused:
+        warnings.warn(f"{folder}: files that belong to no pair: {len(unused)}, such as "
+                      f"{unused[0]}; --check-data names them")
+    without_caption = sum(not pair.prompts for pair in files)
+    if without_caption > len(files) / 2 and not default_prompt:
+        warnings.warn(f"{folder}: {without_caption} of {len(files)} pairs have no caption and "
+                      f"train on an empty prompt; give --default-prompt, or captions in NAME.txt "
+                      f"or NAME.caption beside the image, or in a listing as "
+                      f"{', '.join(CAPTION_KEYS)}")
 
 
 def _named_pairs(folder, extract):

@@ -3,14 +3,14 @@ import math
 
 import pytest
 import torch
-import toy2d
-from measure import report, toy
-from measure.bits import calibrated_strength, condition_bits, log_snr
 
+import toy2d
 from bps import BPS, config_for
 from data import LatentCache, load_pairs
 from diffusion import NoiseSchedule
 from inputs.options import BASE
+from measure import report, toy
+from measure.bits import calibrated_strength, condition_bits, log_snr
 from sample import load_base
 
 SCHEDULE = NoiseSchedule()

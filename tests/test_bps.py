@@ -252,8 +252,9 @@ def test_a_bps_file_of_senseless_sizes_is_refused_in_one_line(size, parts, tmp_p
 
 def test_a_file_of_one_entry_for_each_part_of_its_header_still_loads(parts, tmp_path):
     bps = parts[1]
+    config = json.dumps(dataclasses.asdict(bps.config))
     save_file(bps.state_dict(), tmp_path / "old.safetensors",
-              dict(config=json.dumps(dataclasses.asdict(bps.config)), training='{"task": "sketch"}'))
+              dict(config=config, training='{"task": "sketch"}'))
     loaded = load_bps(tmp_path / "old.safetensors")
     assert loaded.metadata == {"task": "sketch"} and loaded.config == bps.config
     save_bps(bps, tmp_path / "new.safetensors", {"task": "sketch"})

@@ -53,6 +53,7 @@ def test_without_diffusers_only_our_own_figures_are_printed(args, monkeypatch, c
     assert all("nan" not in row[1] for row in rows)
 
 
+@pytest.mark.slow
 def test_the_rounding_of_narrower_dtypes_is_in_its_table(args, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["cost", "--base", str(args.base), "--only", "rounding",
                                       "--device", "cpu"])

@@ -251,7 +251,8 @@ def test_a_batch_has_pairs_mirrored_or_not_their_own_prompts_and_a_tenth_empty(b
         chosen = context[(which % 6 == i) & ~empty]
         hits = (chosen[:, None] == own[None]).flatten(2).all(dim=2)
         assert hits.any(dim=1).all() and hits.any(dim=0).all()      # both prompts, no other's
-    spread = (z - cache.rows("mean", which).float()).std() / cache.rows("std", which).float().square().mean().sqrt()
+    mean, std = cache.rows("mean", which).float(), cache.rows("std", which).float()
+    spread = (z - mean).std() / std.square().mean().sqrt()
     assert spread.item() == pytest.approx(1, abs=0.05)
 
 
@@ -281,7 +282,7 @@ def pairs(tmp_path):
 
 
 @pytest.fixture
-def base(monkeypatch):
+def counting_base(monkeypatch):
     """The embedded base, whose autoencoder counts the pictures that it encodes."""
     base = load_base(BASE)
     base.vae.encoded, encode = 0, base.vae.encode
@@ -300,53 +301,53 @@ def batches(cache):
             cache.batch(torch.arange(8), 8, torch.Generator().manual_seed(seed))]
 
 
-def test_a_cache_on_disk_is_the_one_in_memory_and_is_computed_once(pairs, base, tmp_path):
+def test_a_cache_on_disk_is_the_one_in_memory_and_is_computed_once(pairs, counting_base, tmp_path):
     disk = DiskCache(tmp_path / "cache", {"vae": "a"})
-    expected = batches(LatentCache(pairs, "sketch", 64, base, mirror=True))
+    expected = batches(LatentCache(pairs, "sketch", 64, counting_base, mirror=True))
     for encoded in (120, 0):                             # the second training finds it there
-        base.vae.encoded = 0
-        cache = LatentCache(pairs, "sketch", 64, base, mirror=True, disk=disk)
-        assert base.vae.encoded == encoded and len(cache) == 120
+        counting_base.vae.encoded = 0
+        cache = LatentCache(pairs, "sketch", 64, counting_base, mirror=True, disk=disk)
+        assert counting_base.vae.encoded == encoded and len(cache) == 120
         assert all(map(torch.equal, batches(cache), expected))
     for others, size, facts in ((pairs, 64, {"vae": "b"}), (pairs[1:], 64, {"vae": "a"}),
                                 (pairs, 48, {"vae": "a"})):
-        base.vae.encoded = 0                            # another autoencoder, pictures or size
-        LatentCache(others, "sketch", size, base, disk=disk._replace(facts=facts))
-        assert base.vae.encoded == len(others)
+        counting_base.vae.encoded = 0           # another autoencoder, pictures or size
+        LatentCache(others, "sketch", size, counting_base, disk=disk._replace(facts=facts))
+        assert counting_base.vae.encoded == len(others)
 
 
-def test_an_interrupted_pass_goes_on_and_a_damaged_part_is_made_again(pairs, base, tmp_path,
-                                                                      monkeypatch):
+def test_an_interrupted_pass_goes_on_and_a_damaged_part_is_made_again(pairs, counting_base,
+                                                                      tmp_path, monkeypatch):
     disk = DiskCache(tmp_path / "cache", {})
-    expected = batches(LatentCache(pairs, "sketch", 64, base))
-    encode = base.vae.encode
+    expected = batches(LatentCache(pairs, "sketch", 64, counting_base))
+    encode = counting_base.vae.encode
 
     def interrupted(x):
-        if base.vae.encoded >= 60 + 48:
+        if counting_base.vae.encoded >= 60 + 48:
             raise KeyboardInterrupt
         return encode(x)
 
-    monkeypatch.setattr(base.vae, "encode", interrupted)
+    monkeypatch.setattr(counting_base.vae, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        LatentCache(pairs, "sketch", 64, base, disk=disk)
-    monkeypatch.setattr(base.vae, "encode", encode)
-    base.vae.encoded = 0
-    LatentCache(pairs, "sketch", 64, base, disk=disk)
-    assert base.vae.encoded == 12                       # the part that was not finished
+        LatentCache(pairs, "sketch", 64, counting_base, disk=disk)
+    monkeypatch.setattr(counting_base.vae, "encode", encode)
+    counting_base.vae.encoded = 0
+    LatentCache(pairs, "sketch", 64, counting_base, disk=disk)
+    assert counting_base.vae.encoded == 12              # the part that was not finished
     file = max((tmp_path / "cache").iterdir(), key=lambda file: file.stat().st_size)
     content = bytearray(file.read_bytes())
     content[-100] ^= 1
     file.write_bytes(content)
-    base.vae.encoded = 0
-    cache = LatentCache(pairs, "sketch", 64, base, disk=disk)
-    assert base.vae.encoded == 48
+    counting_base.vae.encoded = 0
+    cache = LatentCache(pairs, "sketch", 64, counting_base, disk=disk)
+    assert counting_base.vae.encoded == 48
     assert all(map(torch.equal, batches(cache), expected))
 
 
-def test_many_prompts_are_encoded_as_they_are_needed(pairs, base, monkeypatch):
-    expected = batches(LatentCache(pairs, "sketch", 64, base))
+def test_many_prompts_are_encoded_as_they_are_needed(pairs, counting_base, monkeypatch):
+    expected = batches(LatentCache(pairs, "sketch", 64, counting_base))
     monkeypatch.setattr(data, "MOST_PROMPTS", 10)
-    cache = LatentCache(pairs, "sketch", 64, base)
+    cache = LatentCache(pairs, "sketch", 64, counting_base)
     assert cache.contexts is None
     for ours, theirs in zip(batches(cache), expected):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)      # a rounding of fp16

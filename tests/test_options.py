@@ -49,6 +49,7 @@ def folder(tmp_path):
     return tmp_path / "pairs"
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_ends_a_script_without_a_word_and_after_the_pictures(tmp_path, monkeypatch):
     process = subprocess.Popen([sys.executable, "bps.py", "--ports"], cwd=HERE,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -129,7 +130,8 @@ def test_the_last_seeds_picture_can_be_drawn_again(run, tmp_path, capsys):
     assert (tmp_path / "again" / f"{last}.png").is_file()
 
 
-@pytest.mark.parametrize("encoding", ["ascii", pytest.param("cp1252", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
 def test_a_console_that_cannot_show_a_prompt_shows_an_escape(tmp_path, encoding):
     done = subprocess.run(
         [sys.executable, "sample.py", "--bps", "none", "--prompt", "grün 苹果", "--steps", "1",

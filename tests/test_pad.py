@@ -267,7 +267,7 @@ def test_the_pads_own_page_is_answered_with_what_it_has_to_know(server, ask):
 
 @pytest.mark.parametrize("content, headers, words", [
     (b"{}", {"Content-Type": "text/plain"}, "a JSON object"), (b"{", {}, "not JSON"),
-    (b"[]", {}, "not a JSON object"), 
+    (b"[]", {}, "not a JSON object"),
     (b"", {"Content-Length": "-5"}, "with its length")])
 def test_a_body_that_is_no_request_is_refused(ask, content, headers, words):
     status, (line,) = ask("/draw", content, **headers)

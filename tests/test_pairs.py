@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 import train
-from data import LatentCache, check_conditions, load_pairs, open_pair, warn_of_losses
+from data import LatentCache, check_conditions, load_pairs, open_pair
 from inputs import options
 from inputs.conditions import (
     class_colours,
@@ -24,7 +24,7 @@ from inputs.conditions import (
     open_label_map,
     read_condition,
 )
-from inputs.pairs import PairFiles, find_pairs, group_pairs
+from inputs.pairs import PairFiles, find_pairs, group_pairs, warn_of_losses
 from sample import load_base
 from weights import UserError
 

@@ -81,7 +81,8 @@ def test_several_processes_are_the_same_training(plain, count, weight_tolerance,
     assert_same(result, plain, 1e-5, weight_tolerance)
 
 
-@pytest.mark.parametrize("foot", [pytest.param("faithful", marks=pytest.mark.slow), "light"])
+@pytest.mark.slow
+@pytest.mark.parametrize("foot", ["faithful", "light"])
 def test_checkpointing_gives_the_same_gradients(foot):
     plain = trained(foot=foot, steps=3)
     assert_same(trained(foot=foot, steps=3, checkpointing=True), plain, 1e-6, 1e-6)

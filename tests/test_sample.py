@@ -491,7 +491,7 @@ def test_a_bps_of_the_wrong_channels_or_without_its_task_is_refused(draw, tmp_pa
             draw("--bps", tmp_path / "b.safetensors")
 
 
-@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+@pytest.mark.parametrize("dtype", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
 def test_a_narrower_dtype_draws_nearly_the_same_picture(dtype, draw):
     exact, rounded = (pixels(draw("--n", 1, "--steps", 10, "--dtype", name) / "0000.png")
                       for name in ("fp32", dtype))

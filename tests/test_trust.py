@@ -1,4 +1,4 @@
-"""Nothing is lost: runs that are killed, folders that two want, disks that are full, best weights."""
+"""Nothing is lost: killed runs, folders that two want, disks that are full, best weights."""
 import errno
 import fcntl
 import os

@@ -225,6 +225,7 @@ def test_a_header_damaged_at_random_loads_or_is_refused_in_one_line(tmp_path):
     assert refused > 250
 
 
+@pytest.mark.slow
 def test_a_bps_file_damaged_at_random_loads_or_is_refused_in_one_line(tmp_path, bps_file):
     whole, pick, file = bps_file.read_bytes(), random.Random(0), tmp_path / "damaged.safetensors"
     length = struct.unpack("<Q", whole[:8])[0]
