@@ -263,7 +263,7 @@ def main():
                 for file in dict.fromkeys(condition.bps for condition in args.conditions)}
     base = load_base(args.base, args.tokenizer, args.device, dtype, args.vae, args.prediction_type)
     for file, bps in networks.items():
-        check_fit(bps, file, base, args.base)
+        check_fit(bps, file, base)
     args.conditions = [default_condition(c, networks[c.bps].metadata) for c in args.conditions]
     check_clip_skip(args.clip_skip, base.text_model)
     size = picture_size(args, [bps.metadata for bps in networks.values()], base)

@@ -88,10 +88,14 @@ def train(run, base, cache, args, on_save):
             on_save(step + 1, average)
 
 
+class NotFinite(UserError):
+    """A loss, or its gradient, is not finite."""
+
+
 def check_finite(value, what, lr):
-    """Raises UserError if a value is not finite, so that nothing is saved of it."""
+    """Raises NotFinite if a value is not, so that nothing is saved of it."""
     if not value.isfinite():
-        raise UserError(f"{what} is not finite, most likely because --lr {lr:g} is too large; give "
+        raise NotFinite(f"{what} is not finite, most likely because --lr {lr:g} is too large; give "
                         f"a smaller one. What was saved before is kept")
 
 

@@ -25,6 +25,8 @@ CONVERTED_AT_A_TIME = 16        # tensors, before their file is opened anew
 LARGEST_HEADER = 100_000_000    # bytes; the format's own limit
 LARGEST_SIZE = 1 << 20          # more channels, layers or words than any model has
 NAMES_SHOWN = 8                 # names of tensors that do not fit
+# what reading a file's numbers or names raises if they make no sense
+SENSELESS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class UserError(Exception):
@@ -51,6 +53,10 @@ class Checkpoint(NamedTuple):
     spelling: Callable[[str], str]          # a module's key -> its name in `state`
     file: Path
 
+    def files(self):
+        """Returns the files that hold its tensors, sorted."""
+        return sorted({stored.file for stored in self.state.values()})
+
     def build(self, Module, Config, dtype=torch.float32, device="cpu"):
         """Returns Module(Config(**config)) with the checkpoint's tensors, as load_strict does.
 
@@ -61,8 +67,7 @@ class Checkpoint(NamedTuple):
         try:
             with torch.device("meta"):
                 module = Module(Config(**self.config))
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
-                ValueError) as error:
+        except SENSELESS as error:
             part = Config.__name__.removesuffix("Config")
             raise UserError(f"{self.file}: no {part} has its sizes "
                             f"({first_line(error)})") from error
@@ -233,8 +238,10 @@ def load_training(file, modules, trained, optimizer):
                     parameter.copy_(f.get_tensor(f"{name}.{key}"))
             for key, parameter in modules[trained].named_parameters():
                 if f"m.{key}" in names:
+                    # AdamW counts on the CPU, but for its fused version
+                    device = parameter.device if optimizer.defaults.get("fused") else "cpu"
                     optimizer.state[parameter] = dict(
-                        step=torch.tensor(float(facts["step"])),
+                        step=torch.tensor(float(facts["step"]), device=device),
                         exp_avg=torch.empty_like(parameter).copy_(f.get_tensor(f"m.{key}")),
                         exp_avg_sq=torch.empty_like(parameter).copy_(f.get_tensor(f"v.{key}")))
     except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:

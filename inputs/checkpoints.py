@@ -17,6 +17,7 @@ from safetensors import safe_open
 from diffusion import PREDICTION_TYPES, SPACINGS, NoiseSchedule
 from weights import (
     PICKLES,
+    SENSELESS,
     Checkpoint,
     UserError,
     first_line,
@@ -68,8 +69,7 @@ def as_user_error(read):
         """Reads the path; all errors name it."""
         try:
             return read(path, *args)
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError,
-                ValueError) as error:
+        except SENSELESS as error:
             raise UserError(f"{path}: its names or sizes are not those of SD 1.x or 2.x "
                             f"({type(error).__name__}: {first_line(error)}); {TAKES}") from error
 
@@ -377,17 +377,17 @@ def read_vae(path):
             channels=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0]
                            for i in range(levels)),
             blocks_per_level=_count(state, "encoder.down.0.block.{}.conv1.weight"),
-        ) if levels else {}                             # a folder's file, without its config.json
+        ) if levels else vae_config_from_json({})       # a folder's file, without its config.json
     state = {vae_attention_name(name): stored for name, stored in state.items()}
     if any(".up_blocks." in name for name in state):
-        levels = len(arguments.get("channels", range(4)))
+        levels = len(arguments["channels"])
         return Checkpoint(arguments, state, lambda key: vae_folder_name(key, levels), file)
     return Checkpoint(arguments, state, vae_attention_name, file)
 
 
 def vae_factor(path):
     """Returns f, how many pixels of a side an autoencoder's latent pixel covers."""
-    return 2 ** (len(read_vae(path).config.get("channels", range(4))) - 1)
+    return 2 ** (len(read_vae(path).config["channels"]) - 1)
 
 
 # ---- text encoder --------------------------------------------------------------------------
@@ -523,7 +523,7 @@ def check_text(checkpoint, folder, vocab, activations):
 
     vocab: {token: id} of the tokenizer.
     """
-    activation = checkpoint.config.get("activation", "quick_gelu")
+    activation = checkpoint.config["activation"]
     if activation not in activations:
         raise UserError(f"{checkpoint.file}: activation {activation!r}; allowed are "
                         f"{', '.join(activations)}")
@@ -581,7 +581,7 @@ def read_bps(file):
         if "paths" in config:
             config, state = migrate_bps(config, state)
         return Checkpoint(config, state, str, file), dict(content["training"])
-    except (AttributeError, LookupError, TypeError, ValueError):
+    except SENSELESS:
         raise UserError(f"{file}: not a BPS file; train.py writes bps.safetensors") from None
 
 

@@ -452,12 +452,12 @@ def colours_to_cond(image):
 
 def lines_to_cond(image):
     """Returns cond (1, H, W) in [0, 1]: the picture's lines."""
-    return soft_lines(to_x(image.convert("RGB"))[None])[0]
+    return soft_lines(to_x(image)[None])[0]
 
 
 def colours_and_lines_to_cond(image):
     """Returns cond (4, H, W) in [0, 1]: the picture's coarse colours and its lines."""
-    x = to_x(image.convert("RGB"))[None]
+    x = to_x(image)[None]
     return torch.cat([coarse_colours(x), soft_lines(x)], dim=1)[0]
 
 

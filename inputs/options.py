@@ -12,7 +12,7 @@ import torch
 
 import diffusion
 from inputs.processes import ended_elsewhere
-from weights import UserError
+from weights import UserError, first_line
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 MOST_PIXELS = 4096**2
@@ -22,10 +22,11 @@ BASE = HERE / "tiny" / "model"
 TEXT_OPTIONS = ("--prompt", "--negative-prompt", "--default-prompt")
 PORT_WEIGHTS = ("head-heavy", "flat")
 FEET = ("faithful", "light")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "_STATUS_ALLOC_FAILED")     # GPU, CPU
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that prints the script's docstring as help, and of a mistake one line."""
+    """A parser that prints the script's docstring as help, and a mistake as one line."""
 
     def __init__(self, description):
         super().__init__(description=description, allow_abbrev=False,
@@ -52,7 +53,8 @@ class Parser(argparse.ArgumentParser):
         """
         for source in sources:
             if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
-                self.error(f"--out {out}: lies in {source}, whose pictures are read; give another")
+                self.error(f"{option} {out}: lies in {source}, whose pictures are read; give "
+                           f"another")
         for folder in (out, *out.absolute().parents):
             if folder.is_file():
                 self.error(f"{option} {out}: {folder} is a file; a folder is wanted")
@@ -115,11 +117,17 @@ def port_weights(text):
 
 
 def usable_device(name):
-    """Returns the name of a device that this machine has. Errors: ArgumentTypeError."""
+    """Returns the name of a device that this machine has. Errors: ArgumentTypeError.
+
+    Of several processes that torchrun starts, each asks for a GPU of its own.
+    """
+    number = os.environ.get("LOCAL_RANK")
+    device = f"cuda:{number}" if name == "cuda" and number else name
     try:
-        torch.zeros(1, device=name).item()
-    except (RuntimeError, AssertionError, ImportError):     # no such kind, or not in this PyTorch
-        raise argparse.ArgumentTypeError(f"{name} is not there; cpu always is") from None
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise argparse.ArgumentTypeError(f"{device} cannot be used ({first_line(error)}); cpu "
+                                         f"always can") from None
     return name
 
 
@@ -197,9 +205,7 @@ def run(main, interrupted="interrupted"):
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:
-        if (isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError))
-                or "MPS backend out of memory" in str(error)
-                or "can't allocate memory" in str(error)):
+        if isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY):
             print("error: out of memory; a smaller --size or --batch, --dtype fp16 or, on a GPU, "
                   "--device cpu needs less", file=sys.stderr)
         elif ended_elsewhere(error):

@@ -197,37 +197,39 @@ def _listed_pairs(folder, listing, extract):
         return [], [f"{listing}: a JSON array; it must be one object per line, without "
                     f"brackets and commas around"]
     files = {name_in(folder, file): file for file in walk(folder)}
+    cond_keys, image_key = LISTINGS[listing.name.lower()]
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         place = f"{listing}, line {number}"
-        cond_keys, image_key = LISTINGS[listing.name.lower()]
         try:
             names, prompts = _read_row(json.loads(line), cond_keys, image_key, extract)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             problems.append(f"{place}: not a JSON object with the keys {cond_keys[0]}, "
                             f"{image_key}, {' or '.join(CAPTION_KEYS)} ({error})")
             continue
-        faults = [fault for fault in (_fault(folder, name, files) for name in names) if fault]
-        problems += [f"{place}: {fault}" for fault in faults]
-        if not faults:
-            pair = tuple(folder / name if (folder / name).is_file() else
-                         files[unicodedata.normalize("NFC", name)]
-                         for name in (names[0], names[-1]))
-            captions.setdefault(pair, []).extend(prompts)
+        try:
+            pair = tuple(_find(folder, name, files) for name in (names[0], names[-1]))
+        except ValueError as error:
+            problems.append(f"{place}: {error}")
+            continue
+        captions.setdefault(pair, []).extend(prompts)
     if not captions and not problems:
         problems.append(f"{listing}: no pairs in it")
     return [PairFiles(cond, image, tuple(dict.fromkeys(prompts)))
             for (cond, image), prompts in captions.items()], problems
 
 
-def _fault(folder, name, files):
-    """Returns what is wrong with a file name of a listing, or None."""
+def _find(folder, name, files):
+    """Returns the file that a listing names. Errors: ValueError says what is wrong with it."""
     if name.startswith(("../", "/")) or name[1:2] == ":":
-        return f"{name} leaves the folder; only files in it are read"
-    if unicodedata.normalize("NFC", name) not in files and not (folder / name).is_file():
-        return f"{folder / name} does not exist"
-    return None
+        raise ValueError(f"{name} leaves the folder; only files in it are read")
+    file = folder / name
+    if not file.is_file():
+        file = files.get(unicodedata.normalize("NFC", name))
+    if file is None:
+        raise ValueError(f"{folder / name} does not exist")
+    return file
 
 
 def _read_row(row, cond_keys, image_key, extract):

@@ -59,11 +59,15 @@ class Processes(NamedTuple):
 def join_processes(device):
     """Returns (Processes, this one's device); all but the first are silent from here on.
 
-    Sources: the environment variables that torchrun sets. Errors: UserError for several on mps.
+    Sources: the environment variables that torchrun sets. Errors: UserError for several on mps
+    or on one GPU.
     """
     count = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     if count == 1:
         return Processes(), device
+    if device.startswith("cuda:"):
+        raise UserError(f"--device {device}: torchrun gives each process a GPU of its own; give "
+                        f"--device cuda")
     if device.startswith("mps"):
         raise UserError("--device mps: has no way to join processes; leave out torchrun, or give "
                         "--device cpu")

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import json
 import os
+import warnings
 
 try:
     import fcntl
@@ -34,8 +35,8 @@ def run_facts(args, splits):
     fingerprint = functools.cache(weights.fingerprint)          # a single file is asked for thrice
     return {key: str(arguments[key]) for key in sorted(arguments.keys() - CHANGEABLE)} | dict(
         base_sha256=fingerprint(*checkpoints.find_unet(args.base)),
-        vae_sha256=fingerprint(checkpoints.read_vae(args.vae or args.base).file),
-        text_sha256=fingerprint(checkpoints.read_text(args.base).file),
+        vae_sha256=fingerprint(*checkpoints.read_vae(args.vae or args.base).files()),
+        text_sha256=fingerprint(*checkpoints.read_text(args.base).files()),
         configs_sha256=fingerprint(*checkpoints.config_files(args.base, args.tokenizer, args.vae)),
         pairs_sha256=hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16],
         pictures_sha256=fingerprint(*dict.fromkeys(file for _, pair in pairs
@@ -77,6 +78,9 @@ def lock(folder):
         except BlockingIOError:
             raise UserError(f"{folder}: another process trains in it; wait for its end, or give "
                             f"another --out") from None
+        except OSError as error:            # as some network file systems answer
+            warnings.warn(f"{folder}: cannot be locked ({error.strerror}); start no second "
+                          f"training in it")
         yield
     finally:
         os.close(file)

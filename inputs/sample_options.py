@@ -127,11 +127,11 @@ def parse_args(description):
                           f"in the last bits")
         recorded = parser.parse_args(option_words(options))
         parser.set_defaults(**vars(recorded))
-        recorded_files = files_of(finish(parser, recorded))
+        recorded_files = files_of(recorded, finish(parser, recorded).conditions)
         args = parser.parse_args()
-    files = files_of(finish(parser, args))
+    files = files_of(args, finish(parser, args).conditions)
     args.drawn_with = {role: digest for role, digest in drawn_with.items()
-                       if recorded_files.get(role) == files.get(role)}
+                       if role in files and recorded_files.get(role) == files[role]}
     check_settings(parser, args)
     return args
 
@@ -212,7 +212,7 @@ def check_settings(parser, args):
 
 # ---- what belongs together -----------------------------------------------------------------
 
-def check_fit(bps, file, base, base_path):
+def check_fit(bps, file, base):
     """Raises UserError if the BPS was trained for a base of other sizes or another kind.
 
     SD 1 and SD 2 differ only in the width of their text states. A fine-tune of the same sizes fits.
@@ -226,7 +226,7 @@ def check_fit(bps, file, base, base_path):
             ("prediction type", bps.metadata.get("prediction_type", prediction_type),
              prediction_type)):
         if trained != given:
-            raise UserError(f"{file}: for a base of {name} {trained}, but {base_path} has {given}; "
+            raise UserError(f"{file}: for a base of {name} {trained}, but {base.path} has {given}; "
                             f"give the --base it was trained on")
     task, size = bps.metadata.get("task"), bps.metadata.get("size")
     if (task not in TASKS or type(size) is not int or size < 1
@@ -356,18 +356,18 @@ def read_picture_options(picture):
         options, files = json.loads(text["options"]), json.loads(text["files"])
         if isinstance(options, dict) and isinstance(files, dict):
             return options, files, text["device"]
-    except (KeyError, ValueError):
+    except (KeyError, RecursionError, ValueError):
         pass                                    # as of any other picture
     raise UserError(f"{picture}: does not say how it was drawn; --from takes a PNG as sample.py "
                     f"wrote it; other programs drop such notes")
 
 
-def files_of(args):
+def files_of(args, conditions):
     """Returns {role: path} of the files and folders that a picture depends on."""
     files = {"base": args.base, "vae": args.vae or args.base, "text": args.base}
     if args.init:
         files["init"] = args.init
-    for i, condition in enumerate(args.conditions, 1):
+    for i, condition in enumerate(conditions, 1):
         files |= {f"bps {i}": condition.bps, f"cond {i}": condition.cond or DEFAULT_DRAWING}
         if condition.mask:
             files[f"mask {i}"] = condition.mask
@@ -379,9 +379,9 @@ def fingerprints(args, conditions, fingerprint):
 
     fingerprint: weights.fingerprint, or a version that remembers.
     """
-    readers = dict(base=find_unet, vae=lambda path: [read_vae(path).file],
-                   text=lambda path: [read_text(path).file])
-    paths = files_of(argparse.Namespace(**vars(args) | dict(conditions=conditions)))
+    readers = dict(base=find_unet, vae=lambda path: read_vae(path).files(),
+                   text=lambda path: read_text(path).files())
+    paths = files_of(args, conditions)
     return {role: fingerprint(*readers.get(role, lambda path: [path])(path))
             for role, path in paths.items()}
 
@@ -391,6 +391,7 @@ def check_drawn_with(args, files):
     for role, digest in args.drawn_with.items():
         if files[role] != digest:
             option = "base" if role == "text" else role.split()[0]
-            raise UserError(f"{files_of(args)[role]}: not the file that {args.picture} was drawn "
-                            f"with: its fingerprint is {files[role]}, not {digest}; give the right "
-                            f"one by --{option}")
+            file = files_of(args, args.conditions)[role]
+            raise UserError(f"{file}: not the file that {args.picture} was drawn with: its "
+                            f"fingerprint is {files[role]}, not {digest}; give the right one by "
+                            f"--{option}")

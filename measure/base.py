@@ -31,7 +31,7 @@ def open_pictures(rows, device):
 
 
 def eps_losses(base, context, z, seed):
-    """Returns the mean squared error of eps in each range of T_EDGES, for latents z."""
+    """Returns the mean squared error of eps (or v) in each range of T_EDGES, for latents z."""
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for low, high in zip(T_EDGES, T_EDGES[1:]):
@@ -39,8 +39,8 @@ def eps_losses(base, context, z, seed):
         for _ in range(TIMESTEPS_PER_RANGE):
             t = torch.randint(low, high, (len(z),), generator=generator).to(z.device)
             noise = torch.randn(z.shape, generator=generator).to(z.device)
-            z_t = base.schedule.add_noise(z, noise, t)
-            errors += [(base.unet(z_t[i], t[i], context[i]) - noise[i]).square().mean((1, 2, 3))
+            z_t, target = base.schedule.add_noise(z, noise, t), base.schedule.target(z, noise, t)
+            errors += [(base.unet(z_t[i], t[i], context[i]) - target[i]).square().mean((1, 2, 3))
                        for i in torch.arange(len(z)).split(BATCH)]
         losses.append(torch.cat(errors).mean().item())
     return losses
@@ -65,6 +65,7 @@ def main():
     parser.add_device()
     add("--out", type=Path, default=BASE.parent / "drawn.png", help="(default: tiny/drawn.png)")
     args = parser.parse_args()
+    parser.check_out(args.out.parent)
     base = load_base(args.base, device=args.device)
 
     x, captions = open_pictures(world.pool("test"), args.device)
@@ -80,7 +81,7 @@ def main():
     rows = world.records("test", ("3d",))
     rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))[:args.count]]
     x, captions = open_pictures(rows, args.device)
-    categories = torch.tensor([world.CATEGORIES.index(row["category"]) for row in rows])
+    categories = world.category_numbers(rows)
     classify = Classifier(args.reader, args.device, split="train")
     accuracy, _ = recognition_rates(classify, x, captions, categories)
     print(f"| category, {len(x)} true 3d test pictures, read with training names' captions only | "
@@ -91,7 +92,7 @@ def main():
     for what, (accuracy, name_accuracy) in zip((f"{len(x)} true 3d test pictures",
                                                 "drawn from the same captions"), rates):
         print(f"| category, {what} | {accuracy:.1%} |")
-        print(f"| name among {CANDIDATES}, {what} | {name_accuracy:.1%} |")
+        print(f"| name among {min(CANDIDATES, len(x))}, {what} | {name_accuracy:.1%} |")
     print(f"| category, drawn relative to true | {ratio(rates[1][0], rates[0][0]):.1%} |")
     contact_sheet([x, pictures], ["true picture", "drawn"],
                   [row["caption"] for row in rows[:SHEET_ROWS]], args.out)

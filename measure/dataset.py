@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from clip import load_clip
+from clip import load_tokenizer
 from data import load_pairs, open_pair, split_names
 from inputs import conditions
+from inputs.checkpoints import find_tokenizer
 from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
 from measure.report import SHEET_ROWS, contact_sheet
 from weights import UserError
@@ -114,6 +115,7 @@ def check_captions(pairs, tokenizer, default_prompt):
 
 def check_data(args):
     """Prints what is in --data and writes a sheet of it; raises UserError if anything is wrong."""
+    tokenizer = load_tokenizer(find_tokenizer(args.base, args.tokenizer))
     pairs, problems, unused = find_pairs(args.data, args.extract)
     survey = Survey(args.task, args.extract, args.size)
     for pair in tqdm(pairs, desc="check", leave=False):
@@ -131,7 +133,7 @@ def check_data(args):
     if unused[ENTRIES:]:
         print(f"and {len(unused) - ENTRIES} more files belong to no pair")
     survey.report(args.data, len(pairs))
-    check_captions(pairs, load_clip(args.base, args.tokenizer)[0], args.default_prompt)
+    check_captions(pairs, tokenizer, args.default_prompt)
     problems += survey.problems
     for problem in problems:
         print(f"problem: {problem}")

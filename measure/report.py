@@ -11,7 +11,6 @@ from PIL import Image, ImageDraw
 from bps import Steering, load_bps
 from diffusion import Sampling
 from inputs.conditions import cond_to_x, images_at_a_time, to_image, to_x
-from inputs.options import BASE
 from inputs.sample_options import check_fit
 from measure.bits import calibrated_strength, condition_bits, log_snr
 from sample import draw
@@ -164,7 +163,7 @@ def draw_pairs(base, cache, bps, count, seed, sampling=None, strength=1.0, promp
 def load_fitting(file, base, task=None, device="cpu"):
     """Returns a BPS for the embedded base, and for this task if one is named. Errors: UserError."""
     bps = load_bps(file, device=device)
-    check_fit(bps, file, base, BASE)
+    check_fit(bps, file, base)
     if task not in (None, bps.metadata["task"]):
         raise UserError(f"{file}: for {bps.metadata['task']}; a BPS for {task} is wanted")
     return bps

@@ -32,11 +32,8 @@ class RivalUNet(nn.Module):
     def __init__(self, unet, rival):
         super().__init__()
         self.unet, self.config = unet, unet.config
+        self.time_embedding = unet.time_embedding
         self.predict = rival.predict            # a bound method, so that its weights stay its own
-
-    def time_embedding(self, t):
-        """Returns (B, 4 * base channels) of timesteps t (B,)."""
-        return self.unet.time_embedding(t)
 
     def forward(self, z_t, t, context, maps=None):
         """Returns eps (B, 4, H, W)."""
@@ -102,7 +99,7 @@ class ControlNet(nn.Module):
             h = h + maps[0] if i == 0 else h
             on_skips.append(zero(h))
         on_middle = self.zero_middle(self.middle_block(h, t_emb, context))
-        return predict_with(unet, z_t, t, context, {}, on_skips, on_middle)
+        return predict_with(unet, z_t, t, context, on_skips=on_skips, on_middle=on_middle)
 
 
 def block_channels(unet):
@@ -132,7 +129,6 @@ class AdapterBlock(nn.Module):
 class T2IAdapter(nn.Module):
     """Four small levels, or as many as the U-Net has, whose ends are added to its contracting path.
     """
-    blocks_per_level = 2
 
     def __init__(self, unet, cond_channels, factor, width=1.0):
         """width: of its residual blocks, relative to the U-Net's channels."""
@@ -144,9 +140,8 @@ class T2IAdapter(nn.Module):
         self.ends = [per_level * (level + 1) - 1 for level in range(len(narrow))]
         for level, channels in enumerate(narrow):
             before = narrow[max(0, level - 1)]
-            self.levels.append(nn.Sequential(
-                AdapterBlock(before, channels),
-                *(AdapterBlock(channels, channels) for _ in range(self.blocks_per_level - 1))))
+            self.levels.append(nn.Sequential(AdapterBlock(before, channels),
+                                             AdapterBlock(channels, channels)))
             self.outs.append(nn.Identity() if width == 1
                              else nn.Conv2d(channels, unet.config.channels[level], 1))
 

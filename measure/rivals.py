@@ -51,7 +51,7 @@ from sample import load_base
 from tiny import world
 from tiny.classifier import Classifier
 from tiny.tasks import scene
-from train import Run, train
+from train import NotFinite, Run, train
 from weights import UserError
 
 BATCH, STEPS, SAVES = 16, 300, 5
@@ -207,7 +207,7 @@ class Bench:
                 if job not in self.record.results:
                     self.record.add(job, self.bound(job.method) if job.method in BOUNDS
                                     else self.train(job, out))
-            shutil.rmtree(out)
+                shutil.rmtree(out)
         return self.record.results[job]
 
     def train(self, job, out):
@@ -229,9 +229,8 @@ class Bench:
         start = time.process_time()
         try:
             train(run_of_job, base, cache, args, on_save)
-        except UserError as error:
-            if "is not finite" not in str(error):
-                raise
+        except NotFinite:
+            pass                                # its rate was too large
         minutes = (time.process_time() - start) / 60 * job.steps / max(1, steps_to_go)
         best = run_of_job.best
         numbers = dict(parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
@@ -355,7 +354,8 @@ def done(record, task, study):
                    steps=lambda job: job.method in MAIN and job.pairs == 0 and job.seed == 0)
     order = [*BOUNDS, *METHODS]
     jobs = [job for job, numbers in record.results.items()
-            if job.task == task and "obedience" in numbers and belongs[study](job)]
+            if job.task == task and job.method in order and "obedience" in numbers
+            and belongs[study](job)]
     return {job: record.results[job] for job in sorted(jobs, key=lambda job: (
         job.pairs or float("inf"), job.steps, order.index(job.method), job.seed))}
 
@@ -485,8 +485,10 @@ def main():
     if not args.method and (args.pairs, args.steps, args.seed) != (0, STEPS, 0):
         parser.error("--pairs, --steps, --seed: need --method")
     parser.check_out(args.record.parent, option="--record")
+    parser.check_out(args.figures, option="--figures")
     record = Record(args.record, weights.fingerprint(*checkpoints.find_unet(BASE)))
     if not args.done:
+        args.record.parent.mkdir(parents=True, exist_ok=True)       # before the work
         bench = Bench(args.task, load_base(BASE), args.out, record)
         rates = functools.cache(bench.best_rate)
         jobs = STUDIES[args.study](bench, rates)

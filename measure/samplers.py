@@ -42,11 +42,11 @@ def main():
     pairs = load_pairs("sketch", "test")[:args.count]
     cache = LatentCache(pairs, "sketch", world.SIZE, base)
     conds, captions = cache.cond(range(len(pairs))), cache.first_prompts(range(len(pairs)))
-    categories = torch.tensor([world.CATEGORIES.index(row["category"])
-                               for row in world.records("test", ("3d",))[:args.count]])
+    categories = world.category_numbers(world.records("test", ("3d",))[:args.count])
     classify = Classifier()
     true = true_features(classify, cache, len(pairs))
-    print(f"| drawn by | sampler | s per picture | line F1 | category | name among {CANDIDATES} | "
+    candidates = min(CANDIDATES, len(pairs))
+    print(f"| drawn by | sampler | s per picture | line F1 | category | name among {candidates} | "
           "kernel distance |\n|---|---|---|---|---|---|---|")
     for drawer in (None, bps):
         for sampling in COMPARED:

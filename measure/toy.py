@@ -64,6 +64,7 @@ def mean_floor(held_outs):
 def modes(world, prior, args):
     """Steers in each mode with 12 labelled points, five times: other points, other network."""
     held_outs = [toy2d.HeldOut(world, args.seed + i) for i in range(MODES_SEEDS)]
+    floor = mean_floor(held_outs)
     scores = torch.zeros(len(MODES), MODES_SEEDS, len(SCORES))
     for i, (name, port_weights) in enumerate(tqdm(MODES.items(), desc="modes")):
         for j, held_out in enumerate(held_outs):
@@ -73,7 +74,7 @@ def modes(world, prior, args):
     mean, deviation = scores.mean(1), scores.std(1)                         # (modes, scores)
     difference = scores - scores[list(MODES).index(ALL)]    # each mode has the same points
     error = difference.std(1) / MODES_SEEDS**0.5
-    rows = [dict(mode=name, floor=mean_floor(held_outs)) for name in MODES]
+    rows = [dict(mode=name, floor=floor) for name in MODES]
     for (i, row), (k, key) in itertools.product(enumerate(rows), enumerate(SCORES)):
         row |= {key: mean[i, k].item(), f"{key} sd": deviation[i, k].item(),
                 f"{key} - {ALL}'s": f"{difference.mean(1)[i, k]:+.3f} +- {error[i, k]:.3f}"}
@@ -99,6 +100,7 @@ def robustness(world, prior, args):
     Everywhere each method has its own best learning rate.
     """
     held_outs = [toy2d.HeldOut(world, args.seed + i) for i in range(ROBUSTNESS_SEEDS)]
+    floor = mean_floor(held_outs)
     rows = []
     for name, n, epochs in tqdm(list(itertools.product(RIVALS, SIZES, EPOCHS)), desc="robustness"):
         method = best_rate(replace(toy2d.METHODS[name], epochs=epochs), world, prior, n, args)
@@ -107,7 +109,7 @@ def robustness(world, prior, args):
         for key in SCORES:
             values = torch.tensor([scores_of_run[key] for scores_of_run in runs])
             row |= {key: values.mean().item(), f"{key} sd": values.std().item()}
-        rows.append(row | dict(floor=mean_floor(held_outs)))
+        rows.append(row | dict(floor=floor))
     toy2d.save_table(rows, args.out / "robustness.md")
     panels = list(itertools.product(SCORES, RIVALS))
     figure = Figure(len(RIVALS), [f"{name}: {key} by epochs" for key, name in panels])
@@ -127,6 +129,7 @@ def rates(world, prior, args):
     """Trains each method at each rate, and prints the energy distance for each seed and the mean.
     """
     held_outs = [toy2d.HeldOut(world, args.seed + i) for i in range(RATES_SEEDS)]
+    floor = mean_floor(held_outs)
     rows = []
     for name, lr in tqdm(list(itertools.product(toy2d.METHODS, RATES)), desc="rates"):
         method = replace(toy2d.METHODS[name], lr=lr)
@@ -134,7 +137,7 @@ def rates(world, prior, args):
             held_out, method, prior, toy2d.LABELLED, args.effort)["energy"]
             for held_out in held_outs}
         mean = sum(energies.values()) / RATES_SEEDS
-        rows.append(dict(method=name, rate=f"{lr:g}", floor=mean_floor(held_outs), energy=mean)
+        rows.append(dict(method=name, rate=f"{lr:g}", floor=floor, energy=mean)
                     | energies)
     toy2d.save_table(rows, args.out / "rates.md")
 
@@ -285,17 +288,17 @@ def exact_bits(world, z_0, cond, kind):
 
 
 @torch.no_grad()
-def denoisers_bits(schedule, timesteps, z_0, prior, posterior, seed):
-    """Returns condition_bits (n,) from the errors of prior(z_t, t) and posterior(z_t, t)."""
+def denoisers_bits(timesteps, z_0, eps, eps_bar, seed):
+    """Returns condition_bits (n,) from the errors of eps(z_t, t), the prior, and of eps_bar."""
     generator = torch.Generator().manual_seed(seed)
     gains = []
     for t in timesteps:
         t = torch.full((len(z_0),), t)
         noise = torch.randn(z_0.shape, generator=generator)
-        z_t = schedule.add_noise(z_0, noise, t)
+        z_t = toy2d.SCHEDULE.add_noise(z_0, noise, t)
         gains.append(sum(sign * (denoise(z_t, t) - noise).square().sum(1)
-                         for sign, denoise in ((1, prior), (-1, posterior))))
-    return condition_bits(torch.stack(gains, dim=1), log_snr(schedule, timesteps))
+                         for sign, denoise in ((1, eps), (-1, eps_bar))))
+    return condition_bits(torch.stack(gains, dim=1), log_snr(toy2d.SCHEDULE, timesteps))
 
 
 def bits(world, prior, args):
@@ -312,7 +315,7 @@ def bits(world, prior, args):
                 ("exact denoisers", ALL_T, world.denoiser(), exact),
                 ("exact denoisers, 8 t", VALIDATION_T, world.denoiser(), exact),
                 ("learned denoisers", ALL_T, prior, lambda z_t, t: learned(z_t, t, cond))):
-            estimates[name] = denoisers_bits(toy2d.SCHEDULE, timesteps, z_0, *denoisers, args.seed)
+            estimates[name] = denoisers_bits(timesteps, z_0, *denoisers, args.seed)
         rows.append(dict(condition=kind) | {
             name: "{:.2f} +- {:.2f}".format(*mean_and_error(values))
             for name, values in estimates.items()})

@@ -5,7 +5,7 @@
 import torch
 import torch.nn.functional as F
 
-from bps import BPS, Steering, config_for, load_bps, make_denoiser
+from bps import BPS, Steering, config_for, load_bps, make_denoiser, port_table
 from data import LatentCache, load_pairs
 from diffusion import Sampling, draw_noise, sample, sampler_steps
 from inputs.conditions import read_condition
@@ -29,10 +29,8 @@ def show_maps(base, bps, cond, t):
     show("t_emb", t_emb, "the frozen U-Net's own")
     show("cond, unshuffled", F.pixel_unshuffle(cond, bps.config.factor), "what BPS begins with")
     residuals = bps(cond, t_emb)
-    inputs, outputs = len(base.unet.input_blocks), len(base.unet.output_blocks)
-    names = [f"input {i}" for i in range(inputs)] + ["middle"]
-    for name, residual in zip(names + [f"output {i}" for i in range(outputs)], residuals,
-                              strict=True):
+    rows = port_table(bps, cond.shape[-1] // bps.config.factor)
+    for (name, *_), residual in zip(rows, residuals, strict=True):
         if residual is None:
             print(f"  map of {name:<21}none")
         else:

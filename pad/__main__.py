@@ -207,7 +207,7 @@ def main():
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server.serve_forever()
-    finally:
+    except KeyboardInterrupt:
         studio.scratch.cleanup()
         print("\nended", file=sys.stderr, flush=True)
         os._exit(130)           # at once: Python would wait for a thread that is drawing

@@ -80,7 +80,7 @@ class Studio:
         for file in [*files, *trained]:
             try:
                 bps = load_bps(file, DTYPES[args.dtype], args.device)
-                check_fit(bps, file, self.base, args.base)
+                check_fit(bps, file, self.base)
             except UserError as error:
                 if file in files:
                     raise
@@ -104,7 +104,7 @@ class Studio:
         parser = self.parser()
         defaults = finish(parser, parser.parse_args(self.fixed_words(None, None)))
         return dict(tasks=tasks, samplers=diffusion.SAMPLERS, preview_steps=PREVIEW_STEPS,
-                    strip=STRIP, settings=SETTINGS,
+                    strip=STRIP, settings=SETTINGS, newest=self.newest,
                     defaults={name: getattr(defaults, name) for name in SETTINGS[:-1]})
 
     # ---- drawing ---------------------------------------------------------------------------

@@ -4,6 +4,17 @@ import functools
 import pytest
 import references
 
+from diffusion import Sampling
+from measure import report
+
+
+@pytest.fixture
+def short_report(monkeypatch):
+    """The report's measures over fewer pictures, steps and timesteps."""
+    for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2, SHEET_ROWS=2,
+                            SAMPLING=Sampling(steps=2)).items():
+        monkeypatch.setattr(report, name, value)
+
 
 @pytest.fixture(scope="session")
 def bps_file(tmp_path_factory):

@@ -264,9 +264,10 @@ def test_a_file_of_one_entry_for_each_part_of_its_header_still_loads(parts, tmp_
 
 
 def test_a_file_that_is_no_bps_is_refused(tmp_path):
-    save_file(dict(a=torch.zeros(2)), tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match="not a BPS file"):
-        load_bps(tmp_path / "other.safetensors")
+    for metadata in (None, dict(bps="[" * 100_000), dict(bps="[]"), dict(bps='{"config": 1}')):
+        save_file(dict(a=torch.zeros(2)), tmp_path / "other.safetensors", metadata)
+        with pytest.raises(UserError, match="not a BPS file"):
+            load_bps(tmp_path / "other.safetensors")
 
 
 # ---- files of before -----------------------------------------------------------------------
@@ -279,7 +280,6 @@ def old_config(bps, paths):
 
 @pytest.mark.parametrize("foot", FEET)
 def test_a_file_of_before_loads_under_its_old_names(foot, parts, tmp_path):
-    from safetensors.torch import save_file
     unet, _, inputs, cond = parts
     bps = build_bps(config_for(SMALL, 2, FACTOR, foot=foot))
     randomize_ports(bps)
@@ -294,7 +294,6 @@ def test_a_file_of_before_loads_under_its_old_names(foot, parts, tmp_path):
 
 
 def test_a_file_of_before_with_few_paths_loads_with_weights_of_0(parts, tmp_path):
-    from safetensors.torch import save_file
     bps = build_bps(config_for(SMALL, 2, FACTOR, weights_of(("contracting",))))
     # ports of weight 0 were built and saved
     state = bps.state_dict() | {"zero_blocks.4.weight": torch.zeros(64, 64, 3, 3)}

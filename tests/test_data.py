@@ -4,6 +4,7 @@ import io
 import numpy as np
 import pytest
 import torch
+from drawings import ring
 from PIL import Image, ImageDraw, ImageOps
 
 import data
@@ -23,14 +24,6 @@ from inputs.options import BASE
 from sample import load_base
 from tiny import world
 from weights import UserError
-
-
-def ring(width, height):
-    """A black ring on white, RGB."""
-    image = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(image).ellipse((width // 5, height // 5, width * 4 // 5, height * 4 // 5),
-                                  outline="black", width=max(2, width // 16))
-    return image
 
 
 def on_grey_paper(image):
@@ -77,10 +70,6 @@ def test_what_is_no_drawing_is_refused(tmp_path):
 
 
 # ---- polarity and paper --------------------------------------------------------------------
-
-EMBEDDED = [world.on_ground(world.picture("line", row["name"]))
-            for row in world.records(None, ("line",))]
-
 
 def framed(image, width, colour=0):
     image = image.copy()
@@ -148,9 +137,11 @@ def test_a_drawing_is_read_as_dark_on_white_whatever_it_looks_like(look):
 
 
 def test_all_embedded_drawings_are_dark_on_light_and_stay_as_they_are():
-    assert len(EMBEDDED) == 978
-    assert not any(is_light_on_dark(image) for image in EMBEDDED)
-    for image in EMBEDDED[::20]:
+    embedded = [world.on_ground(world.picture("line", row["name"]))
+                for row in world.records(None, ("line",))]
+    assert len(embedded) == 978
+    assert not any(is_light_on_dark(image) for image in embedded)
+    for image in embedded[::20]:
         assert np.array_equal(np.asarray(level_drawing(image)), np.asarray(image.convert("L")
                                                                            .convert("RGB")))
 

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from diffusion import Sampling
+import weights
 from inputs.sample_options import DEFAULT_BPS
-from measure import report
 
 GPU = next((name for name, is_there in (("cuda", torch.cuda.is_available()),
                                         ("mps", torch.backends.mps.is_available())) if is_there),
@@ -24,7 +23,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(GPU is None, reason="no GPU")]
 
 
 @pytest.fixture
-def run(monkeypatch, tmp_path):
+def run(monkeypatch, tmp_path, short_report):
     """Runs a script on a device with an --out of its own; returns that folder."""
     def call(module, out, device, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__name__, "--device", device, "--out",
@@ -34,9 +33,6 @@ def run(monkeypatch, tmp_path):
 
     for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):
         monkeypatch.setattr(backend, "allow_tf32", False)
-    for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2,
-                            SAMPLING=Sampling(steps=2)).items():
-        monkeypatch.setattr(report, name, value)
     load_pairs = train.load_pairs
     monkeypatch.setattr(train, "load_pairs", lambda *arguments: load_pairs(*arguments)[:12])
     return call
@@ -73,6 +69,25 @@ def test_a_training_that_was_stopped_goes_on_as_if_it_had_not(run, monkeypatch):
         torch.testing.assert_close(tensor, states[1][key], rtol=1e-2, atol=1e-4)
     for a, b in zip(rows(whole), rows(parts), strict=True):
         assert b["val_steered"] == pytest.approx(a["val_steered"], rel=1e-3)
+
+
+@pytest.mark.skipif(GPU != "cuda", reason="AdamW is fused on CUDA only")
+def test_a_fused_optimizer_goes_on_from_a_checkpoint(tmp_path):
+    def step(model, optimizer):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3, device=GPU)).sum().backward()
+        optimizer.step()
+        return dict(step=1)
+
+    models = [torch.nn.Linear(3, 2, device=GPU) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1, fused=True) for model in models]
+    file, modules = tmp_path / "checkpoint.safetensors", [dict(model=model) for model in models]
+    facts = step(models[0], optimizers[0])
+    weights.save_training(file, modules[0], "model", optimizers[0], facts)
+    weights.load_training(file, modules[1], "model", optimizers[1])
+    for model, optimizer in zip(models, optimizers):
+        step(model, optimizer)
+    torch.testing.assert_close(models[0].weight, models[1].weight)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 0.1), ("fp16", 0.3), ("bf16", 2)])

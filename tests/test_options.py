@@ -12,25 +12,20 @@ from PIL import Image, ImageOps
 
 import sample
 import train
-from diffusion import Sampling
 from inputs import options
 from inputs.options import BASE, HERE, MOST_SEEDS, shell_command
 from inputs.sample_options import DEFAULT_DRAWING
-from measure import report
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
 
 
 @pytest.fixture
-def run(monkeypatch):
+def run(monkeypatch, short_report):
     """Runs a script with these command-line arguments, in this process."""
     def call(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
         options.run(module.main)
 
-    for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2,
-                            SAMPLING=Sampling(steps=2)).items():
-        monkeypatch.setattr(report, name, value)
     return call
 
 

@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from drawings import ring
 from PIL import Image, ImageDraw, ImageOps
 
 import train
@@ -24,17 +25,10 @@ from inputs.conditions import (
     open_label_map,
     read_condition,
 )
+from inputs.options import BASE
 from inputs.pairs import PairFiles, find_pairs, group_pairs, warn_of_losses
 from sample import load_base
 from weights import UserError
-
-
-def ring(width, height, color="black"):
-    """A ring on white, RGB."""
-    image = Image.new("RGB", (width, height), "white")
-    ImageDraw.Draw(image).ellipse((width // 5, height // 5, width * 4 // 5, height * 4 // 5),
-                                  outline=color, width=max(2, width // 16))
-    return image
 
 
 @pytest.fixture
@@ -625,6 +619,13 @@ def check(folder, tmp_path, monkeypatch):
         return tmp_path / "out" / "check.png"
 
     return run
+
+
+def test_a_check_asks_for_a_tokenizer_before_it_looks_at_pictures(check, sd_file, capsys):
+    with pytest.raises(UserError, match="a single file holds no tokenizer; give --tokenizer"):
+        check("--base", str(sd_file("small1")))
+    assert capsys.readouterr().out == ""
+    assert check("--base", str(sd_file("small1")), "--tokenizer", str(BASE)).exists()
 
 
 def test_a_check_tells_what_is_there_and_shows_what_the_network_sees(check, folder, capsys):

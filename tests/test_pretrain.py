@@ -16,7 +16,6 @@ from tiny import pretrain, tasks, world
 
 STAGES = ("clip", "vae", "unet")
 POOL = world.pool
-POOL_OF_EIGHT = pretrain.make_pool("train", 8, seed=3)
 
 
 def run(monkeypatch, stage, folder, steps, *arguments):
@@ -48,6 +47,14 @@ def test_each_stage_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypa
     context = base.encode(["a red apple"])
     assert base.unet(torch.randn(1, 4, 16, 16), torch.tensor([5]), context).isfinite().all()
     assert base.vae.config.scaling_factor > 0 and (whole / "model" / "model_index.json").is_file()
+
+
+@pytest.mark.parametrize("minutes", ["0", "-5", "nan"])
+def test_no_time_is_no_budget(minutes, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "vae", tmp_path, 1, "--minutes", minutes)
+    assert stop.value.code == 2 and "allowed is more than 0" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.slow
@@ -125,7 +132,7 @@ def test_min_snr_weights_count_clean_steps_less(tmp_path, monkeypatch):
 
 
 def test_augmented_pictures_are_other_pictures_of_the_same_range():
-    x = pretrain.to_x(POOL_OF_EIGHT[0], "cpu")
+    x = pretrain.to_batch(pretrain.make_pool("train", 8, seed=3)[0], "cpu")
     turned = pretrain.augment(x, torch.Generator().manual_seed(0))
     assert turned.shape == x.shape and turned.abs().max() <= 1
     assert (turned - x).abs().mean() > 0.02

@@ -1,19 +1,20 @@
 """Several processes, parts of a batch and checkpointing are the same training as the plain one."""
+import argparse
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import drawings
 import pytest
 import torch
-from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
 import sample
 import train
 from bps import build_bps, config_for
 from data import LatentCache, load_pairs
-from inputs.options import BASE, DTYPES, HERE
+from inputs.options import BASE, DTYPES, HERE, usable_device
 from inputs.processes import Processes, join_processes
 from weights import UserError
 
@@ -64,11 +65,28 @@ def process(rank, count, port, folder):
     torch.distributed.destroy_process_group()
 
 
-def test_several_processes_on_apples_gpu_are_refused(monkeypatch):
+@pytest.mark.parametrize("device, message", [
+    ("mps", "--device mps: has no way to join processes"),
+    ("cuda:0", "--device cuda:0: torchrun gives each process a GPU of its own")])
+def test_several_processes_on_one_gpu_are_refused(device, message, monkeypatch):
     for name, value in dict(RANK="0", WORLD_SIZE="2").items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="--device mps: has no way to join processes"):
-        join_processes("mps")
+    with pytest.raises(UserError, match=message):
+        join_processes(device)
+
+
+def test_a_process_asks_for_the_gpu_that_torchrun_gives_it(monkeypatch):
+    asked = []
+
+    def zeros(_, device):
+        asked.append(device)
+        raise RuntimeError("invalid device ordinal")
+
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(argparse.ArgumentTypeError, match="cuda:3 cannot be used .invalid device"):
+        usable_device("cuda")
+    assert asked == ["cuda:3"]
 
 
 # AdamW turns a rounded gradient of nearly 0 into a step of either sign: hence not 1e-6
@@ -104,14 +122,7 @@ def test_a_base_in_a_narrow_dtype_trains_nearly_alike(dtype):
 @pytest.fixture
 def pairs(tmp_path):
     """A folder of ten pairs of shapes."""
-    for kind, width in (("images", 0), ("conditions", 3)):
-        (tmp_path / "pairs" / kind).mkdir(parents=True)
-        for i in range(10):
-            image = Image.new("RGB", (64, 64), "white")
-            box = (8 + i, 8, 40 + i, 50)
-            ImageDraw.Draw(image).ellipse(box, outline="black", width=width or 20)
-            image.save(tmp_path / "pairs" / kind / f"{i}.png")
-    return tmp_path / "pairs"
+    return drawings.write_shapes(tmp_path / "pairs")
 
 
 def torchrun(count, *arguments):

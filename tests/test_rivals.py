@@ -132,7 +132,7 @@ def test_a_study_goes_on_where_it_stopped_and_prints_its_table(tmp_path, monkeyp
                                             ("t2i-adapter", "lora")})
     load_pairs = rivals.load_pairs
     monkeypatch.setattr(rivals, "load_pairs", lambda *arguments: load_pairs(*arguments)[:6])
-    record = tmp_path / "rivals.jsonl"
+    record = tmp_path / "new" / "rivals.jsonl"
 
     def run_study(study):
         monkeypatch.setattr(sys, "argv", ["rivals", "--study", study, "--record", str(record),

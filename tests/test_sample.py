@@ -291,6 +291,23 @@ def test_a_picture_is_drawn_again_from_itself_alone(draw, draw_again, other, bps
         draw_again(out / "0004.png")
 
 
+def test_notes_that_others_wrote_into_a_picture_are_refused_or_do_no_harm(draw, draw_again,
+                                                                         tmp_path):
+    drawn = Image.open(draw("--n", 1) / "0000.png")
+    for notes, is_drawn in ((dict(files='{"another": "x"}'), True), (dict(files="[]"), False),
+                            (dict(options="[" * 10**5), False)):
+        info = PngImagePlugin.PngInfo()
+        for key, value in (drawn.text | notes).items():
+            info.add_itxt(key, value)
+        drawn.save(tmp_path / "noted.png", pnginfo=info)
+        if is_drawn:
+            assert np.array_equal(pixels(draw_again(tmp_path / "noted.png") / "0000.png"),
+                                  pixels(tmp_path / "noted.png"))
+        else:
+            with pytest.raises(UserError, match="noted.png: does not say how it was drawn"):
+                draw_again(tmp_path / "noted.png")
+
+
 def test_options_of_the_command_line_overrule_those_of_the_picture(draw, draw_again, other):
     single = draw("--n", 1, "--strength", 0.5) / "0000.png"
     stronger = draw_again(single, "--strength", 1)
@@ -444,8 +461,8 @@ def test_what_comes_with_the_project_is_found_again_where_the_project_has_moved(
     (["--strength", "nan"], "--strength nan: allowed are -1000 to 1000"),
     (["--guidance", "1e30"], "--guidance 1e+30: allowed are -1000 to 1000"),
     (["--guidance", "nan"], "--guidance nan: allowed are -1000 to 1000"),
-    (["--seed", "-3"], "-3: allowed are 0 to"), (["--device", "warp"], "warp is not there"),
-    (["--device", "privateuseone"], "privateuseone is not there"),
+    (["--seed", "-3"], "-3: allowed are 0 to"), (["--device", "warp"], "warp cannot be used"),
+    (["--device", "privateuseone"], "privateuseone cannot be used"),
     (["--bps", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
     (["--bps", "x", "y"], "--bps x: without --cond; of several, each needs its own"),
     (["--bps", "none", "x"], "--bps x: beside --bps none"),

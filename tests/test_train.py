@@ -18,7 +18,6 @@ import train
 import weights
 from bps import BPS, config_for, load_bps, save_bps
 from data import LatentCache, load_pairs
-from diffusion import Sampling
 from inputs import options
 from inputs.processes import Processes
 from inputs.run_folder import choose_out, run_facts
@@ -35,15 +34,7 @@ def run(module, monkeypatch, *arguments):
 
 
 @pytest.fixture(autouse=True)
-def small_report(monkeypatch):
-    """The report's measures over fewer pictures, steps and timesteps."""
-    for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2, SHEET_ROWS=2,
-                            SAMPLING=Sampling(steps=2)).items():
-        monkeypatch.setattr(report, name, value)
-
-
-@pytest.fixture(autouse=True)
-def few_pairs(monkeypatch):
+def few_pairs(monkeypatch, short_report):
     """The first six embedded pairs of each split."""
     monkeypatch.setattr(train, "load_pairs", lambda *a, **k: load_pairs(*a, **k)[:6])
 

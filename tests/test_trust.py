@@ -9,19 +9,19 @@ import sys
 import time
 from pathlib import Path
 
+import drawings
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 from safetensors.torch import load_file
 
 import train
 import weights
 from bps import load_bps
-from diffusion import Sampling
 from inputs.options import HERE
 from inputs.run_folder import lock
-from measure import curve, report
+from measure import curve
 from weights import UserError
 
 OPTIONS = ["--steps", "4", "--batch", "2", "--save-every", "2", "--lr", "1e-2"]
@@ -56,17 +56,8 @@ train.main()
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
-    """A folder of ten pairs of shapes, with captions."""
-    folder = tmp_path_factory.mktemp("trust") / "pairs"
-    for kind, width in (("images", 0), ("conditions", 3)):
-        (folder / kind).mkdir(parents=True)
-        for i in range(10):
-            image = Image.new("RGB", (64, 64), "white")
-            pen = ImageDraw.Draw(image)
-            pen.ellipse((8 + i, 8, 40 + i, 50), outline="black", width=width or 20)
-            image.save(folder / kind / f"{i}.png")
-            (folder / kind / f"{i}.txt").write_text(f"shape {i}")
-    return folder
+    """A folder of ten pairs of shapes."""
+    return drawings.write_shapes(tmp_path_factory.mktemp("trust") / "pairs")
 
 
 def start(pairs, out, phase="none", count=1, moment="before"):
@@ -121,12 +112,8 @@ def test_a_run_killed_twenty_times_at_random_ends_with_the_same_bytes(pairs, und
 # ---- in this process -----------------------------------------------------------------------
 
 @pytest.fixture
-def run(monkeypatch, pairs):
+def run(monkeypatch, pairs, short_report):
     """Runs train.py on the pairs, with a short report."""
-    for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2,
-                            SAMPLING=Sampling(steps=2)).items():
-        monkeypatch.setattr(report, name, value)
-
     def call(out, *options):
         monkeypatch.setattr(sys, "argv", ["train.py", *OPTIONS, "--data", str(pairs), "--cache",
                                           str(out.parent / "cache"), "--out", str(out), *options])
@@ -147,6 +134,15 @@ def test_a_second_training_in_a_folder_ends_in_one_line(run, tmp_path):
         raise BlockingIOError
     run(tmp_path / "run")
     assert (tmp_path / "run" / "bps.safetensors").exists()
+
+
+def test_where_folders_cannot_be_locked_a_warning_says_so(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.warns(UserWarning, match="run: cannot be locked"), lock(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
 
 
 @pytest.mark.parametrize("keep, step, factor", [("best", 2, 1), ("last", 4, 2)])

@@ -98,8 +98,7 @@ class Classifier:
         self.tokenizer, self.score = load_score(base, device)
         rows = world.records(split)
         self.texts = self.embed_captions([world.full_caption(row) for row in rows])
-        categories = [world.CATEGORIES.index(row["category"]) for row in rows]
-        self.member = F.one_hot(torch.tensor(categories, device=device)).float()
+        self.member = F.one_hot(world.category_numbers(rows).to(device)).float()
 
     @torch.inference_mode()
     def embed_captions(self, captions):

@@ -28,13 +28,12 @@ import clip
 import weights
 from diffusion import NoiseSchedule
 from inputs import checkpoints
-from inputs.options import Parser, positive, run, seed_number
+from inputs.options import BASE, Parser, positive, run, seed_number
 from tiny import world
 from tiny.classifier import BATCH, CLIPScore, save_score
 from unet import ResBlock, SpatialTransformer, UNet, UNetConfig, load_unet
 from vae import AutoencoderKL, VAEConfig, load_vae
 
-HERE = Path(__file__).parent
 EMA_DECAY = 0.9995
 WARM_UP_STEPS = 200
 COOLDOWN = 0.25             # share of the budget over which the learning rate falls to zero
@@ -58,7 +57,7 @@ def make_pool(split, count, seed):
                    tqdm([(seed, i) for i in range(count)], desc=f"{split} pictures", leave=False))
 
 
-def to_x(pictures, device):
+def to_batch(pictures, device):
     """Returns images (B, 3, H, W) in [-1, 1] of uint8 pictures."""
     x = pictures.to(device).float() / 127.5 - 1
     return x.contiguous(memory_format=torch.channels_last)
@@ -93,7 +92,7 @@ class VAEStage:
     def loss(self, generator):
         """Returns the loss of a batch drawn with the generator."""
         indices = torch.randint(len(self.pool), (self.batch,), generator=generator)
-        x = to_x(self.pool[indices], self.args.device)
+        x = to_batch(self.pool[indices], self.args.device)
         mean, std = self.model.encode(x)
         noise = torch.randn(mean.shape, generator=generator).to(x)
         error = self.model.decode(mean + std * noise) - x
@@ -103,7 +102,7 @@ class VAEStage:
     @torch.inference_mode()
     def evaluate(self, model):
         """Returns PSNR (dB) and L1 over held-out pictures, and the latents' standard deviation."""
-        x = to_x(self.held_out, self.args.device)
+        x = to_batch(self.held_out, self.args.device)
         z = encode_means(model, x)
         psnr, l1 = decoder_errors(model, z, x)
         return dict(psnr=psnr, l1=l1, latent_std=z.std().item())
@@ -111,7 +110,7 @@ class VAEStage:
     @torch.inference_mode()
     def export(self, model):
         """Writes vae/ of the model folder, with the factor that gives latents unit variance."""
-        z = encode_means(model, to_x(self.pool[:2048], self.args.device))
+        z = encode_means(model, to_batch(self.pool[:2048], self.args.device))
         model.config = replace(model.config, scaling_factor=round(1 / z.std().item(), 4))
         save_vae(model, self.args.out / "vae")
 
@@ -224,7 +223,7 @@ class CLIPStage:
         """Returns the symmetric cross-entropy of a batch composed anew for this step."""
         seed = torch.randint(2**31, (), generator=generator).item()
         pictures, captions = compose(self.rows, [(seed, slot) for slot in range(self.batch)])
-        x = augment(to_x(pictures, self.args.device), generator)
+        x = augment(to_batch(pictures, self.args.device), generator)
         logits = self.logits(self.model, x, self.tokenizer(captions))
         target = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
@@ -232,7 +231,7 @@ class CLIPStage:
     @torch.inference_mode()
     def evaluate(self, model):
         """Returns how often a held-out picture finds its caption among all of them."""
-        x = to_x(self.held_out, self.args.device)
+        x = to_batch(self.held_out, self.args.device)
         nearest = self.logits(model, x, self.held_out_ids).argmax(dim=1).cpu()
         return dict(retrieval_of_256=(nearest == torch.arange(len(nearest))).float().mean().item())
 
@@ -281,7 +280,7 @@ class UNetStage:
         pictures, captions = make_pool(split, count, seed)
         latents, context = [], []
         for i in tqdm(range(0, count, 64), desc=f"{split} latents", leave=False):
-            latents.append(vae.encode(to_x(pictures[i:i + 64], self.args.device)))
+            latents.append(vae.encode(to_batch(pictures[i:i + 64], self.args.device)))
             ids = tokenizer(captions[i:i + 64]).to(self.args.device)
             context.append(text_model(ids).half().cpu())
         return (torch.cat([latent.mean for latent in latents]).half().cpu(),
@@ -457,12 +456,14 @@ def main():
     add("--minutes", type=float, default=60.0, help="budget of the stage (default: %(default)s)")
     add("--steps", type=positive, default=10**9, help="stop after this many steps (default: never)")
     add("--pool", type=positive, default=32_000, help="training pictures (default: %(default)s)")
-    add("--work", type=Path, default=HERE / "work", help="checkpoints (default: tiny/work)")
-    add("--out", type=Path, default=HERE / "model", help="SD folder (default: tiny/model)")
+    add("--work", type=Path, default=BASE.parent / "work", help="checkpoints (default: tiny/work)")
+    add("--out", type=Path, default=BASE, help="SD folder (default: tiny/model)")
     add("--init", metavar="PATH", help="SD folder whose U-Net the training starts from")
     add("--seed", type=seed_number, default=0, help="(default: %(default)s)")
     parser.add_device()
     args = parser.parse_args()
+    if not args.minutes > 0:
+        parser.error(f"--minutes {args.minutes}: allowed is more than 0")
     torch.manual_seed(args.seed)            # the initial weights
     stage = STAGES[args.stage](args)
     stage.export(train(stage, args))

@@ -10,6 +10,7 @@ import json
 import zipfile
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 DATA = Path(__file__).parent / "data"
@@ -75,6 +76,11 @@ def place(emoji, size, left, top, flip=False):
 
 def _random_ground(rng):
     return "white" if rng.random() < WHITE_SHARE else str(rng.choice(list(GROUNDS)[1:]))
+
+
+def category_numbers(rows):
+    """Returns the indices of the rows' categories in CATEGORIES (n,)."""
+    return torch.tensor([CATEGORIES.index(row["category"]) for row in rows])
 
 
 def full_caption(row):
