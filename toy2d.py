@@ -213,7 +213,7 @@ class ToyBPS(UShape):
     """The steering network: takes (c_add, t) to residuals, through ports that start at zero.
 
     port_weights: three on the contracting path, one in the middle, three on the expansive path, and
-    one at the output, which is 0 in the paper's method. A weight of 0 means that there is no port.
+    one at the output, which is 0 in the paper's method. A port of weight 0 adds nothing.
     """
 
     def __init__(self, kind="both", port_weights=HEAD_HEAVY, time_blind=False):

@@ -5,8 +5,9 @@
 
 The base is made if it is missing: a folder and a single file of SD 1.5's sizes with random weights,
 8.5 GB in all. Each measurement of memory runs in a process of its own. Files are in the page cache.
-Times are medians of --repeat runs, in which the programs take turns. The comparison needs an
-environment with diffusers, transformers and accelerate.
+Times are medians of --repeat runs, in which the programs take turns; of seven for steering the
+embedded base, of one at SD 1.5's sizes. The comparison needs an environment with diffusers,
+transformers and accelerate.
 
 Steering is timed relative to drawing the same pictures unsteered, without text encoder and
 autoencoder. "naive" is how the authors' code runs: BPS in every call of the U-Net, for both passes

@@ -1,14 +1,12 @@
 """The curve of a training: loss on its batches, and on validation pairs with and without BPS."""
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from weights import replacing
+from measure.plots import COLORS, GREY, LIGHT, Sheet, spread
 
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 60, 110, 20, 34      # room around the lines, in pixels
-ZOOM = 3                                        # it is drawn so much larger, then made small
-LINES = {"train_loss": ("training", "#777777"), "val_base": ("frozen base", "#e28413"),
-         "val_steered": ("validation", "#2f6fb5")}
+LINES = {"train_loss": ("training", GREY), "val_base": ("frozen base", COLORS[1]),
+         "val_steered": ("validation", COLORS[3])}
 TICKS = 4
 
 
@@ -22,29 +20,24 @@ def draw_curve(rows, file):
     right = WIDTH - RIGHT
 
     def pixels(x, y):
-        """Returns [(x, y)] in the enlarged picture of steps and losses."""
+        """Returns [(x, y)] in the picture of steps and losses."""
         across = LEFT + np.asarray(x) / steps[-1] * (right - LEFT)
         down = HEIGHT - BOTTOM - (np.asarray(y) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
-        return [tuple(point) for point in ZOOM * np.stack([across, down], axis=-1)]
+        return [tuple(point) for point in np.stack([across, down], axis=-1)]
 
-    sheet = Image.new("RGB", (WIDTH * ZOOM, HEIGHT * ZOOM), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11 * ZOOM)
+    sheet = Sheet(WIDTH, HEIGHT)
     for tick in np.linspace(low + margin, high - margin, TICKS):
         ends = pixels([0, steps[-1]], [tick, tick])
-        pen.line(ends, "#d5d8dd", ZOOM)
-        pen.text((ends[0][0] - 4 * ZOOM, ends[0][1]), f"{tick:.4f}", "#777777", font, "rm")
+        sheet.line(ends, LIGHT)
+        sheet.text(ends[0][0] - 4, ends[0][1], f"{tick:.4f}", 11, "rm")
     for tick in np.linspace(0, steps[-1], TICKS):
         x, _ = pixels([tick], [low])[0]
-        pen.text((x, (HEIGHT - 14) * ZOOM), f"{tick:.0f}", "#777777", font, "mm")
-    lowest_name = 0
-    for key in sorted(LINES, key=lambda key: -losses[key][-1]):         # from the top downwards
-        name, color = LINES[key]
-        points = pixels(steps, losses[key])
-        pen.line(points, color, 2 * ZOOM)
-        for x, y in points:
-            pen.ellipse((x - 2 * ZOOM, y - 2 * ZOOM, x + 2 * ZOOM, y + 2 * ZOOM), color)
-        lowest_name = max(points[-1][1], lowest_name)
-        pen.text((points[-1][0] + 8 * ZOOM, lowest_name), name, color, font, "lm")
-        lowest_name += 13 * ZOOM
-    with replacing(file) as temporary:
-        sheet.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(temporary)
+        sheet.text(x, HEIGHT - 14, f"{tick:.0f}", 11, "mm")
+    points = {key: pixels(steps, losses[key]) for key in LINES}
+    heights = spread([line[-1][1] for line in points.values()], 13)
+    for (key, (name, color)), height in zip(LINES.items(), heights):
+        sheet.line(points[key], color, 2)
+        for x, y in points[key]:
+            sheet.disc(x, y, 2, color)
+        sheet.text(points[key][-1][0] + 8, height, name, 11, "lm", color)
+    sheet.save(file)

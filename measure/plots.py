@@ -1,5 +1,6 @@
 """Draws figures of dots, arrows, lines and bars with Pillow, as the studies in the plane need."""
 import math
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageColor, ImageDraw, ImageFont
@@ -21,6 +22,64 @@ def round_step(extent):
     return next(unit * share for share in (0.2, 0.5, 1, 2) if extent / unit <= 8 * share)
 
 
+def spread(heights, gap):
+    """Returns heights (n,) moved downwards, from the top on, so that a gap lies between any two."""
+    result, free = np.array(heights, float), -math.inf
+    for i in result.argsort():
+        result[i] = max(result[i], free)
+        free = result[i] + gap
+    return result
+
+
+class Sheet:
+    """A picture that is drawn ZOOM times as large as it will be; all is given in final pixels."""
+
+    def __init__(self, width, height):
+        self.size = width, height
+        self.image = Image.new("RGB", (width * ZOOM, height * ZOOM), "white")
+        self.pen = ImageDraw.Draw(self.image, "RGBA")
+
+    def line(self, points, color, width=1):
+        """Draws a line through points [(x, y)]."""
+        self.pen.line(self.zoomed(points), color, width * ZOOM)
+
+    def polygon(self, points, color):
+        """Fills the polygon of points."""
+        self.pen.polygon(self.zoomed(points), color)
+
+    def rectangle(self, corners, fill=None, outline=None):
+        """Draws the rectangle of its upper left and lower right corner."""
+        self.pen.rectangle(self.zoomed(corners), fill, outline, ZOOM)
+
+    def disc(self, x, y, radius, color):
+        """Draws a disc around (x, y)."""
+        self.pen.ellipse(self.zoomed([(x - radius, y - radius), (x + radius, y + radius)]), color)
+
+    def text(self, x, y, words, size, anchor, color=GREY):
+        """Writes words, of which Pillow's anchor stands at (x, y)."""
+        self.pen.text((x * ZOOM, y * ZOOM), words, color, ImageFont.load_default(size * ZOOM),
+                      anchor)
+
+    def zoomed(self, points):
+        """Returns points of the enlarged picture."""
+        return [(x * ZOOM, y * ZOOM) for x, y in points]
+
+    def save(self, file):
+        """Writes the picture as PNG at its own size."""
+        with replacing(file) as temporary:
+            self.image.resize(self.size, Image.Resampling.LANCZOS).quantize(128).save(
+                temporary, optimize=True)
+
+
+class Line(NamedTuple):
+    """A layer of Axes: values (n,) and the edges of their band (2, n) over x (n,)."""
+    x: np.ndarray
+    y: np.ndarray
+    band: np.ndarray
+    name: str
+    log_y: bool
+
+
 class Axes:
     """One panel: collects layers, and draws them when the range of all is known."""
 
@@ -38,39 +97,41 @@ class Axes:
     def line(self, x, y, name, log_y=False, band=0.0):
         """Adds a line with a band around it; x is logarithmic unless it starts at 0."""
         y = np.asarray(y, float)
-        self.layers.append(("line", np.asarray(x), y, name, log_y, y + np.multiply.outer(
-            (-1, 1), np.broadcast_to(band, y.shape))))
+        edges = y + np.multiply.outer((-1, 1), np.broadcast_to(band, y.shape))
+        self.layers.append(Line(np.asarray(x), y, edges, name, log_y))
 
     def range(self):
         """Returns the least and the greatest value of its lines and bands."""
-        bands = np.concatenate([layer[5].ravel() for layer in self.layers])
+        bands = np.concatenate([line.band.ravel() for line in self.layers])
         return bands.min(), bands.max()
 
     def bars(self, labels, values, errors):
         """Adds a horizontal bar for each label, with its error."""
         self.layers.append(("bars", labels, np.asarray(values), np.asarray(errors)))
 
-    def paint(self, pen, left, top):
+    def paint(self, sheet, left, top):
         """Draws the panel with its upper left corner at (left, top)."""
-        self.pen, self.left, self.top = pen, left, top
+        self.sheet, self.left, self.top = sheet, left, top
         self.text(SIDE / 2, -TOP / 2, self.title, 15, "mm", "black")
-        paint = dict(line=self.paint_lines, bars=self.paint_bars)
-        paint.get(self.layers[0][0], self.paint_plane)()
+        if isinstance(self.layers[0], Line):
+            self.paint_lines()
+        elif self.layers[0][0] == "bars":
+            self.paint_bars()
+        else:
+            self.paint_plane()
+
+    def at(self, xy):
+        """Returns [(x, y)] in the sheet for pixels xy (n, 2) of the panel."""
+        return [(self.left + x, self.top + y) for x, y in xy]
 
     def text(self, x, y, words, size, anchor, color=GREY):
         """Writes words at (x, y), in pixels of the panel."""
-        self.pen.text(self.at([(x, y)])[0], words, color, ImageFont.load_default(size * ZOOM),
-                      anchor)
-
-    def at(self, xy):
-        """Returns [(x, y)] in the enlarged figure for pixels xy (n, 2) of the panel."""
-        return [((self.left + x) * ZOOM, (self.top + y) * ZOOM) for x, y in xy]
+        self.sheet.text(self.left + x, self.top + y, words, size, anchor, color)
 
     def discs(self, xy, radius, color):
         """Draws a disc at each of the pixels xy (n, 2) of the panel."""
-        r = radius * ZOOM
         for x, y in self.at(xy):
-            self.pen.ellipse((x - r, y - r, x + r, y + r), color)
+            self.sheet.disc(x, y, radius, color)
 
     def paint_plane(self):
         """Draws dots and arrows over [-2.6, 2.6] squared, y upwards."""
@@ -85,24 +146,24 @@ class Axes:
             else:
                 for ends in zip(self.at(to_panel(points)), self.at(to_panel(points + extra))):
                     self.arrow(*ends)
-        self.pen.rectangle(self.at([(0, 0), (SIDE, SIDE)]), outline=LIGHT, width=ZOOM)
+        self.sheet.rectangle(self.at([(0, 0), (SIDE, SIDE)]), outline=LIGHT)
 
     def arrow(self, tail, tip):
-        """Draws an arrow between two points of the enlarged figure."""
-        self.pen.line([tail, tip], COLORS[3], ZOOM)
+        """Draws an arrow between two points of the sheet."""
+        self.sheet.line([tail, tip], COLORS[3])
         turn = math.atan2(tip[1] - tail[1], tip[0] - tail[0])
-        head = min(4 * ZOOM, 0.5 * math.dist(tail, tip))
-        self.pen.polygon([tip, *((tip[0] - head * math.cos(turn + side),
-                                  tip[1] - head * math.sin(turn + side))
-                                 for side in (-0.45, 0.45))], COLORS[3])
+        head = min(4, 0.5 * math.dist(tail, tip))
+        self.sheet.polygon([tip, *((tip[0] - head * math.cos(turn + side),
+                                    tip[1] - head * math.sin(turn + side))
+                                   for side in (-0.45, 0.45))], COLORS[3])
 
     def paint_lines(self):
         """Draws lines with ticks at their points, and their names at their ends.
 
         A logarithmic axis starts at 1e-4 or above; smaller and negative values are drawn at 1e-4.
         """
-        ticks = np.unique(np.concatenate([layer[1] for layer in self.layers]))
-        log_x, log_y = ticks[0] > 0, self.layers[0][4]
+        ticks = np.unique(np.concatenate([line.x for line in self.layers]))
+        log_x, log_y = ticks[0] > 0, self.layers[0].log_y
         to_x = np.log10 if log_x else np.asarray
         x = to_x(ticks)
         scaled = (lambda y: np.log10(np.maximum(y, 1e-4))) if log_y else np.asarray
@@ -121,23 +182,20 @@ class Axes:
 
         for tick in np.arange(low, high + step / 2, step):
             ends = to_panel(np.array([x_low, x_high]), np.full(2, tick))
-            self.pen.line(self.at(ends), LIGHT, ZOOM)
+            self.sheet.line(self.at(ends), LIGHT)
             self.text(EDGE - 4, ends[0][1], f"{10.0**tick if log_y else tick:.3g}", 11, "rm")
         for tick, value in zip(x, ticks):
             self.text(to_panel(tick, low)[0], SIDE - 8, f"{value:g}", 11, "mm")
-        for (_, x, y, _, _, band), color in zip(self.layers, COLORS):
-            x = to_x(x)
-            lower, upper = (self.at(to_panel(x, edge)) for edge in scaled(band))
-            self.pen.polygon(lower + upper[::-1], (*ImageColor.getrgb(color), BAND_ALPHA))
-            self.pen.line(self.at(to_panel(x, scaled(y))), color, 2 * ZOOM)
-            self.discs(to_panel(x, scaled(y)), 3, color)
-        last = scaled([layer[2][-1] for layer in self.layers])
+        for line, color in zip(self.layers, COLORS):
+            x = to_x(line.x)
+            lower, upper = (self.at(to_panel(x, edge)) for edge in scaled(line.band))
+            self.sheet.polygon(lower + upper[::-1], (*ImageColor.getrgb(color), BAND_ALPHA))
+            self.sheet.line(self.at(to_panel(x, scaled(line.y))), color, 2)
+            self.discs(to_panel(x, scaled(line.y)), 3, color)
+        last = scaled([line.y[-1] for line in self.layers])
         ends = to_panel(np.full(len(last), x_high), last)                   # (lines, 2)
-        lowest = 0.0
-        for i in ends[:, 1].argsort():                          # from the top, so none overlap
-            lowest = max(ends[i, 1], lowest)
-            self.text(ends[i, 0] + 4, lowest, self.layers[i][3], 11, "lm", COLORS[i])
-            lowest += 12
+        for line, end, height, color in zip(self.layers, ends, spread(ends[:, 1], 12), COLORS):
+            self.text(end[0] + 4, height, line.name, 11, "lm", color)
 
     def paint_bars(self):
         """Draws a bar, its error and its value for each label."""
@@ -148,9 +206,9 @@ class Axes:
             y = (i + 0.5) * height
             self.text(name_width - 6, y, labels[i], 12, "rm", "black")
             tip, error = name_width + max(value, 0) * scale, error * scale
-            self.pen.rectangle(self.at([(name_width, y - height / 3), (tip, y + height / 3)]),
-                               COLORS[3])
-            self.pen.line(self.at([(tip - error, y), (tip + error, y)]), "black", ZOOM)
+            self.sheet.rectangle(self.at([(name_width, y - height / 3), (tip, y + height / 3)]),
+                                 COLORS[3])
+            self.sheet.line(self.at([(tip - error, y), (tip + error, y)]), "black")
             self.text(tip + error + 4, y, f"{value:.2f}", 11, "lm")
 
 
@@ -170,13 +228,9 @@ class Figure:
     def save(self, file):
         """Writes the figure as PNG and prints its path."""
         rows = math.ceil(len(self.axes) / self.columns)
-        width, height = self.columns * (SIDE + GAP) + GAP, rows * (SIDE + TOP) + GAP
-        sheet = Image.new("RGB", (width * ZOOM, height * ZOOM), "white")
-        pen = ImageDraw.Draw(sheet, "RGBA")
+        sheet = Sheet(self.columns * (SIDE + GAP) + GAP, rows * (SIDE + TOP) + GAP)
         for i, axes in enumerate(self.axes):
             row, column = divmod(i, self.columns)
-            axes.paint(pen, GAP + column * (SIDE + GAP), TOP + row * (SIDE + TOP))
-        sheet = sheet.resize((width, height), Image.Resampling.LANCZOS)
-        with replacing(file) as temporary:
-            sheet.quantize(128).save(temporary, optimize=True)
+            axes.paint(sheet, GAP + column * (SIDE + GAP), TOP + row * (SIDE + TOP))
+        sheet.save(file)
         print(file)

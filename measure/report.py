@@ -192,7 +192,7 @@ def contact_sheet(columns, titles, names, file, groups=3):
                 pen.text((x, 2), title, "black")
             tile = to_image(column[i]).resize((W, H), Image.Resampling.NEAREST)
             sheet.paste(tile, (x, y))
-        pen.text((left, y + H + 1), names[i][:group_width // 7], "grey")     # 6 px a letter
+        pen.text((left, y + H + 1), names[i][:group_width // 7], "grey")    # 7 px are a letter
     with replacing(file) as temporary:
         sheet.save(temporary)
     print(file)

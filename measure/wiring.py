@@ -5,13 +5,11 @@
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
 
 from bps import build_bps, config_for, port_table
 from inputs.options import HERE, Parser, run
-from measure.plots import COLORS, GREY, ZOOM
+from measure.plots import COLORS, Sheet
 from unet import ResBlock, SpatialTransformer, UNet, UNetConfig
-from weights import replacing
 
 STEP, BOX = 34, 24                      # pixels from block to block, and of a block's width
 LEFT, UNET_FLOOR, BPS_FLOOR, HEIGHT = 30, 185, 345, 430
@@ -24,48 +22,24 @@ def additions(block):
     return sum(isinstance(layer, (ResBlock, SpatialTransformer)) for layer in block)
 
 
-class Drawing:
-    """A picture that is drawn larger than it will be."""
-
-    def __init__(self, width):
-        self.width = width
-        self.sheet = Image.new("RGB", (width * ZOOM, HEIGHT * ZOOM), "white")
-        self.pen = ImageDraw.Draw(self.sheet)
-
-    def line(self, points, color, width=1):
-        """Draws a line through points."""
-        self.pen.line([(x * ZOOM, y * ZOOM) for x, y in points], color, width * ZOOM)
-
-    def text(self, x, y, words, color="black", size=11, anchor="mm"):
-        """Writes words at (x, y)."""
-        self.pen.text((x * ZOOM, y * ZOOM), words, color, ImageFont.load_default(size * ZOOM),
-                      anchor)
+class Drawing(Sheet):
+    """A sheet of blocks, arrows and skips."""
 
     def block(self, x, floor, side, color, words):
-        """Draws a block that stands on a floor, as tall as its map, and its number beneath."""
+        """Draws a block that stands on a floor, as tall as its map; returns its upper edge."""
         top = floor - max(8, side)
-        corners = [v * ZOOM for v in (x - BOX / 2, top, x + BOX / 2, floor)]
-        self.pen.rectangle(corners, color)
-        self.text(x, floor + 9, words, GREY)
+        self.rectangle([(x - BOX / 2, top), (x + BOX / 2, floor)], color)
+        self.text(x, floor + 9, words, 11, "mm")
         return top
 
     def arrow(self, x, start, end, color):
         """Draws an arrow upwards."""
         self.line([(x, start), (x, end + 4)], color, 2)
-        self.pen.polygon([(v[0] * ZOOM, v[1] * ZOOM) for v in
-                          ((x, end), (x - 4, end + 7), (x + 4, end + 7))], color)
+        self.polygon([(x, end), (x - 4, end + 7), (x + 4, end + 7)], color)
 
     def skip(self, x, other, top, other_top, height):
         """Draws the way of a skip, above all blocks."""
         self.line([(x, top), (x, height), (other, height), (other, other_top)], "#c3c8d0")
-
-    def save(self, file):
-        """Writes the picture as PNG at its own size."""
-        size = self.width, HEIGHT
-        sheet = self.sheet.resize(size, Image.Resampling.LANCZOS).quantize(64)
-        with replacing(file) as temporary:
-            sheet.save(temporary, optimize=True)
-        print(file)
 
 
 def draw_wiring(file):
@@ -83,7 +57,7 @@ def draw_wiring(file):
         elif sides:                     # a block without a port, after the stem, halves the side
             side //= 2
         sides.append(side)
-    drawing = Drawing(2 * LEFT + STEP * len(rows))
+    drawing = Drawing(2 * LEFT + STEP * len(rows), HEIGHT)
     xs = [LEFT + STEP * (i + 0.5) for i in range(len(rows))]
     tops = [UNET_FLOOR - max(8, side) for side in sides]
     for i in range(inputs):             # the last skip in is the first one out
@@ -96,17 +70,18 @@ def draw_wiring(file):
         top = drawing.block(x, BPS_FLOOR, side, TRAINED if port != "-" else "#e6b3ba", number)
         if port != "-":
             drawing.arrow(x, top - 2, UNET_FLOOR + 18, TRAINED)
-            drawing.text(x, BPS_FLOOR + 24, f"{weight:g}", TRAINED, 12)
-            drawing.text(x + 9, UNET_FLOOR + 50, f"{additions(block)}x", "black", 11)
+            drawing.text(x, BPS_FLOOR + 24, f"{weight:g}", 12, "mm", TRAINED)
+            drawing.text(x + 9, UNET_FLOOR + 50, f"{additions(block)}x", 11, "mm", "black")
     for x, path in zip((xs[inputs // 2], xs[inputs], xs[-(inputs // 2)]),
                        ("down: contracting path", "middle", "up: expansive path, the foot")):
-        drawing.text(x, BPS_FLOOR + 44, path, GREY, 12)
+        drawing.text(x, BPS_FLOOR + 44, path, 12, "mm")
     drawing.text(LEFT, 12, "frozen U-Net: z_t, t, text in; eps out. A map is added after each "
-                 "residual block and each transformer of its block. Grey: skips", FROZEN, 13, "lm")
+                 "residual block and each transformer of its block. Grey: skips", 13, "lm", FROZEN)
     drawing.text(LEFT, HEIGHT - 14, "BPS: condition and t in. Below each block the port's fixed "
-                 "weight, beside its arrow how often its map is added. Pale: no port", TRAINED, 13,
-                 "lm")
+                 "weight, beside its arrow how often its map is added. Pale: no port", 13, "lm",
+                 TRAINED)
     drawing.save(file)
+    print(file)
 
 
 def main():
