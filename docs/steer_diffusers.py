@@ -1,11 +1,15 @@
 """Steers diffusers' StableDiffusionPipeline, with any of its schedulers, by BPS trained here.
 
+        # with this folder and the project's in PYTHONPATH
+    pipe = StableDiffusionPipeline.from_pretrained("SD_FOLDER")
     unet = SteeredUNet(pipe.unet)
-    bps = load_bps(file, pipe.dtype, pipe.device)
-    unet.steerings = [Steering(bps, unet, cond)]        # cond: (1, C, H, W) in [0, 1], no window
+    bps = load_bps("runs/sd/bps.safetensors", pipe.dtype, pipe.device)
+    cond, _ = read_condition("drawing.png", "sketch", 512, 512)
+    unet.steerings = [Steering(bps, unet, cond[None])]          # one or several, without a window
     pipe.unet = unet
 
-LoRAs are loaded into the pipeline before that.
+load_bps and Steering are in bps.py, read_condition is in inputs/conditions.py. LoRAs are loaded
+into the pipeline before that.
 """
 from functools import partial
 

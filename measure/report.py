@@ -209,7 +209,8 @@ def print_losses(numbers):
         *numbers["bits"]) + "; the strength of the lowest loss is {:.2f} +- {:.2f}".format(
         *numbers["strength"]))
     if gain < 0:
-        print("worse than the frozen base: train for more steps, or with a smaller --lr")
+        print("worse than the frozen base: with few pairs train for fewer steps, else for more, or "
+              "with a smaller --lr")
     if numbers["pairs"] < FEW_PAIRS:
         print(f"(these are {numbers['pairs']} pairs only: other pairs would give other numbers)")
 

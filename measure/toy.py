@@ -37,7 +37,7 @@ RIVALS = ("steered", "scratch", "tuned")
 SIZES, EPOCHS, ROBUSTNESS_SEEDS = (12, 100, 500), (160, 640, 2500), 3       # for robustness
 RATES, RATES_SEEDS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3), 3
 RATE_SEED = 100                 # added to the seed where robustness chooses a rate
-GAUSSIAN_READING = 1.0          # r, the standard error of a reading of a standard normal number
+GAUSSIAN_READING = 1.0          # tau, the standard error of a reading of a normal number
 GAUSSIAN_SAMPLES, GAUSSIAN_STEPS = 20_000, 400
 STRENGTHS = (0.0, 0.5, 1.0, 1.5, 2.0)                   # for tempering
 LAWS = [*({"arm": s} for s in STRENGTHS), *({"place": s} for s in STRENGTHS),
@@ -215,16 +215,16 @@ def gaussian_eps(variances):
 def gaussian_rows():
     """Returns rows of the variance of the first of two standard normal coordinates, given readings.
 
-    A reading is the coordinate plus noise of variance r^2. wanted: that of p(z_0) prod p(c_i |
+    A reading is the coordinate plus noise of variance tau^2. wanted: that of p(z_0) prod p(c_i |
     z_0)^s_i. closed form: what the probability flow of sum_i s_i M_i ends with, (v^s for a single
     reading, derived here). drawn: what diffusion.sample draws.
     """
-    r_squared = GAUSSIAN_READING**2
-    v = r_squared / (1 + r_squared)                     # a coordinate's variance, given one reading
+    tau_squared = GAUSSIAN_READING**2
+    v = tau_squared / (1 + tau_squared)                # a coordinate's variance, given one reading
     first, second = gaussian_eps((v, 1.0)), gaussian_eps((1.0, v))
-    cases = [(f"one reading, s = {s:g}", [first], [s], r_squared / (r_squared + s), v**s)
+    cases = [(f"one reading, s = {s:g}", [first], [s], tau_squared / (tau_squared + s), v**s)
              for s in STRENGTHS]
-    cases += [("two readings of it", [first, first], [1, 1], r_squared / (r_squared + 2), v**2),
+    cases += [("two readings of it", [first, first], [1, 1], tau_squared / (tau_squared + 2), v**2),
               ("a reading of each coordinate", [first, second], [1, 1], v, v)]
     noise = torch.randn(GAUSSIAN_SAMPLES, 2, generator=torch.Generator().manual_seed(0))
     rows = []

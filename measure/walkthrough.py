@@ -56,7 +56,7 @@ def show_drawing(base, bps):
                             [Steering(bps, base.unet, cond)], timesteps)
     for step, z_t in enumerate(sample(denoise, noise, base.schedule, steps, sampler), 1):
         if step in SHOWN_STEPS:
-            show(f"z_t after step {step}", z_t, f"left t = {timesteps[step - 1]}")
+            show(f"z_t after step {step}", z_t, f"the step from t = {timesteps[step - 1]}")
     show("x", base.vae.decode(z_t), "the picture")
 
 

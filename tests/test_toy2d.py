@@ -207,30 +207,30 @@ def test_a_line_is_drawn_where_its_numbers_are_and_no_name_on_another():
     figure = plots.Figure(1, [""])
     for y, name in (((1.0, 0.5), "falls"), ((0.0, 0.5), "rises")):
         figure.axes[0].line((1, 10), y, name)
-    pen, left, top = Pen(), 16, plots.TOP
-    figure.axes[0].paint(pen, left, top)
-    high, low, middle = (pen.dots[i][1] for i in (0, 2, 1))
-    assert high < middle == pen.dots[3][1] < low
+    sheet, left, top = NotedSheet(), 16, plots.TOP
+    figure.axes[0].paint(sheet, left, top)
+    high, low, middle = (sheet.dots[i][1] for i in (0, 2, 1))
+    assert high < middle == sheet.dots[3][1] < low
     assert middle == pytest.approx((high + low) / 2)
-    (x, y), (other_x, other_y) = pen.words["falls"], pen.words["rises"]
-    assert x == other_x > pen.dots[1][0] and abs(y - other_y) >= 11 * plots.ZOOM
+    (x, y), (other_x, other_y) = sheet.words["falls"], sheet.words["rises"]
+    assert x == other_x > sheet.dots[1][0] and abs(y - other_y) >= 11
 
 
 def test_panels_with_shared_limits_draw_one_number_at_one_height_and_bands_around_it():
-    figure, pen = plots.Figure(2, ["", ""]), Pen()
+    figure, sheet = plots.Figure(2, ["", ""]), NotedSheet()
     figure.axes[0].line((1, 10), (1.0, 2.0), "small", band=0.5)
     figure.axes[1].line((1, 10), (1.0, 8.0), "large")
     figure.axes[1].line((1,), (1.0,), "short")
     figure.share_limits((0, 1))
     for axes in figure.axes:
-        axes.paint(pen, 0, 0)
-    small, _, large, _, short = (y for _, y in pen.dots)
+        axes.paint(sheet, 0, 0)
+    small, _, large, _, short = (y for _, y in sheet.dots)
     assert small == large == short
-    band, flat, _ = pen.polygons
+    band, flat, _ = sheet.polygons
     (_, lower), (_, upper) = band[0], band[-1]
     assert lower > small > upper and lower - small == pytest.approx(small - upper)
     assert flat[0] == flat[-1]
-    assert "8" in pen.words and "0" in pen.words
+    assert "8" in sheet.words and "0" in sheet.words
 
 
 @pytest.mark.parametrize("extent", (0.0071, 1.0, 1.3, 2.1, 3.9, 7.0, 9.9))
@@ -241,32 +241,32 @@ def test_a_step_between_ticks_is_round_and_goes_three_to_eight_times_into_an_ext
 
 
 def test_dots_and_arrows_lie_where_their_coordinates_say():
-    figure, pen = plots.Figure(1, [""]), Pen()
+    figure, sheet = plots.Figure(1, [""]), NotedSheet()
     figure.axes[0].dots({0: [[0.0, 0.0], [1.3, 0.0], [0.0, 1.3], [3.0, 0.0]]})
     figure.axes[0].arrows([[0.0, 0.0]], [[0.0, 1.3]])
-    figure.axes[0].paint(pen, 0, 0)
-    quarter = plots.SIDE * plots.ZOOM / 4
-    assert pen.dots == [(2 * quarter, 2 * quarter), (3 * quarter, 2 * quarter),
+    figure.axes[0].paint(sheet, 0, 0)
+    quarter = plots.SIDE / 4
+    assert sheet.dots == [(2 * quarter, 2 * quarter), (3 * quarter, 2 * quarter),
                         (2 * quarter, quarter)]        # up is up; what is outside is not drawn
-    assert pen.lines == [[(2 * quarter, 2 * quarter), (2 * quarter, quarter)]]
+    assert sheet.lines == [[(2 * quarter, 2 * quarter), (2 * quarter, quarter)]]
 
 
-class Pen:
-    """Stands for Pillow's, and notes what it is told to draw."""
+class NotedSheet(plots.Sheet):
+    """Notes what it is told to draw."""
 
     def __init__(self):
         self.dots, self.words, self.lines, self.polygons = [], {}, [], []
 
-    def ellipse(self, box, color):
-        self.dots.append(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2))
+    def disc(self, x, y, radius, color):
+        self.dots.append((x, y))
 
-    def text(self, xy, words, *style):
-        self.words[words] = xy
+    def text(self, x, y, words, *style):
+        self.words[words] = x, y
 
-    def line(self, points, color, width):
+    def line(self, points, color, width=1):
         self.lines.append(points)
 
-    def polygon(self, points, *_):
+    def polygon(self, points, color):
         self.polygons.append(points)
 
     def rectangle(self, *_, **__):
