@@ -14,14 +14,14 @@ of gradients:
     M = -sigma_t grad log p_t(c | z_t, text)                                    the steering
 
 BPS learns M with a network that sees the condition and the timestep only. Its maps r(c, t) are
-added inside the frozen U-Net, behind each residual block and each transformer, and the layers that
+added inside the frozen U-Net, after each residual block and each transformer, and the layers that
 follow make them depend on z_t and on the text:
 
     M_hat(z_t, t, text, c) = unet(z_t; r(c, t)) - unet(z_t)
 
 Trained by plain noise prediction on labelled pairs, M_hat becomes the best approximation of M that
-this family of functions has. What is learned is the labelled set's law: if its pictures differ
-from the base's, M_hat also holds -sigma_t grad log (p_t(z_t | text) of the set / that of the base).
+this family of functions has. What is learned is the law p' of the labelled set: if its pictures
+differ from the base's, M_hat also holds -sigma_t grad log (p'_t(z_t | text) / p_t(z_t | text)).
 That r does not depend on z_t is a restriction, and it buys speed: one pass of BPS serves all seeds,
 all prompts and both passes of guidance.
 
@@ -87,9 +87,9 @@ def zero_conv(channels_in, channels, size=3):
 class TimeResBlock(nn.Module):
     """A residual block that the timestep scales and shifts, in the contracting path and middle.
 
-    Its last convolution starts at zero, and so does the port behind it: the ports learn from the
-    first step, the skips and the last convolutions from the second, what lies before these from
-    the third.
+    Its last convolution starts at zero, and so does the port after it. So the ports learn from the
+    first step; stem, down-samplers, skips and last convolutions from the second; what lies before
+    a last convolution, in its block, from the third.
     """
 
     def __init__(self, channels_in, channels, t_emb_dim, norm_groups):
@@ -105,12 +105,9 @@ class TimeResBlock(nn.Module):
 
     def forward(self, h, t_emb):
         """h: (B, C_in, H, W). t_emb: (B or 1, D)."""
-        norm, *rest = self.out_layers
         scale, shift = self.emb_layers(t_emb)[:, :, None, None].chunk(2, dim=1)
-        out = norm(self.in_layers(h)) * (1 + scale) + shift
-        for layer in rest:
-            out = layer(out)
-        return self.skip_connection(h) + out
+        normed = self.out_layers[0](self.in_layers(h)) * (1 + scale) + shift
+        return self.skip_connection(h) + self.out_layers[1:](normed)
 
 
 class TimelessResBlock(nn.Module):
@@ -139,7 +136,7 @@ class BPS(nn.Module):
     """
     checkpointing = False               # activations computed twice: less memory, more time
     port_size = 3                       # the ports' convolutions in contracting path and middle
-    middle_blocks = 2
+    middle_length = 2
 
     def __init__(self, config=BPSConfig()):
         super().__init__()
@@ -150,35 +147,34 @@ class BPS(nn.Module):
         def port(channels, weight):
             return zero_conv(channels, channels, self.port_size) if weight else None
 
+        self.input_blocks, self.middle_block, self.zero_blocks, self.output_blocks = (
+            nn.ModuleList() for _ in range(4))
+        self.port_weights, skip_channels = [], []
+
+        def add(block, channels, weight=0.0):
+            """Appends a block of the contracting path, and its port if that has a weight."""
+            self.input_blocks.append(block)
+            self.zero_blocks.append(port(channels, weight))
+            self.port_weights.append(weight)
+            skip_channels.append(channels)
+
         # Contracting path: the stem, then per level residual blocks with ports and a down-sampler.
-        cond_dim = config.cond_channels * config.factor**2
-        self.input_blocks = nn.ModuleList([nn.Conv2d(cond_dim, base, 3, padding=1)])
-        ports, self.port_weights, skip_channels = [None], [0.0], [base]
-        for level, channels in enumerate(config.channels):
-            weight = config.input_weights[level]
+        add(nn.Conv2d(config.cond_channels * config.factor**2, base, 3, padding=1), base)
+        for level, (channels, weight) in enumerate(zip(config.channels, config.input_weights)):
             for _ in range(config.blocks_per_level):
-                self.input_blocks.append(
-                    TimeResBlock(skip_channels[-1], channels, t_emb_dim, groups))
-                ports.append(port(channels, weight))
-                self.port_weights.append(weight)
-                skip_channels.append(channels)
+                add(TimeResBlock(skip_channels[-1], channels, t_emb_dim, groups), channels, weight)
             if level < levels - 1:
-                self.input_blocks.append(Downsample(channels))
-                ports.append(None)
-                self.port_weights.append(0.0)
-                skip_channels.append(channels)
+                add(Downsample(channels), channels)
 
         # Transition path
         innermost = config.channels[-1]
-        self.middle_block = nn.ModuleList()
         if config.middle_weight or config.output_weight:
             self.middle_block.extend(TimeResBlock(innermost, innermost, t_emb_dim, groups)
-                                     for _ in range(self.middle_blocks))
-        self.zero_blocks = nn.ModuleList([*ports, port(innermost, config.middle_weight)])
+                                     for _ in range(self.middle_length))
+        self.zero_blocks.append(port(innermost, config.middle_weight))
         self.port_weights.append(config.middle_weight)
 
         # Expansive path
-        self.output_blocks = nn.ModuleList()
         if config.output_weight:
             self.output_blocks = self.build_expansive_path(skip_channels)
 
@@ -212,6 +208,7 @@ class BPS(nn.Module):
         if C != self.config.cond_channels or rows % factor or columns % factor:
             raise ValueError(f"condition of {C} channels, {rows} x {columns} px; this BPS takes "
                              f"{self.config.cond_channels} channels and multiples of {factor} px")
+        # f x f pixels become channels: the latent's size, and nothing is lost
         h = F.pixel_unshuffle(cond, factor)                                    # (B, C f^2, H, W)
         skips, residuals = [], []
         for i, block in enumerate(self.input_blocks):
@@ -241,13 +238,13 @@ class BPS(nn.Module):
 
         h: (B, C, H, W) of the middle. skips: the contracting path's maps, used from the last on.
         """
-        residuals = []
+        residuals, skips = [], list(skips)
         for block, port, *up in self.output_blocks:
             h = run_block(block, torch.cat([h, skips.pop()], dim=1),
                           checkpointing=self.checkpointing)
             residuals.append(self.config.output_weight * port(h))
-            for upsample in up:
-                h = upsample(h, skips[-1].shape[-2:])
+            if up:
+                h = up[0](h, skips[-1].shape[-2:])
         return residuals
 
 
@@ -273,7 +270,7 @@ def config_for(unet_config, cond_channels, factor, port_weights="head-heavy", fo
     if not any(port_weights[levels - 1:]):
         raise weights.UserError(f"port weights {port_weights}: nothing is steered from the lowest "
                                 f"level on; give it, the middle or the expansive path a weight")
-    *input_weights, middle_weight, output_weight = port_weights
+    *input_weights, middle_weight, output_weight = map(float, port_weights)
     return BPSConfig(
         cond_channels=cond_channels, factor=factor, channels=unet_config.channels,
         blocks_per_level=unet_config.blocks_per_level, norm_groups=unet_config.norm_groups,
@@ -308,9 +305,10 @@ class Steering:
     """
 
     def __init__(self, bps, unet, cond, scale=1.0, strength=1.0, window=(0.0, 1.0), mask=None):
-        """cond: (B or 1, C, f H, f W) in [0, 1]. scale multiplies the maps. strength is s in
-        p_t(c | z_t)^s. window: the part of the sampler's steps that is steered, from 0 to 1.
-        mask: (1, 1, H, W) in [0, 1], the share of the strength at each place; None is 1 everywhere.
+        """cond: (B or 1, C, f H, f W) in [0, 1]. scale multiplies the maps, which costs no further
+        pass and means no law. strength is s in p_t(c | z_t)^s. window: the part of the sampler's
+        steps that is steered, from 0 to 1. mask: (1, 1, H, W) in [0, 1], the share of the strength
+        at each place; None is 1 everywhere.
         """
         self.bps, self.unet, self.cond = bps, unet, cond
         self.scale, self.window = scale, window
@@ -429,7 +427,7 @@ class LightBPS(BPS):
     level read from one shared layer, because the blocks of a level differ in nothing that BPS sees.
     """
     port_size = 1
-    middle_blocks = 1
+    middle_length = 1
 
     def build_expansive_path(self, skip_channels):
         """Returns an entry [shared layer, its ports] per level, innermost first."""

@@ -81,7 +81,9 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
     groups = group_pairs(folder, files)
     sides = split_names(groups)
     if len(sides) < MIN_PAIRS:
-        raise UserError(f"{folder}: {len(sides)} pairs; at least {MIN_PAIRS} are needed to "
+        shared = "" if len(sides) == len(files) else (f"of {len(files)} pairs those that share a "
+                                                      f"file count as one, which leaves ")
+        raise UserError(f"{folder}: {shared}{len(sides)} pairs; at least {MIN_PAIRS} are needed to "
                         f"train, to validate and to test")
     open_cond = open_image if extract else TASKS[task].open
     return [Pair(str(pair.cond), lambda file=pair.cond: open_cond(file),
@@ -195,7 +197,8 @@ class LatentCache:
             some = pairs[i:i + images_at_a_time(self.size)]
             opened = [open_pair(pair, self.task, self.size, self.extract, flip) for pair in some]
             for cond, _, colours in opened:
-                blank += [len(conds)] if is_blank(cond / 255, self.task) else []
+                if is_blank(cond / 255, self.task):
+                    blank.append(len(conds))
                 palettes.setdefault(tuple(colours.items()), len(conds))
                 conds.append(cond)
             x = torch.stack([x for _, x, _ in opened]).to(device)
@@ -257,8 +260,8 @@ class LatentCache:
     def batch(self, slots, size, generator, empty_share=EMPTY_SHARE):
         """Returns cond (n, C, H, W), z (n, 4, h, w) and context (n, L, D) of slots (n,) of a batch.
 
-        The whole batch of this size is drawn with the generator, whichever slots are asked for.
-        That share of the prompts is empty; the others are any of the pair's own.
+        All of the batch, `size` rows, is drawn, so that a row is the same whichever slots are asked
+        for. A share empty_share of the prompts is empty; the others are any of the pair's own.
         """
         indices = torch.randint(len(self), (size,), generator=generator)
         mean, std = (self.rows(name, indices[slots]).float() for name in ("mean", "std"))

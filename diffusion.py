@@ -27,10 +27,11 @@ RHO = 7                         # of Karras et al.: how much denser steps lie at
 
 
 class Sampling(NamedTuple):
-    """How pictures are drawn; the defaults draw as well as DDIM in 50 steps.
+    """How pictures are drawn.
 
-    On the embedded base, whose guidance_scale this is, fewer steps do, too (measure/samplers.py).
-    20 is what Stable Diffusion's own weights are usually given.
+    On the embedded base 20 steps of dpm++2m are as good as 50 of DDIM, and fewer are, too
+    (measure/samplers.py). Stable Diffusion's own weights usually get 20 or more. The guidance scale
+    is the embedded base's.
     """
     sampler: str = "dpm++2m"                # one of SAMPLERS
     steps: int = 20
@@ -66,33 +67,35 @@ class NoiseSchedule:
         like: z (B, 4, H, W), or of any other rank, as in the plane; they get its rank, dtype and
         device.
         """
-        abar = self.alphas_cumprod.to(like.dtype).to(like.device)[t]    # Apple's GPU has no float64
+        # not in half precision, where 1 - abar_0 may be 0; nor in float64, which Apple's GPU lacks
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        abar = self.alphas_cumprod.to(dtype).to(like.device)[t]
         abar = abar.view(-1, *(1 for _ in like.shape[1:]))
-        return abar.sqrt(), (1 - abar).sqrt()
+        return abar.sqrt().to(like.dtype), (1 - abar).sqrt().to(like.dtype)
 
-    def add_noise(self, z, noise, t):
-        """Returns z_t (B, 4, H, W): the clean z with as much noise as timestep t (B,) has."""
-        alpha, sigma = self.signal_and_noise(t, z)
-        return alpha * z + sigma * noise
+    def add_noise(self, z_0, noise, t):
+        """Returns z_t (B, 4, H, W): the clean z_0 with as much noise as timestep t (B,) has."""
+        alpha, sigma = self.signal_and_noise(t, z_0)
+        return alpha * z_0 + sigma * noise
 
-    def target(self, z, noise, t):
-        """Returns what the model should predict (B, 4, H, W) for add_noise(z, noise, t).
+    def target(self, z_0, noise, t):
+        """Returns what the model should predict (B, 4, H, W) for add_noise(z_0, noise, t).
 
         Source of v: Progressive Distillation, arXiv 2202.00512.
         """
         if self.prediction_type == "epsilon":
             return noise
-        alpha, sigma = self.signal_and_noise(t, z)
-        return alpha * noise - sigma * z
+        alpha, sigma = self.signal_and_noise(t, z_0)
+        return alpha * noise - sigma * z_0
 
     def clean(self, z_t, prediction, alpha, sigma):
-        """Returns the estimate of z_0 (B, 4, H, W) that a prediction means.
+        """Returns the z_0 (B, 4, H, W) that a prediction implies.
 
         alpha and sigma are numbers, those of z_t's timestep.
         """
-        if self.prediction_type == "epsilon":
+        if self.prediction_type == "epsilon":           # z_t = alpha z_0 + sigma eps
             return (z_t - sigma * prediction) / alpha
-        return alpha * z_t - sigma * prediction
+        return alpha * z_t - sigma * prediction         # from v = alpha eps - sigma z_0, too
 
 
 def draw_noise(seeds, shape):
@@ -141,11 +144,12 @@ def noise_ratios(steps, schedule, sampler="ddim"):
     timesteps = spaced_timesteps(steps, schedule, sampler)
     ratios = np.interp(timesteps, all_timesteps, all_ratios)
     if sampler.endswith("-karras"):
-        second_order = sampler.startswith("dpm++")
-        ends = (all_ratios[-1], all_ratios[0]) if second_order else (ratios[0], ratios[-1])
+        # as diffusers: DPM-Solver++ spans the whole schedule, Euler its own timesteps
+        is_dpm = sampler.startswith("dpm++")
+        ends = (all_ratios[-1], all_ratios[0]) if is_dpm else (ratios[0], ratios[-1])
         ratios = np.linspace(*(end ** (1 / RHO) for end in ends), steps) ** RHO
         timesteps = np.interp(np.log(ratios), np.log(all_ratios), all_timesteps)
-        timesteps = timesteps.round() if second_order else timesteps
+        timesteps = timesteps.round() if is_dpm else timesteps
     end = all_ratios[0] if sampler == "ddim" and not schedule.set_alpha_to_one else 0.0
     return timesteps, np.append(ratios, end)
 
@@ -170,12 +174,12 @@ def sample(denoise, z_t, schedule, steps=50, sampler="ddim", start=0):
     1, as Stable Diffusion's own does. Sources: DDIM, arXiv 2010.02502, equation 12; DPM-Solver++
     2M, arXiv 2211.01095, algorithm 2; Euler, arXiv 2206.00364.
     """
-    timesteps, levels = sampler_steps(steps, schedule, sampler)
+    timesteps, alphas_sigmas = sampler_steps(steps, schedule, sampler)
     if sampler.startswith("euler") and schedule.spacing != "leading" and start == 0:
-        z_t = z_t * levels[0][1]    # k-diffusion starts at sigma_t noise, without alpha_t z_0 = 0
+        z_t = z_t * alphas_sigmas[0][1]    # k-diffusion starts from sigma_t noise, as if z_0 were 0
     z_0_before, h_before = None, None
     for i in range(start, steps):
-        (alpha, sigma), (alpha_next, sigma_next) = levels[i], levels[i + 1]
+        (alpha, sigma), (alpha_next, sigma_next) = alphas_sigmas[i:i + 2]
         estimate = z_0 = schedule.clean(z_t, denoise(z_t, timesteps[i]), alpha, sigma)
         if sampler.startswith("dpm++") and sigma_next > 0:
             h = np.log(alpha_next / sigma_next) - np.log(alpha / sigma)

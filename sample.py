@@ -17,13 +17,11 @@ Shapes: B batch, L tokens, D width, H W rows and columns of the picture.
 """
 import contextlib
 import functools
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import PngImagePlugin
 from tqdm import tqdm
 
 import diffusion
@@ -33,29 +31,26 @@ from inputs import checkpoints
 from inputs.conditions import (
     crop,
     images_at_a_time,
-    load_image,
     open_image,
     read_condition,
     read_mask,
-    to_image,
     to_x,
 )
 from inputs.options import DTYPES, run
+from inputs.pictures import describe, is_drawn, write_pictures
 from inputs.sample_options import (
     check_clip_skip,
     check_drawn_with,
     check_fit,
-    command_line,
     default_condition,
     fingerprints,
     list_jobs,
     parse_args,
-    picture_options,
     picture_size,
 )
 from unet import UNet, load_unet
 from vae import AutoencoderKL, load_vae
-from weights import UserError, fingerprint, is_finite, replacing
+from weights import UserError, fingerprint, is_finite
 
 PROMPTS_AT_A_TIME = 16
 FAR_OUTSIDE = 10                # mean of |x| or |z|, which is about 1 at most
@@ -77,7 +72,7 @@ class StableDiffusion(NamedTuple):
         parts = [prompts[i:i + PROMPTS_AT_A_TIME]
                  for i in range(0, len(prompts), PROMPTS_AT_A_TIME)]
         return torch.cat([self.text_model(self.tokenizer(part).to(device), clip_skip)
-                          for part in parts])
+                          for part in tqdm(parts, desc="text states", delay=2, leave=False)])
 
     def autocast(self):
         """Returns the context in which networks of fp32 weights compute in the base's dtype."""
@@ -112,11 +107,11 @@ def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_
     vae = load_vae(vae_path or path, device=device)
     unet = load_unet(path, dtype, device)
     for what, given, taken in (
-            ("text states of width", text_model.config.width, unet.config.context_dim),
-            ("latents of channels", vae.config.latent_channels, unet.config.latent_channels)):
+            ("text states of width {}", text_model.config.width, unet.config.context_dim),
+            ("latents of {} channels", vae.config.latent_channels, unet.config.latent_channels)):
         if given != taken:
-            raise UserError(f"{path}: {what} {given}, but its U-Net takes {taken}; the parts are "
-                            f"of different models")
+            raise UserError(f"{path}: {what.format(given)}, but its U-Net takes {taken}; the parts "
+                            f"are of different models")
     unet, vae = (module.to(memory_format=torch.channels_last) for module in (unet, vae))
     return StableDiffusion(unet, vae, tokenizer, text_model, schedule, path, vae_path or path)
 
@@ -145,10 +140,10 @@ def draw_job(job, steerings, args, base, z_init, size, on_step=None):
     """Returns pictures x, a list of --n (3, H, W), of a job; size is (width, height).
 
     z_init: the latent of --init, or None. on_step() is called after each step; what it raises ends
-    the drawing. Errors: UserError if a picture is not finite; it says whether that is for the
-    weights, for --dtype or for the options.
+    the drawing. Errors: UserError if a picture is not finite; it says whether the weights,
+    --dtype or the options are to blame.
     """
-    timesteps, levels = diffusion.sampler_steps(args.steps, base.schedule, args.sampler)
+    timesteps, alphas_sigmas = diffusion.sampler_steps(args.steps, base.schedule, args.sampler)
     context, empty = base.encode([job.prompt, args.negative_prompt], args.clip_skip).split(1)
     width, height = (side // base.vae.factor for side in size)
     samplers = []
@@ -159,7 +154,7 @@ def draw_job(job, steerings, args, base, z_init, size, on_step=None):
                                    (base.unet.config.latent_channels, height, width))
         z_t = z_t.to(args.device)
         if args.start:
-            alpha, sigma = levels[args.start]
+            alpha, sigma = alphas_sigmas[args.start]
             z_t = alpha * z_init + sigma * z_t
         denoise = make_denoiser(base.unet, context.expand(len(seeds), -1, -1), empty,
                                 args.guidance, steerings, timesteps[args.start:])
@@ -169,91 +164,28 @@ def draw_job(job, steerings, args, base, z_init, size, on_step=None):
         if on_step:
             on_step()
     latents = torch.cat(latents).split(1)
-    pictures = [base.vae.decode(z)[0] for z in latents]
+    pictures = [base.vae.decode(z)[0] for z in tqdm(latents, desc="decode", leave=False)]
     if not all(x.abs().mean() < FAR_OUTSIDE for x in pictures):         # NaN is not less either
         refuse_pictures(latents, job, steerings, args, base)
     return pictures
 
 
 def refuse_pictures(latents, job, steerings, args, base):
-    """Raises UserError, which says why the pictures of latents z, each (1, 4, h, w), ran over."""
+    """Raises UserError, which says why the pictures of latents z, each (1, 4, h, w), overflowed."""
     base.check_finite()
     for condition, steering in zip(job.conditions, steerings):
         if not is_finite(steering.bps):
             raise UserError(f"{condition.bps}: its weights hold numbers that are not finite; "
                             f"train it again, or get another copy of it")
     if all(z.abs().mean() < FAR_OUTSIDE for z in latents):
-        raise UserError(f"{base.vae_path}: the numbers of its autoencoder ran over; "
+        raise UserError(f"{base.vae_path}: the numbers of its autoencoder overflowed; "
                         f"give another --vae")
     remedy = ("a --guidance, --strength or --scale nearer to 1, or another --base"
               if args.dtype == "fp32" else "--dtype bf16 or fp32")
-    raise UserError(f"--dtype {args.dtype}: the numbers of {args.base} ran over; give {remedy}")
+    raise UserError(f"--dtype {args.dtype}: the numbers of {args.base} overflowed; give {remedy}")
 
 
-# ---- files ---------------------------------------------------------------------------------
-
-def unused(files):
-    """Returns the paths if none is there yet, else all of them with -2, -3 .. after the name."""
-    number, free = 1, files
-    while any(file.exists() for file in free):
-        number += 1
-        free = [file.with_stem(f"{file.stem}-{number}") for file in files]
-    return free
-
-
-def is_drawn(file, text):
-    """Returns whether a file, or one of its names with -2, -3 .., was drawn by a text's options."""
-    number, candidate = 1, file
-    while candidate.exists():
-        try:
-            record = getattr(load_image(candidate), "text", {})
-        except UserError:               # some other file, which is not overwritten
-            record = {}
-        if all(record.get(key) == str(text[key]) for key in ("options", "files")):
-            return True
-        number += 1
-        candidate = file.with_stem(f"{file.stem}-{number}")
-    return False
-
-
-def write_pictures(name, pictures, seeds, texts, conditions, out):
-    """Writes NAME SEED.png for each of pictures x (3, H, W), with its text fields.
-
-    conditions: images of them as the network sees them, written beside. Nothing is overwritten.
-    """
-    numbers = [""] if len(conditions) == 1 else range(1, len(conditions) + 1)
-    files = unused([*(out / f"{name}condition{number}.png" for number in numbers),
-                    *(out / f"{name}{seed:04d}.png" for seed in seeds)])
-    for image, file in zip(conditions, files):
-        with replacing(file) as temporary:
-            image.save(temporary)
-    for x, text, file in zip(pictures, texts, files[len(conditions):]):
-        write_picture(x, text, file)
-    for file in files[:len(conditions)]:
-        print(file, "(the condition as the network sees it)")
-    for file in files[len(conditions):]:
-        print(file)
-
-
-def write_picture(x, text, file):
-    """Writes a picture x (3, H, W) as PNG with its text fields (a dict)."""
-    info = PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        # a file's name may not be valid Unicode, which a text field must be
-        info.add_itxt(key, str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
-    with replacing(file) as temporary:
-        to_image(x).save(temporary, pnginfo=info)
-
-
-def describe(args, job, seed, size, files, base):
-    """Returns the text fields of a picture, among them the options that draw it once more."""
-    options = picture_options(args, job, seed, size, base.schedule.prediction_type)
-    facts = {name: options[name] for name in
-             ("prompt", "negative_prompt", "seed", "size", "sampler", "steps", "guidance",
-              "clip_skip", "dtype", "prediction_type")}
-    return facts | dict(device=args.device, torch=torch.__version__, files=json.dumps(files),
-                        options=json.dumps(options), command=command_line(options))
-
+# ---- the script ----------------------------------------------------------------------------
 
 def main():
     """Draws --n pictures of each job."""

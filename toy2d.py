@@ -113,13 +113,13 @@ class World:
     def steering(self, z_t, alpha, sigma, log_p_cond):
         """Returns M = eps_bar* - eps* (B, 2), computed as the covariance Cov(noise, w | z_t).
 
-        w_k = p(c_add | k) / p_t(c_add | z_t).
+        w_k = p(c_add | k) / p_t(c_add | z_t), so p(k | z_t) w_k = p(k | z_t, c_add).
         """
         p_k = self.log_components(z_t, alpha, sigma).softmax(1)
-        p_k_w = self.log_components(z_t, alpha, sigma, log_p_cond).softmax(1)   # cannot overflow
+        p_k_cond = self.log_components(z_t, alpha, sigma, log_p_cond).softmax(1)    # no overflow
         eps_k = sigma[..., None] * (z_t[:, None] - alpha[..., None] * self.means)   # (B, K, 2)
         eps_k = eps_k / self.variance(alpha, sigma)[..., None]
-        return ((p_k_w - p_k)[..., None] * eps_k).sum(1)        # E[noise w] - E[noise] E[w]
+        return ((p_k_cond - p_k)[..., None] * eps_k).sum(1)        # E[noise w] - E[noise] E[w]
 
     def denoiser(self, log_p_cond=0.0):
         """Returns the exact denoise(z_t, t), as diffusion.sample takes it."""
@@ -379,8 +379,8 @@ class HeldOut:
         """Returns how near points (N, SAMPLES, 2) are to true ones, averaged over the conditions.
 
         accuracy: the share on the condition's arm, by the Bayes classifier. energy, wasserstein:
-        distances to true points. spread: root mean square, relative to that of true points; if it
-        is well below 1, the model has collapsed onto its training points.
+        distances to true points. spread: standard deviation, relative to that of true points; if
+        it is well below 1, the model has collapsed onto its training points.
         """
         hits = self.world.classify(points.view(-1, 2)) == self.cond[self.rows, :ARMS].argmax(1)
         spread = points.var(1).sum(1) / self.true.var(1).sum(1)                 # (N,)

@@ -35,6 +35,7 @@ from tiny.tasks import CLASSES
 from weights import UserError
 
 SPLITS = ("train", "val", "test")
+MAX_GRADIENT_NORM = 1.0
 BASE_FACTS = ("vae_sha256", "configs_sha256")           # what latents depend on
 
 
@@ -53,8 +54,9 @@ def train(run, base, cache, args, on_save):
     bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc="train")
     for step in bar:
         for group in run.optimizer.param_groups:
-            group["lr"] = args.lr * (1 - step / args.steps)
-        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)    # a large prime
+            group["lr"] = args.lr * (1 - step / args.steps)     # the authors' rate is constant
+        # another seed for each (seed, step), as long as there are fewer steps than that
+        generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         cond, z, context = cache.batch(slots, args.batch, generator, args.prompt_drop)
         t = torch.randint(schedule.timesteps, (args.batch,), generator=generator)[slots]
         noise = torch.randn(args.batch, *z.shape[1:], generator=generator)[slots]
@@ -75,9 +77,10 @@ def train(run, base, cache, args, on_save):
                 run.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         run.scaler.unscale_(run.optimizer)
-        norm = nn.utils.clip_grad_norm_(run.bps.parameters(), 1.0)
+        norm = nn.utils.clip_grad_norm_(run.bps.parameters(), MAX_GRADIENT_NORM)
         loss = processes.mean(loss)
-        check_finite(loss if run.scaler.is_enabled() else loss + norm,
+        # in fp16 a gradient may overflow: the scaler then leaves the step out
+        require_finite(loss if run.scaler.is_enabled() else loss + norm,
                      f"step {step + 1}: the loss or its gradient", args.lr)
         run.scaler.step(run.optimizer)
         run.scaler.update()
@@ -92,7 +95,7 @@ class NotFinite(UserError):
     """A loss, or its gradient, is not finite."""
 
 
-def check_finite(value, what, lr):
+def require_finite(value, what, lr):
     """Raises NotFinite if a value is not, so that nothing is saved of it."""
     if not value.isfinite():
         raise NotFinite(f"{what} is not finite, most likely because --lr {lr:g} is too large; give "
@@ -109,15 +112,16 @@ class Run:
     loss so far, or the last ones. Only the first process writes.
     """
 
-    def __init__(self, out, bps, args, processes):
-        self.out, self.bps, self.processes = out, bps, processes
+    def __init__(self, out, bps, args, processes, metadata=None):
+        """metadata: what a sampler has to know of the network, a dict."""
+        self.out, self.bps, self.processes, self.metadata = out, bps, processes, metadata
         self.keep_last = args.keep == "last"
         self.optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
         self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
         self.step, self.train_loss, self.rows = 0, None, []
         self.best = dict(step=0, loss=float("inf"))
 
-    def open(self, facts, metadata):
+    def start_or_resume(self, facts):
         """Writes args.json, or goes on from the checkpoint. Errors: UserError if it is damaged."""
         if self.processes.rank == 0:
             weights.write_json(facts, self.out / "args.json")
@@ -130,9 +134,9 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
             print(f"{checkpoint}: resumed at step {self.step}")
             if self.processes.rank == 0:
-                self.write(metadata)                # should it have been stopped before
+                self.write()                        # should it have been stopped before
 
-    def save(self, step, train_loss, base_loss, val_loss, metadata):
+    def save(self, step, train_loss, base_loss, val_loss):
         """Writes all that the run has to keep of a step, and the best weights if these are."""
         self.step, self.train_loss = step, train_loss
         self.rows.append(dict(step=step, train_loss=train_loss, val_base=base_loss,
@@ -143,20 +147,18 @@ class Run:
             self.out / CHECKPOINT, dict(bps=self.bps), "bps", self.optimizer,
             dict(step=step, train_loss=train_loss, best=self.best, rows=self.rows,
                  scaler=self.scaler.state_dict()))
-        self.write(metadata)
+        self.write()
 
-    def write(self, metadata):
+    def write(self):
         """Writes what follows from the checkpoint: log, curve, and the weights if they are best."""
         if self.best["step"] == self.step:
-            save_bps(self.bps, self.out / "bps.safetensors", metadata | dict(best=self.best))
+            save_bps(self.bps, self.out / "bps.safetensors", self.metadata | dict(best=self.best))
         weights.write_lines(self.rows, self.out / "log.jsonl")
         draw_curve(self.rows, self.out / "curve.png")
 
     def restore_best(self):
-        """Puts the weights of bps.safetensors into the network, if they are not its own."""
-        if self.best["step"] != self.step:
-            best = load_bps(self.out / "bps.safetensors")
-            self.bps.load_state_dict(best.state_dict())
+        """Puts the weights of bps.safetensors, rounded to fp16, into the network."""
+        self.bps.load_state_dict(load_bps(self.out / "bps.safetensors").state_dict())
 
 
 def bps_metadata(args, facts, base, cache):
@@ -228,20 +230,19 @@ def train_in(out, args, facts, base, splits, processes):
     torch.manual_seed(args.seed)
     bps = build_bps(config).to(args.device, memory_format=torch.channels_last)
     base.unet.checkpointing = bps.checkpointing = args.checkpointing
-    metadata = bps_metadata(args, facts, base, cache)
-    run = Run(out, bps, args, processes)
-    run.open(facts, metadata)
+    run = Run(out, bps, args, processes, bps_metadata(args, facts, base, cache))
+    run.start_or_resume(facts)
     base_loss = paired_errors(base, val_cache).mean()
     if not base_loss.isfinite():
-        raise UserError(f"{args.base}: its own validation loss is not finite, as its numbers run "
-                        f"over; give --dtype fp32 or another --base")
+        raise UserError(f"{args.base}: its own validation loss is not finite, as its numbers "
+                        f"overflow; give --dtype fp32 or another --base")
     base_loss = base_loss.item()
 
     def on_save(step, train_loss):
         if processes.rank == 0:
             val_loss = paired_errors(base, val_cache, bps).mean()
-            check_finite(val_loss, f"step {step}: the validation loss", args.lr)
-            run.save(step, train_loss, base_loss, val_loss.item(), metadata)
+            require_finite(val_loss, f"step {step}: the validation loss", args.lr)
+            run.save(step, train_loss, base_loss, val_loss.item())
             tqdm.write(f"step {step}: validation loss {val_loss:.4f}, frozen base {base_loss:.4f}")
         processes.wait()
 
@@ -252,7 +253,7 @@ def train_in(out, args, facts, base, splits, processes):
     meter = meter_for(args.task, args.data is None, args.device)
     numbers = report(base, test_cache, bps, out, args.seed, meter)
     file, drawing = out / "bps.safetensors", out / "condition.png"
-    save_bps(bps, file, metadata | dict(best=run.best, results=numbers))
+    save_bps(bps, file, run.metadata | dict(best=run.best, results=numbers))
     example = example_condition(args.task, test_cache)
     with weights.replacing(drawing) as temporary:
         example.save(temporary)

@@ -219,10 +219,12 @@ def save_training(file, modules, trained, optimizer, facts):
     """
     tensors = {f"{name}.{key}": parameter for name, module in modules.items()
                for key, parameter in module.named_parameters()}
+    updates = 0                                         # fewer than steps if fp16 overflowed
     for key, parameter in modules[trained].named_parameters():
         if state := optimizer.state.get(parameter):     # none before its first step
             tensors |= {f"m.{key}": state["exp_avg"], f"v.{key}": state["exp_avg_sq"]}
-    save(tensors, file, dict(facts=json.dumps(facts)))
+            updates = int(state["step"])
+    save(tensors, file, dict(facts=json.dumps(facts | dict(updates=updates))))
 
 
 def load_training(file, modules, trained, optimizer):
@@ -233,6 +235,7 @@ def load_training(file, modules, trained, optimizer):
     try:
         with safe_open(file, "pt") as f, torch.no_grad():
             facts, names = json.loads(f.metadata()["facts"]), set(f.keys())
+            updates = float(facts.pop("updates"))
             for name, module in modules.items():
                 for key, parameter in module.named_parameters():
                     parameter.copy_(f.get_tensor(f"{name}.{key}"))
@@ -241,7 +244,7 @@ def load_training(file, modules, trained, optimizer):
                     # AdamW counts on the CPU, but for its fused version
                     device = parameter.device if optimizer.defaults.get("fused") else "cpu"
                     optimizer.state[parameter] = dict(
-                        step=torch.tensor(float(facts["step"]), device=device),
+                        step=torch.tensor(updates, device=device),
                         exp_avg=torch.empty_like(parameter).copy_(f.get_tensor(f"m.{key}")),
                         exp_avg_sq=torch.empty_like(parameter).copy_(f.get_tensor(f"v.{key}")))
     except (SafetensorError, LookupError, RuntimeError, TypeError, ValueError) as error:

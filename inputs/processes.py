@@ -27,7 +27,7 @@ class Processes(NamedTuple):
 
     def slots(self, batch):
         """Returns the indices (n,) of this process's part of a batch."""
-        return torch.arange(self.rank, batch, self.count)
+        return torch.arange(batch)[self.rank::self.count]
 
     def wrap(self, module):
         """Returns a module of the same parameters, whose gradients are the mean over processes."""

@@ -7,6 +7,7 @@ import sys
 
 import torch
 from PIL import Image, ImageDraw
+from tqdm import tqdm
 
 from bps import Steering, load_bps
 from diffusion import Sampling
@@ -47,7 +48,7 @@ def held_out(base, cache, bps):
     frozen base's. The noise is the same for every model.
     """
     device = next(base.unet.parameters()).device
-    for k, t in enumerate(VALIDATION_T):
+    for k, t in enumerate(tqdm(VALIDATION_T, desc="validate", delay=2, leave=False)):
         generator = torch.Generator().manual_seed(t)
         for i in torch.arange(len(cache.pairs)).split(images_at_a_time(cache.size)):
             ts = torch.full((len(i),), t)

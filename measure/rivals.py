@@ -132,7 +132,7 @@ class Record:
 class RivalRun(Run):
     """A run that keeps the trained weights as they are, for rivals have no BPS file."""
 
-    def write(self, metadata):
+    def write(self):
         """Writes the log, and the weights if they are the best."""
         if self.best["step"] == self.step:
             weights.save({key: parameter.detach() for key, parameter in self.bps.named_parameters()
@@ -218,13 +218,13 @@ class Bench:
             prompt_drop=EMPTY_SHARE, accumulate=1, keep="best",
             save_every=job.steps if job.seed == SWEEP_SEED else max(1, job.steps // SAVES))
         run_of_job = RivalRun(out, network, args, Processes())
-        run_of_job.open(job._asdict(), {})
+        run_of_job.start_or_resume(job._asdict())
         steps_to_go, base_loss = job.steps - run_of_job.step, self.base_loss
         cache = self.train_cache(job.pairs, job.seed)
 
         def on_save(step, loss):
             val_loss = paired_errors(base, self.val, network).mean().item()
-            run_of_job.save(step, loss, base_loss, val_loss, {})
+            run_of_job.save(step, loss, base_loss, val_loss)
 
         start = time.process_time()
         try:

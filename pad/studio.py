@@ -19,6 +19,7 @@ import diffusion
 from bps import Steering, load_bps
 from inputs.conditions import TASKS, open_condition, read_condition, to_image
 from inputs.options import DTYPES, shell_command
+from inputs.pictures import describe, unused, write_picture
 from inputs.sample_options import (
     Job,
     check_fit,
@@ -27,7 +28,7 @@ from inputs.sample_options import (
     finish,
     make_parser,
 )
-from sample import describe, draw_job, load_base, unused, write_picture
+from sample import draw_job, load_base
 from weights import UserError, fingerprint, replacing
 
 PREVIEW_STEPS = 5

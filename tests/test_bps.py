@@ -306,3 +306,9 @@ def test_a_file_of_before_with_few_paths_loads_with_weights_of_0(parts, tmp_path
         else:
             with pytest.raises(UserError, match="unexpected odd"):
                 load_bps(tmp_path / "old.safetensors")
+
+
+def test_port_weights_may_be_whole_numbers(tmp_path):
+    bps = BPS(config_for(SMALL, 1, FACTOR, (16, 8, 0, 0)))
+    save_bps(bps, tmp_path / "whole.safetensors", dict(task="sketch"))
+    assert load_bps(tmp_path / "whole.safetensors").config == bps.config

@@ -92,3 +92,13 @@ def test_ddim_carries_a_normal_law_to_its_own_width():
 
     assert relative_error(500) < 0.01
     assert relative_error(250) == pytest.approx(2 * relative_error(500), rel=0.3)    # first order
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_noise_levels_are_right_in_half_precision(dtype):
+    schedule, t = NoiseSchedule(), torch.tensor([0, 500, 999])
+    exact = schedule.signal_and_noise(t, torch.zeros(3, 4, 2, 2, dtype=torch.float64))
+    rounded_levels = schedule.signal_and_noise(t, torch.zeros(3, 4, 2, 2, dtype=dtype))
+    for level, rounded in zip(exact, rounded_levels):
+        assert rounded.dtype == dtype and rounded.shape == (3, 1, 1, 1)
+        torch.testing.assert_close(rounded.double(), level, rtol=4e-3, atol=0)

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 
 import sample
 import train
-from inputs import options
+from inputs import options, pictures
 from inputs.options import BASE, HERE, MOST_SEEDS, shell_command
 from inputs.sample_options import DEFAULT_DRAWING
 
@@ -58,9 +58,9 @@ def test_a_closed_pipe_ends_a_script_without_a_word_and_after_the_pictures(tmp_p
     def closed(*_):
         raise BrokenPipeError
 
-    monkeypatch.setattr(sample, "print", closed, raising=False)
+    monkeypatch.setattr(pictures, "print", closed, raising=False)
     with pytest.raises(BrokenPipeError):
-        sample.write_pictures("", torch.zeros(2, 3, 8, 8), range(2), [{}, {}], [], tmp_path)
+        pictures.write_pictures("", torch.zeros(2, 3, 8, 8), range(2), [{}, {}], [], tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["0000.png", "0001.png"]
 
 

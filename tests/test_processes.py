@@ -75,6 +75,12 @@ def test_several_processes_on_one_gpu_are_refused(device, message, monkeypatch):
         join_processes(device)
 
 
+def test_slots_share_a_batch_even_if_there_are_more_processes():
+    slots = [Processes(rank, 4).slots(6).tolist() for rank in range(4)]
+    assert slots == [[0, 4], [1, 5], [2], [3]]
+    assert [Processes(rank, 4).slots(1).tolist() for rank in range(4)] == [[0], [], [], []]
+
+
 def test_a_process_asks_for_the_gpu_that_torchrun_gives_it(monkeypatch):
     asked = []
 

@@ -523,9 +523,9 @@ def test_the_autoencoder_stays_float32():
         assert {p.dtype for p in module.parameters()} == {torch.float16}
 
 
-def test_numbers_that_ran_over_are_an_error_not_a_black_picture(draw, monkeypatch):
+def test_numbers_that_overflowed_are_an_error_not_a_black_picture(draw, monkeypatch):
     monkeypatch.setattr("bps.guide", lambda *_: torch.tensor(float("nan")))
-    with pytest.raises(UserError, match="--dtype fp16: the numbers .* ran over; give --dtype bf16"):
+    with pytest.raises(UserError, match="--dtype fp16: the numbers .* overflowed; give --dtype b"):
         draw("--dtype", "fp16")
     with pytest.raises(UserError, match="--dtype fp32: .* --strength or --scale nearer to 1"):
         draw("--n", 1)

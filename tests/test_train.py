@@ -368,7 +368,7 @@ def test_weights_whose_numbers_run_over_are_no_fault_of_the_options(tmp_path, mo
                for name, tensor in tensors.items()}, file)
     with pytest.raises(UserError, match=f"{base}: its own validation loss is not finite"):
         run(train, monkeypatch, *SHORT, "--base", base, "--out", tmp_path / "run")
-    with pytest.raises(UserError, match=f"the numbers of {base} ran over; .* or another --base"):
+    with pytest.raises(UserError, match=f"the numbers of {base} overflowed; .* or another --base"):
         run(sample, monkeypatch, "--bps", "none", "--base", base, "--steps", "2", "--n", "1",
             "--out", tmp_path / "pictures")
 
@@ -380,7 +380,7 @@ def test_a_saturated_picture_is_an_error(tmp_path, monkeypatch):
     tensors = load_file(file)
     tensors["decoder.conv_out.weight"].fill_(6e4)
     save_file(tensors, file)
-    with pytest.raises(UserError, match=f"{base}: the numbers of its autoencoder ran over"):
+    with pytest.raises(UserError, match=f"{base}: the numbers of its autoencoder overflowed"):
         run(sample, monkeypatch, "--bps", "none", "--base", base, "--steps", "2", "--n", "1",
             "--out", tmp_path / "pictures")
     assert not list((tmp_path / "pictures").glob("*.png"))

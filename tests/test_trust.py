@@ -33,7 +33,7 @@ from measure import report
 
 report.SAMPLING, report.VALIDATION_T = diffusion.Sampling(steps=2), (500,)
 phase, count, behind = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "behind"
-owner, name = {"caching": (train, "LatentCache"), "training": (train, "check_finite"),
+owner, name = {"caching": (train, "LatentCache"), "training": (train, "require_finite"),
                "validation": (train, "paired_errors"), "checkpoint": (weights, "save_training"),
                "best": (train, "save_bps"), "curve": (train, "draw_curve"),
                "report": (train, "report"), "none": (data, "open_pair")}[phase]

@@ -290,3 +290,16 @@ def test_a_senseless_noise_schedule_is_refused_in_one_line(tmp_path):
         for value in NONSENSE:
             file.write_text(json.dumps(references.OLD | {key: value}))
             loads_or_is_refused(checkpoints.load_schedule, tmp_path)
+
+
+def test_a_step_that_fp16_left_out_is_not_counted_after_a_resume(tmp_path):
+    models = [torch.nn.Linear(3, 2) for _ in range(2)]
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.1) for model in models]
+    models[0](torch.ones(1, 3)).sum().backward()
+    optimizers[0].step()                                # one update in two steps of the training
+    modules = [dict(model=model) for model in models]
+    weights.save_training(tmp_path / "run.safetensors", modules[0], "model", optimizers[0],
+                          dict(step=2))
+    facts = weights.load_training(tmp_path / "run.safetensors", modules[1], "model", optimizers[1])
+    assert facts == dict(step=2)
+    assert optimizers[1].state[models[1].weight]["step"] == 1
