@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import warnings
-from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
@@ -31,7 +30,6 @@ from inputs.conditions import (
     to_x,
 )
 from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
-from inputs.processes import Processes
 from inputs.train_options import EMPTY_SHARE
 from tiny.tasks import embedded_pairs
 from weights import UserError
@@ -40,7 +38,6 @@ TEST_SHARE, VAL_SHARE = 0.15, 0.05      # shares of a user's pairs
 MIN_PAIRS = 10
 PART = 48                       # pairs in a part of the cache
 MOST_PROMPTS = 2000             # that are encoded beforehand: 240 MB at SD 1.5's size
-CACHE_VERSION = 1               # to be raised with what is cached, or how
 
 
 class Pair(NamedTuple):
@@ -108,31 +105,6 @@ def open_pair(pair, task, size, extract=False, flip=False):
         cond, image = ImageOps.mirror(cond), ImageOps.mirror(image)
     to_cond = kind.extract if extract else kind.to_cond
     return (to_cond(cond) * 255).round().byte(), to_x(image), colours
-
-
-class DiskCache(NamedTuple):
-    """A folder of what is computed once, by what it depends on; trainings share it."""
-    folder: Path
-    facts: dict                 # the base's, that all of it depends on
-    processes: Processes = Processes()
-
-    def file(self, facts, make):
-        """Returns the file of (tensors, metadata) that make() returns, which is made if need be.
-
-        facts: what it depends on, as JSON takes it. A file's name holds the digests of these and
-        of its own content, so that a damaged one is made again.
-        """
-        facts = json.dumps([CACHE_VERSION, self.facts, facts], sort_keys=True)
-        key = hashlib.sha256(facts.encode()).hexdigest()[:24]
-        for file in self.folder.glob(f"{key}-*.safetensors"):
-            if weights.fingerprint(file) == file.stem.removeprefix(f"{key}-"):
-                return file
-        temporary = self.folder / f"{key}.{os.getpid()}"
-        tensors, metadata = make()
-        weights.save(tensors, temporary, metadata)
-        file = self.folder / f"{key}-{weights.fingerprint(temporary)}.safetensors"
-        temporary.replace(file)
-        return file
 
 
 class LatentCache:

@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 import weights
 from bps import build_bps, config_for, load_bps, save_bps
-from data import DiskCache, LatentCache, check_conditions, load_pairs
+from data import LatentCache, check_conditions, load_pairs
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
+from inputs.disk_cache import DiskCache
 from inputs.options import BASE, DTYPES, run, shell_command
 from inputs.pairs import warn_of_losses
 from inputs.processes import join_processes

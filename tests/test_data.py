@@ -8,7 +8,7 @@ from drawings import ring
 from PIL import Image, ImageDraw, ImageOps
 
 import data
-from data import DiskCache, LatentCache, Pair, load_pairs, open_pair, split_names
+from data import LatentCache, Pair, load_pairs, open_pair, split_names
 from inputs.conditions import (
     extract_lines,
     is_light_on_dark,
@@ -20,6 +20,7 @@ from inputs.conditions import (
     to_image,
     to_x,
 )
+from inputs.disk_cache import DiskCache
 from inputs.options import BASE
 from sample import load_base
 from tiny import world
