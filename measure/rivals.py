@@ -351,7 +351,7 @@ def done(record, task, study):
     """Returns {Job: numbers} of a study, as far as they are in the record, in the table's order."""
     belongs = dict(methods=lambda job: job.pairs == 0 and job.steps in (0, STEPS),
                    data=lambda job: job.method in MAIN and job.steps == STEPS,
-                   steps=lambda job: job.method in MAIN and job.pairs == 0 and job.seed == 0)
+                   steps=lambda job: job.method in MAIN and job.pairs == 0)
     order = [*BOUNDS, *METHODS]
     jobs = [job for job, numbers in record.results.items()
             if job.task == task and job.method in order and "obedience" in numbers
@@ -361,30 +361,36 @@ def done(record, task, study):
 
 
 def over_seeds(results):
-    """Returns {Job of seed 0: [numbers of each seed]} of {Job: numbers}."""
+    """Returns {Job of seed 0: {seed: numbers}} of {Job: numbers}."""
     groups = {}
     for job, numbers in results.items():
-        groups.setdefault(job._replace(seed=0), []).append(numbers)
+        groups.setdefault(job._replace(seed=0), {})[job.seed] = numbers
     return groups
 
 
 def means(group):
     """Returns {measure: (mean over seeds, standard error over test pairs, deviation over seeds)}.
 
-    The standard error of an obedience is unknown, as is a deviation over a single seed: both nan.
+    group: {seed: numbers}. The standard error of an obedience is unknown, as is a deviation over a
+    single seed: both nan.
     """
-    values = {name: [numbers[name] for numbers in group]
-              for name in ("gain", "gap", "bits", "distance", "strength") if name in group[0]}
-    for name in group[0]["obedience"]:
-        values[name] = [(numbers["obedience"][name], float("nan")) for numbers in group]
+    first = next(iter(group.values()))
+    values = {name: [numbers[name] for numbers in group.values()]
+              for name in ("gain", "gap", "bits", "distance", "strength") if name in first}
+    for name in first["obedience"]:
+        values[name] = [(numbers["obedience"][name], float("nan")) for numbers in group.values()]
     return {name: (*np.mean(pairs, axis=0),
                    np.std(pairs, axis=0, ddof=1)[0] if len(group) > 1 else float("nan"))
             for name, pairs in values.items()}
 
 
 def gain_beyond(group, reference):
-    """Returns the gain beyond another method's on the same test pairs, and its standard error."""
-    difference = np.subtract(*(np.mean([numbers["gains"] for numbers in each], axis=0)
+    """Returns the gain beyond another method's with the same seeds, and its standard error.
+
+    The error is over the test pairs. group, reference: {seed: numbers}, with a seed in common.
+    """
+    seeds = group.keys() & reference.keys()
+    difference = np.subtract(*(np.mean([each[seed]["gains"] for seed in seeds], axis=0)
                                for each in (group, reference)))
     return difference.mean(), difference.std(ddof=1) / len(difference) ** 0.5
 
@@ -397,7 +403,7 @@ def print_results(results):
               "gain beyond bps", "best step", "CPU minutes")
     print(f"| {' | '.join(titles)} |\n|" + "---|" * len(titles))
     for job, group in groups.items():
-        found, cells = means(group), []
+        found, first, cells = means(group), group[min(group)], []
         for name in measures:
             mean, error, deviation = found.get(name, 3 * (float("nan"),))
             digits = DIGITS.get(name, 4)
@@ -407,11 +413,12 @@ def print_results(results):
         reference = [each for other, each in groups.items() if other.method == "bps"
                      and other._replace(method=job.method, rate=job.rate) == job]
         beyond = "-"
-        if "gains" in group[0] and reference and job.method != "bps":
+        if "gains" in first and job.method != "bps" and reference and group.keys() & reference[0]:
             beyond = "{:+.4f} +- {:.4f}".format(*gain_beyond(group, reference[0]))
-        size = f"{group[0]['parameters']:,}" if "parameters" in group[0] else "-"
-        best = ", ".join(f"{numbers['best_step']}" for numbers in group if "best_step" in numbers)
-        minutes = [numbers["minutes"] for numbers in group if numbers.get("minutes")]
+        size = f"{first['parameters']:,}" if "parameters" in first else "-"
+        best = ", ".join(f"{numbers['best_step']}" for numbers in group.values()
+                         if "best_step" in numbers)
+        minutes = [numbers["minutes"] for numbers in group.values() if numbers.get("minutes")]
         print(f"| {job.method} | {job.pairs or 'all'} | {job.steps} | {job.rate:.2g} "
               f"| {len(group)} | {size} | {' | '.join(cells)} | {beyond} "
               f"| {best or '-'} | {f'{np.mean(minutes):.1f}' if minutes else '-'} |")

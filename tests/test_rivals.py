@@ -212,11 +212,11 @@ def test_pictures_that_are_nearly_the_true_ones_are_at_no_distance_and_none_is_b
 def test_means_keep_errors_over_pairs_and_over_seeds_apart():
     group = [dict(gain=[gain, 0.5], distance=[0.0, 0.1], obedience={"line F1": gain})
              for gain in (1.0, 2.0, 3.0)]
-    found = rivals.means(group)
+    found = rivals.means(dict(enumerate(group)))
     assert found["gain"] == (2.0, 0.5, 1.0)
     assert found["line F1"][0] == 2.0 and found["line F1"][2] == 1.0
     assert found["line F1"][1] != found["line F1"][1]               # nan: it is unknown
-    alone = rivals.means(group[:1])["gain"]
+    alone = rivals.means({0: group[0]})["gain"]
     assert alone[:2] == (1.0, 0.5) and alone[2] != alone[2]
 
 
@@ -284,8 +284,8 @@ def test_a_sweep_widens_at_an_end_takes_no_rate_that_diverges_and_stops(monkeypa
 
 def test_a_gain_beyond_another_method_has_the_error_of_the_paired_differences():
     gains = torch.linspace(0, 1, 50).tolist()
-    reference = [dict(gains=gains)]
-    group = [dict(gains=[gain + 0.1 + 0.01 * (-1) ** i for i, gain in enumerate(gains)])]
+    reference = {0: dict(gains=gains), 1: dict(gains=[9.0] * 50)}       # 1 is not trained there
+    group = {0: dict(gains=[gain + 0.1 + 0.01 * (-1) ** i for i, gain in enumerate(gains)])}
     difference, error = rivals.gain_beyond(group, reference)
     assert difference == pytest.approx(0.1)
     assert error == pytest.approx(0.01 / 50**0.5, rel=0.02)             # not that of the gains
