@@ -322,7 +322,8 @@ def test_it_prints_its_address_and_ctrl_c_ends_it_at_once(end, tmp_path):
                        if name not in ("DISPLAY", "WAYLAND_DISPLAY")}
     process = subprocess.Popen([sys.executable, "-m", "pad", "--port", "0", "--out", tmp_path],
                                cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               env=without_display)
+                               env=without_display,     # what nohup starts ignores Ctrl-C
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     try:
         address = process.stdout.readline().strip()
         assert address.startswith("http://127.0.0.1:")
