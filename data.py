@@ -78,10 +78,8 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
     groups = group_pairs(folder, files)
     sides = split_names(groups)
     if len(sides) < MIN_PAIRS:
-        shared = "" if len(sides) == len(files) else (f"of {len(files)} pairs those that share a "
-                                                      f"file count as one, which leaves ")
-        raise UserError(f"{folder}: {shared}{len(sides)} pairs; at least {MIN_PAIRS} are needed to "
-                        f"train, to validate and to test")
+        raise UserError(f"{folder}: {len(sides)} pairs; at least {MIN_PAIRS} are needed to train, "
+                        f"to validate and to test (pairs that share a file count as one)")
     open_cond = open_image if extract else TASKS[task].open
     return [Pair(str(pair.cond), lambda file=pair.cond: open_cond(file),
                  lambda file=pair.image: open_image(file), pair.prompts or (default_prompt,),

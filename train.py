@@ -82,7 +82,7 @@ def train(run, base, cache, args, on_save):
         loss = processes.mean(loss)
         # in fp16 a gradient may overflow: the scaler then leaves the step out
         require_finite(loss if run.scaler.is_enabled() else loss + norm,
-                     f"step {step + 1}: the loss or its gradient", args.lr)
+                       f"step {step + 1}: the loss or its gradient", args.lr)
         run.scaler.step(run.optimizer)
         run.scaler.update()
 

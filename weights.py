@@ -235,7 +235,7 @@ def load_training(file, modules, trained, optimizer):
     try:
         with safe_open(file, "pt") as f, torch.no_grad():
             facts, names = json.loads(f.metadata()["facts"]), set(f.keys())
-            updates = float(facts.pop("updates"))
+            updates = float(facts.pop("updates", facts["step"]))    # not in checkpoints of before
             for name, module in modules.items():
                 for key, parameter in module.named_parameters():
                     parameter.copy_(f.get_tensor(f"{name}.{key}"))

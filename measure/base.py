@@ -66,6 +66,7 @@ def main():
     add("--out", type=Path, default=BASE.parent / "drawn.png", help="(default: tiny/drawn.png)")
     args = parser.parse_args()
     parser.check_out(args.out.parent)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     base = load_base(args.base, device=args.device)
 
     x, captions = open_pictures(world.pool("test"), args.device)

@@ -1,4 +1,4 @@
-"""Draws figures of dots, arrows, lines and bars with Pillow, as the studies in the plane need."""
+"""Draws figures with Pillow: a sheet to draw on, and panels of dots, arrows, lines and bars."""
 import math
 from typing import NamedTuple
 

@@ -525,7 +525,8 @@ def test_the_autoencoder_stays_float32():
 
 def test_numbers_that_overflowed_are_an_error_not_a_black_picture(draw, monkeypatch):
     monkeypatch.setattr("bps.guide", lambda *_: torch.tensor(float("nan")))
-    with pytest.raises(UserError, match="--dtype fp16: the numbers .* overflowed; give --dtype b"):
+    message = "--dtype fp16: the numbers .* overflowed; give --dtype bf16"
+    with pytest.raises(UserError, match=message):
         draw("--dtype", "fp16")
     with pytest.raises(UserError, match="--dtype fp32: .* --strength or --scale nearer to 1"):
         draw("--n", 1)
