@@ -1,117 +1,147 @@
-"""Does a picture do what its condition says? One meter for each task, in [0, 1].
+"""Does a picture do what its condition and its prompt say? Read without a neural network.
 
-For sketch and artistic, lines and colours are extracted again from the picture. For segmentation
-and layout, the small CLIP says what it sees. That only works for the embedded scenes, in which each
-quarter of the picture holds at most one emoji, and whose classes the CLIP knows.
+Lines and coarse colours are extracted again from the picture. For the embedded figures, whose
+parts have colours that the prompt names, each pixel belongs to the part with the nearest colour.
 
 Shapes: n pictures, C channels, H W rows and columns.
 """
+import numpy as np
 import torch
-import torch.nn.functional as F
 
 from inputs.conditions import coarse_colours, cond_to_x, extract_lines, line_f1, soft_lines
 from tiny import world
-from tiny.classifier import Classifier
-from tiny.tasks import CLASSES
+from tiny.tasks import CLASSES, find_boxes
 
 SURE_INK = 0.25                 # ink from which a soft line counts
-OFF_GROUND = 0.25               # difference of x, in any channel, from which it is not the ground
-LEAST_SHARE = 0.05              # share of a quarter that an emoji has to cover
+SEEN_PIXELS = 24                # of a part in the map, from which its colour is read
+TOO_CLOSE = 40                  # RGB distance within which another part's colour may be meant
+FEATURES = list(CLASSES).index("features")
+EMBEDDED_PARTS = ("ground", *world.PARTS)
 
 
-def meter_for(task, embedded, device="cpu"):
-    """Returns the meter of a task, or None if there is none.
+def meter_for(task, embedded):
+    """The meter of a task, or None if there is none.
 
-    A meter takes pictures x (n, 3, H, W) in [-1, 1] and conditions (n, C, H, W), both on the CPU,
-    to {name of a measure: its mean}. embedded: whether the pairs are the embedded ones.
+    A meter takes pictures x (n, 3, H, W) in [-1, 1], conditions (n, C, H, W) and the pairs' names,
+    all on the CPU, to {name of a measure: its mean}. embedded: whether the pairs are the embedded
+    ones.
     """
     if task in LINE_METERS:
         return LINE_METERS[task]
-    if not embedded:
-        return None
-    classify = Classifier(device=device)
-    return lambda pictures, conds: CLASS_METERS[task](pictures, conds,
-                                                      lambda x: classify(x.to(device)).cpu())
+    return PART_METERS[task] if embedded else None
 
 
-def sketch(pictures, conds):
-    """Returns the F1 score of the pictures' lines against the drawings', to within 1 px."""
+def sketch(pictures, conds, names):
+    """F1 score of the pictures' lines against the drawings', to within 1 px."""
     f1 = line_f1(extract_lines(pictures), extract_lines(cond_to_x(conds)))
     return {"line F1": f1.mean().item()}
 
 
-def artistic(pictures, conds):
-    """Returns the mean difference of the coarse colours, 0 to 1, and the F1 score of the lines."""
+def artistic(pictures, conds, names):
+    """Mean difference of the coarse colours, 0 to 1, and the F1 score of the lines."""
     distance = (coarse_colours(pictures) - conds[:, :3]).abs().mean().item()
     f1 = line_f1(soft_lines(pictures)[:, 0] > SURE_INK, conds[:, 3] > SURE_INK)
     return {"colour distance": distance, "line F1": f1.mean().item()}
 
 
-# ---- classes, read again from scenes -------------------------------------------------------
+# ---- parts and colours of embedded figures -------------------------------------------------
 
-def class_numbers(conds):
-    """Returns the indices (n, H, W) into CLASSES that conditions (n, 3, H, W) show."""
-    palette = torch.tensor([list(bytes.fromhex(colour[1:])) for colour in CLASSES.values()]) / 255
-    return (conds[:, :, None] - palette.T[None, :, :, None, None]).abs().sum(1).argmin(1)
-
-
-def quarters(x):
-    """Returns views of the quarters of (n, .., H, W), each (n, .., H / 2, W / 2)."""
-    return [part for half in x.chunk(2, -2) for part in half.chunk(2, -1)]
+def to_rgb(x):
+    """Colours (.., H, W, 3) from 0 to 255 of pictures x (.., 3, H, W) in [-1, 1]."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).movedim(-3, -1).numpy()
 
 
-def cut_out(x, covered):
-    """Returns the part of x (3, H, W) around what is covered (H, W) bool, scaled to (3, 64, 64)."""
-    rows, columns = covered.any(1).nonzero()[:, 0], covered.any(0).nonzero()[:, 0]
-    part = x[None, :, rows[0]:rows[-1] + 1, columns[0]:columns[-1] + 1]
-    return F.interpolate(part, world.SIZE, mode="bilinear", antialias=True)[0].clamp(-1, 1)
+def nearest(rgb, colours):
+    """Index (..) of the colour (k, 3) that is nearest to each of rgb (.., 3)."""
+    return np.linalg.norm(rgb[..., None, :] - np.array(colours), axis=-1).argmin(-1)
 
 
-def off_ground(x):
-    """Returns where pictures (n, 3, H, W) differ from their ground, (n, H, W) bool, holes filled.
+def part_map(name):
+    """The true classes (H, W) of an embedded figure: indices into CLASSES."""
+    return np.asarray(world.open_part("parts", name))
 
-    The ground is the median colour of the outermost pixels.
+
+def read_parts(x, figure):
+    """The classes (H, W) of a picture x (3, H, W): for each pixel the part of the nearest colour.
+
+    Features have no colour of their own, so they are read as one of the other parts.
     """
-    border = torch.cat([x[..., 0, :], x[..., -1, :], x[..., 0], x[..., -1]], dim=-1)   # (n, 3, ..)
-    ground = border.median(-1).values[..., None, None]
-    covered = (x - ground).abs().amax(1) > OFF_GROUND
-    filled = torch.ones_like(covered)
-    for dim in (-1, -2):                    # a hole has something on all four sides
-        filled &= covered.int().cummax(dim).values.bool()
-        filled &= covered.flip(dim).int().cummax(dim).values.flip(dim).bool()
-    return filled
+    named = [part for part in EMBEDDED_PARTS if part in figure]
+    index = nearest(to_rgb(x), [world.rgb(part, figure[part]) for part in named])
+    return np.array([list(CLASSES).index(part) for part in named])[index]
 
 
-def segmentation(pictures, conds, classify):
-    """Returns pixel accuracy and mean IoU of the classes that are read again from pictures.
+def segmentation(pictures, conds, names):
+    """Pixel accuracy and mean IoU of the parts that are read from pictures, apart from features."""
+    hits, intersection, union = [], np.zeros(len(CLASSES)), np.zeros(len(CLASSES))
+    for x, name in zip(pictures, names):
+        target, found = part_map(name), read_parts(x, world.figure(name))
+        known = target != FEATURES
+        hits.append((target == found)[known].mean())
+        for k in range(len(CLASSES)):
+            a, b = (target == k)[known], (found == k)[known]
+            intersection[k] += (a & b).sum()
+            union[k] += (a | b).sum()
+    return {"pixel accuracy": float(np.mean(hits)),
+            "mIoU": float((intersection / union.clip(1))[union > 0].mean())}
 
-    What is off the ground in a quarter is of the class that the classifier sees there. The ground
-    counts as a class.
+
+def box_iou(a, b):
+    """Intersection over union of two boxes (left, top, right, bottom)."""
+    width = min(a[2], b[2]) - max(a[0], b[0])
+    height = min(a[3], b[3]) - max(a[1], b[1])
+    overlap = max(width, 0) * max(height, 0)
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
+    return overlap / (areas - overlap)
+
+
+def layout(pictures, conds, names):
+    """Mean IoU of the parts' boxes with those that are read from pictures; 0 for a missing part."""
+    scores = []
+    for x, name in zip(pictures, names):
+        found = find_boxes(read_parts(x, world.figure(name)))
+        scores += [box_iou(box, found[k]) if k in found else 0.0
+                   for k, box in find_boxes(part_map(name)).items()]
+    return {"box IoU": float(np.mean(scores))}
+
+
+def colour_fidelity(pictures, names):
+    """{part: how often the median colour inside its true outline is nearest to the named one}."""
+    hits = {}
+    for x, name in zip(pictures, names):
+        figure, classes, rgb = world.figure(name), part_map(name), to_rgb(x)
+        for part in world.PARTS:
+            inside = classes == list(CLASSES).index(part)
+            if part in figure and inside.sum() >= SEEN_PIXELS:
+                palette = list(world.COLOURS[part])
+                median = np.median(rgb[inside], axis=0)
+                found = palette[nearest(median, [world.rgb(part, word) for word in palette])]
+                hits.setdefault(part, []).append(found == figure[part])
+    return {part: float(np.mean(values)) for part, values in hits.items()}
+
+
+def prompt_fidelity(pictures, figures):
+    """{part: how often no other colour of its palette has more pixels than the named one}.
+
+    For pictures whose outlines are not known. Pixels that are nearer to the ground or to another
+    part's colour do not count, nor do palette colours that can't be told from those.
     """
-    target = class_numbers(conds)
-    prediction = torch.zeros_like(target)
-    for x, numbers in zip(quarters(pictures), quarters(prediction)):
-        covered = off_ground(x)
-        indices = (covered.float().mean((1, 2)) > LEAST_SHARE).nonzero()[:, 0]
-        if len(indices):
-            classes = classify(torch.stack([cut_out(x[i], covered[i]) for i in indices])) + 1
-            numbers[indices] = covered[indices] * classes[:, None, None]    # writes to prediction
-    a, b = (F.one_hot(numbers, len(CLASSES)).bool() for numbers in (target, prediction))
-    intersection, union = (a & b).sum((0, 1, 2)), (a | b).sum((0, 1, 2))        # (classes,)
-    return {"pixel accuracy": (target == prediction).float().mean().item(),
-            "mIoU": (intersection / union)[union > 0].mean().item()}
-
-
-def layout(pictures, conds, classify):
-    """Returns the share of boxes in which the classifier sees the class they ask for."""
-    parts, targets = [], []
-    for x, numbers in zip(quarters(pictures), quarters(class_numbers(conds))):
-        for i in (numbers > 0).any(2).any(1).nonzero()[:, 0]:
-            parts.append(cut_out(x[i], numbers[i] > 0))
-            targets.append(numbers[i].max() - 1)
-    hits = classify(torch.stack(parts)) == torch.stack(targets)
-    return {"boxes of the right class": hits.float().mean().item()}
+    hits = {}
+    for x, figure in zip(pictures, figures):
+        for part in world.PARTS:
+            if part not in figure:
+                continue
+            others = [world.rgb(other, figure[other]) for other in EMBEDDED_PARTS
+                      if other in figure and other != part]
+            others += [(0, 0, 0), (255, 255, 255)]
+            palette = {word: world.rgb(part, word) for word in world.COLOURS[part]}
+            words = [word for word, colour in palette.items() if word == figure[part] or min(
+                np.linalg.norm(np.subtract(colour, other)) for other in others) > TOO_CLOSE]
+            index = nearest(to_rgb(x), [palette[word] for word in words] + others)
+            pixels = np.bincount(index.ravel(), minlength=len(words))[:len(words)]
+            hits.setdefault(part, []).append(words[pixels.argmax()] == figure[part])
+    return {part: float(np.mean(values)) for part, values in hits.items()}
 
 
 LINE_METERS = {"sketch": sketch, "artistic": artistic}
-CLASS_METERS = {"segmentation": segmentation, "layout": layout}     # these need a classifier
+PART_METERS = {"segmentation": segmentation, "layout": layout}      # these know the embedded figures

@@ -1,13 +1,13 @@
-"""The embedded tasks: labelled pairs of four small spaces, made from the pictures in tiny/data.
+"""The embedded tasks: labelled pairs of four small spaces, from the figures in tiny/data.
 
-| task | condition | picture | pairs: train, val, test |
+| task | condition | picture | pairs: train, val, test, unseen |
 |---|---|---|---|
-| sketch | line drawing by Fluent Emoji's own designers | the same emoji in 3d | 779, 58, 141 |
-| segmentation | label map, class = category | scene of two to four emoji | 480, 48, 144 |
-| layout | boxes of the same scenes | the same scenes | 480, 48, 144 |
-| artistic | colours and lines of the picture itself | a style the base never saw | 40, 22, 52 |
+| sketch | line drawing | figure of twelve styles | 1000, 60, 200, 100 |
+| segmentation | label map of its parts | the same figures | 1000, 60, 200, 100 |
+| layout | a filled box for each part | the same figures | 1000, 60, 200, 100 |
+| artistic | colours and lines of the picture itself | a style the base never saw | 40, 20, 60 |
 
-No name of a training pair is in a validation or test pair.
+The base has seen no figure of val, test or unseen; the hair shapes of `unseen` occur nowhere else.
 """
 import functools
 
@@ -17,77 +17,57 @@ from PIL import Image
 from tiny import world
 
 GROUND = "ground"
-CLASSES = {GROUND: "#000000", "food": "#d62728", "nature": "#2ca02c", "object": "#1f77b4",
-           "place": "#9467bd", "activity": "#ff7f0e", "face": "#ffdd55"}   # category: class colour
-SCENES = dict(train=480, val=48, test=144)
-ARTISTIC_STYLE, ARTISTIC_TRAIN = "firefox", 40
+# class -> its colour in label maps
+CLASSES = {GROUND: "#000000", "hair": "#d62728", "skin": "#ffdd55", "clothes": "#1f77b4",
+           "robot": "#2ca02c", "features": "#9467bd"}
+LEAST_IN_BOX = 2                # pixels of a class in a row or column that its box has to hold
 
 
 def embedded_pairs(task, split):
-    """Returns [(name, open_cond, open_image, prompts)], the pairs of a task and split.
+    """[(name, open_cond, open_image, prompts)], the pairs of a task and split.
 
     open_cond and open_image are functions without arguments that open the pictures. The first of
     the prompts is for validation.
     """
-    return PAIRS_OF_TASK[task](split)
+    if task == "artistic":
+        rows = world.figures(split, (world.ARTISTIC_STYLE,))
+        open_cond = functools.partial(world.open_part, "picture")
+    else:
+        rows = world.figures(split)
+        open_cond = CONDITIONS[task]
+    return [(row["name"], functools.partial(open_cond, row["name"]),
+             functools.partial(world.open_part, "picture", row["name"]), (world.prompt(row),))
+            for row in rows]
 
 
-def sketch_pairs(split):
-    """Returns a pair for each name: Fluent's line drawing and 3d picture."""
-    return [(row["name"], functools.partial(open_emoji, "line", row["name"]),
-             functools.partial(open_emoji, "3d", row["name"]),
-             (world.full_caption(row), row["caption"])) for row in world.records(split, ("3d",))]
+def open_boxes(name):
+    """The layout of a figure: its part map with each part's box filled, larger boxes first."""
+    parts = world.open_part("parts", name)
+    boxes = Image.new("P", parts.size)
+    boxes.putpalette(parts.getpalette())
+    found = find_boxes(np.asarray(parts))
+    for number, box in sorted(found.items(), key=lambda entry: -area(entry[1])):
+        boxes.paste(number, box)
+    return boxes
 
 
-def scene_pairs(task, split):
-    """Returns a pair for each scene: the task's label map, and the picture."""
-    return [(f"scene {i}", lambda i=i: scene(split, i)[1][task], lambda i=i: scene(split, i)[0],
-             (scene(split, i)[2],)) for i in range(SCENES[split])]
+def find_boxes(classes):
+    """{class index: (left, top, right, bottom)} of the parts in a label map (H, W), pixels."""
+    boxes = {}
+    for number, name in enumerate(CLASSES):
+        if name in world.PARTS:
+            inside = classes == number
+            rows = np.flatnonzero(inside.sum(1) >= LEAST_IN_BOX).tolist()
+            columns = np.flatnonzero(inside.sum(0) >= LEAST_IN_BOX).tolist()
+            if rows and columns:
+                boxes[number] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes
 
 
-def artistic_pairs(split):
-    """Returns a pair for each name of the style that the base never saw; few are for training."""
-    rows = world.records(split, (ARTISTIC_STYLE,))
-    if split == "train":
-        rows = rows[::len(rows) // ARTISTIC_TRAIN][:ARTISTIC_TRAIN]
-    pairs = []
-    for row in rows:                        # a caption without a style means any style
-        open_picture = functools.partial(open_emoji, ARTISTIC_STYLE, row["name"])
-        prompts = (f"{row['caption']}, {row['category']}",)
-        pairs.append((row["name"], open_picture, open_picture, prompts))
-    return pairs
+def area(box):
+    """Pixels in a box (left, top, right, bottom)."""
+    return (box[2] - box[0]) * (box[3] - box[1])
 
 
-PAIRS_OF_TASK = {"sketch": sketch_pairs, "artistic": artistic_pairs,
-                 "segmentation": functools.partial(scene_pairs, "segmentation"),
-                 "layout": functools.partial(scene_pairs, "layout")}
-
-
-def open_emoji(style, name):
-    """Returns an emoji on white, RGB."""
-    return world.on_ground(world.picture(style, name))
-
-
-@functools.cache
-def scene(split, i):
-    """Returns (RGB image, {task: label map of mode P}, caption) of scene i of a split.
-
-    The map for layout has the box of each emoji, that for segmentation its outline.
-    """
-    rng = np.random.default_rng((list(SCENES).index(split), i))
-    # of validation and test names the base has seen other designers' pictures only
-    rows = world.records("train") if split == "train" else world.pool(split)
-    image, caption, places = world.scene(rows, rng)
-    maps = {}
-    for task in ("segmentation", "layout"):
-        classes = np.zeros((world.SIZE, world.SIZE), np.uint8)
-        for row, left, top, size in places:
-            covered = np.zeros_like(classes)
-            covered[top:top + size, left:left + size] = 255
-            if task == "segmentation":
-                emoji = world.picture(row["style"], row["name"])
-                covered = np.asarray(world.place(emoji, size, left, top))[..., 3]
-            classes[covered >= 128] = list(CLASSES).index(row["category"])
-        maps[task] = Image.fromarray(classes)
-        maps[task].putpalette(bytes.fromhex("".join(CLASSES.values()).replace("#", "")))
-    return image, maps, caption
+CONDITIONS = {"sketch": functools.partial(world.open_part, "drawing"),
+              "segmentation": functools.partial(world.open_part, "parts"), "layout": open_boxes}

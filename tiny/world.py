@@ -1,143 +1,157 @@
-"""The embedded base's large probability space: emoji on plain grounds, alone or in scenes.
+"""The embedded world: portraits and robots that designers drew, in colours that have names.
 
-Each picture and its caption are a function of a numpy Generator, so that any of them can be made
-again from (seed, index). Pictures are 64 x 64 px; a caption is like "red apple, food, flat style,
-on teal".
+A figure is a row of tiny/data/figures.jsonl: what its caption may say, its split, and the name of
+its pictures in figures.zip, all 64 x 64 px. A caption reads like
+
+    person, purple bun, brown skin, smiling, glasses, blue clothes, toon style, on pink
 """
 import functools
 import io
 import json
+import re
 import zipfile
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 DATA = Path(__file__).parent / "data"
 SIZE = 64
-BASE_STYLES = ("3d", "flat", "noto", "twemoji", "emojitwo")     # "firefox" is kept for a task
-FLUENT_STYLES = ("3d", "flat")      # these have the designer and the outlines of the line drawings
-CATEGORIES = ("food", "nature", "object", "place", "activity", "face")
-# colour word in captions -> RGB of the ground
-GROUNDS = {"white": (255, 255, 255), "grey": (190, 190, 190), "cream": (250, 240, 210),
-           "pink": (250, 200, 210), "pale blue": (190, 220, 250), "pale green": (200, 235, 200),
-           "yellow": (250, 225, 120), "teal": (60, 150, 150), "navy": (30, 40, 90),
-           "black": (20, 20, 20)}
-WHITE_SHARE = 0.6       # share of white grounds; a caption without a ground means white
-SINGLE_SHARE = 0.85     # share of pictures with a single emoji; the others are scenes
+SPLITS = ("train", "val", "test", "unseen")     # unseen: hair shapes that occur nowhere else
+# DiceBear style -> its words in captions
+STYLES = {"adventurer": "adventurer", "avataaars": "avataaars", "bigEars": "big ears",
+          "bigSmile": "big smile", "bottts": "bottts", "dylan": "dylan", "lorelei": "lorelei",
+          "micah": "micah", "miniavs": "miniavs", "personas": "personas", "toonHead": "toon"}
+ARTISTIC_STYLE = "pixelArt"                     # the base has never seen it
+PARTS = ("hair", "skin", "clothes", "robot")    # what has a colour of its own
+# part -> colour word in captions -> RGB
+COLOURS = {
+    "hair": {"black": "1b1b1f", "brown": "5a3825", "red": "c93305", "orange": "e8762c",
+             "blond": "e6c170", "grey": "a9a9ad", "white": "f4f1ec", "blue": "3d7bd9",
+             "green": "4f9d4f", "pink": "f08bb4", "purple": "8a4fbe"},
+    "skin": {"pale": "fbe3d3", "light": "f2c9a5", "tan": "d9a066", "brown": "a86b3c",
+             "dark": "6b3f24"},
+    "clothes": {"red": "d8433b", "orange": "f08a3c", "yellow": "f2c94c", "green": "4caf6a",
+                "blue": "4a86d9", "purple": "8e5bc0", "pink": "f29abf", "white": "f7f7f7",
+                "grey": "9aa0a6", "black": "2b2b30"},
+    "robot": {"red": "e53935", "orange": "fb8c00", "yellow": "fdd835", "green": "43a047",
+              "teal": "00897b", "blue": "1e88e5", "purple": "8e24aa", "pink": "d81b60",
+              "grey": "757575", "brown": "6d4c41"},
+    "ground": {"white": "ffffff", "grey": "bebebe", "cream": "faf0d2", "pink": "fac8d2",
+               "pale blue": "bedcfa", "pale green": "c8ebc8", "yellow": "fae178",
+               "teal": "3c9696", "navy": "1e285a"},
+}
+# What a part's name in DiceBear, as "key value" in lower case, is called in captions: the first
+# pattern that matches.
+HAIR_WORDS = {
+    "bun": "bun", "mohawk": "mohawk|mrt", "afro": "fro", "braids": "braid|dread",
+    "pony tail": "ponytail|pigtails", "hijab": "hijab", "turban": "turban",
+    "hat": "hat|cap|beanie", "bald": "bald|nohair|mrclean", "curly hair": "curl",
+    "spiky hair": "spik", "bob": "bob", "long hair": "long|straight", "short hair": "short"}
+HEADWEAR = ("hijab", "turban", "hat", "bald")   # these say nothing about the colour of the hair
+EXPRESSIONS = {
+    "laughing": "mouth laugh", "smiling": "(mouth|mood) .*(smile|happy|twinkle)",
+    "sad": "(mouth|mood) .*(sad|frown)", "angry": "(mouth|mood) angry",
+    "surprised": "surprise|agape|scream"}
+EXTRAS = {
+    "winking": "eyes wink", "sunglasses": "sunglasses|wayfarers", "eyepatch": "eyepatch",
+    "glasses": "^glasses |(accessories|eyes) (glasses|prescription|kurt)|accessories round",
+    "face mask": "mask", "earrings": "^earrings ", "beard": "beard|facialhair (full|goatee|chin)",
+    "moustache": "mustache|moustache"}
+TOPS = {"antenna": "antenna", "horns": "horns", "radar": "radar", "spike": "pyramid",
+        "lights": "lights", "bulb": "bulb"}     # of robots
 
+
+def rgb(part, name):
+    """The colour `name` of a part as three numbers 0 to 255."""
+    return tuple(bytes.fromhex(COLOURS[part][name]))
+
+
+# ---- captions ------------------------------------------------------------------------------
+
+def first_word(words, parts):
+    """The first word of a table whose pattern matches one of DiceBear's parts, or None."""
+    return next((word for word, pattern in words.items()
+                 if any(re.search(pattern, part) for part in parts)), None)
+
+
+def describe(parts, hair_key):
+    """What captions say about DiceBear's parts (a dict): {shape: .., features: [..]}."""
+    texts = [f"{key} {value}".lower() for key, value in parts.items()]
+    extras = [word for word, pattern in EXTRAS.items()
+              if any(re.search(pattern, text) for text in texts)]
+    return dict(shape=first_word(HAIR_WORDS | TOPS, [str(parts.get(hair_key, "")).lower()]),
+                features=[word for word in (first_word(EXPRESSIONS, texts), *extras) if word])
+
+
+def phrases(figure):
+    """The phrases of a caption apart from kind, style and ground: colours, shapes, features."""
+    shape = figure["shape"]
+    said = []
+    if "hair" in figure:
+        said.append(f"{figure['hair']} {'hair' if shape in (None, *HEADWEAR) else shape}")
+    if shape in HEADWEAR or (shape and "robot" in figure):
+        said.append(shape)
+    said += [f"{figure[part]} {part}" for part in ("skin", "clothes") if part in figure]
+    return said + figure["features"]
+
+
+def kind(figure):
+    """The first word of a caption: person, or a robot with its colour."""
+    return f"{figure['robot']} robot" if "robot" in figure else "person"
+
+
+def vary_caption(figure, rng):
+    """A random caption of a figure: it leaves out some phrases and changes their order."""
+    said = [phrase for phrase in phrases(figure) if rng.random() < 0.75]
+    rng.shuffle(said)
+    if rng.random() < 0.8:
+        said.insert(rng.integers(len(said) + 1), f"{STYLES[figure['style']]} style")
+    if figure["ground"] != "white" or rng.random() < 0.3:
+        said.append(f"on {figure['ground']}")
+    return ", ".join([kind(figure), *said])
+
+
+def full_caption(figure):
+    """A caption that says everything, in a fixed order."""
+    return ", ".join([kind(figure), *phrases(figure), f"{STYLES[figure['style']]} style",
+                      f"on {figure['ground']}"])
+
+
+def prompt(figure, style=True):
+    """A caption with kind, colours, style and ground only: shapes are left to a condition."""
+    said = [f"{figure[part]} {part}" for part in ("hair", "skin", "clothes") if part in figure]
+    if style and figure["style"] in STYLES:
+        said.append(f"{STYLES[figure['style']]} style")
+    return ", ".join([kind(figure), *said, f"on {figure['ground']}"])
+
+
+# ---- the figures of the tasks --------------------------------------------------------------
 
 @functools.cache
-def _archive(style):
-    return zipfile.ZipFile(DATA / f"{style}.zip")
-
-
-@functools.cache
-def picture(style, name):
-    """Returns the emoji as a PIL image, 64 x 64 RGBA."""
-    return Image.open(io.BytesIO(_archive(style).read(f"{name}.png"))).convert("RGBA")
-
-
-@functools.cache
-def records(split=None, styles=BASE_STYLES):
-    """Returns the rows of metadata.jsonl as dicts; split: train, val, test, or None for all."""
-    rows = map(json.loads, (DATA / "metadata.jsonl").read_text(encoding="utf-8").splitlines())
+def figures(split=None, styles=tuple(STYLES)):
+    """Rows of figures.jsonl as dicts. split: one of SPLITS, or None for all of them."""
+    rows = map(json.loads, (DATA / "figures.jsonl").read_text(encoding="utf-8").splitlines())
     return [row for row in rows if row["style"] in styles and split in (None, row["split"])]
 
 
-def pool(split):
-    """Returns the rows whose pictures the base learns from (train) or is tested on (val, test).
-
-    Pictures are held out, not names: the base learns every name from other designers, but Fluent's
-    pictures of training names only. Fluent's pictures of the other names are for testing.
-    """
-    if split != "train":
-        return records(split, FLUENT_STYLES)
-    return [row for row in records()
-            if row["split"] == "train" or row["style"] not in FLUENT_STYLES]
+@functools.cache
+def _archive():
+    return zipfile.ZipFile(DATA / "figures.zip")
 
 
-def on_ground(emoji, ground="white"):
-    """Returns an RGB image of the RGBA picture over a plain ground; ground: a name in GROUNDS."""
-    canvas = Image.new("RGBA", emoji.size, (*GROUNDS[ground], 255))
-    return Image.alpha_composite(canvas, emoji).convert("RGB")
+@functools.cache
+def open_part(folder, name):
+    """A PIL image of a figure. folder: picture (RGB), drawing (L), hand (L) or parts (P)."""
+    image = Image.open(io.BytesIO(_archive().read(f"{folder}/{name}.png")))
+    image.load()
+    return image
 
 
-def place(emoji, size, left, top, flip=False):
-    """Returns a transparent 64 x 64 canvas with the emoji, scaled to size px."""
-    if flip:
-        emoji = emoji.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    if size != SIZE:
-        emoji = emoji.resize((size, size), Image.Resampling.LANCZOS)
-    canvas = Image.new("RGBA", (SIZE, SIZE))
-    canvas.paste(emoji, (left, top))
-    return canvas
+@functools.cache
+def _rows_by_name():
+    return {row["name"]: row for row in figures(None, (*STYLES, ARTISTIC_STYLE))}
 
 
-def _random_ground(rng):
-    return "white" if rng.random() < WHITE_SHARE else str(rng.choice(list(GROUNDS)[1:]))
-
-
-def category_numbers(rows):
-    """Returns the indices of the rows' categories in CATEGORIES (n,)."""
-    return torch.tensor([CATEGORIES.index(row["category"]) for row in rows])
-
-
-def full_caption(row):
-    """Returns a caption with the name, category and style of a single picture, on white."""
-    return f"{row['caption']}, {row['category']}, {row['style']} style"
-
-
-def vary_caption(row, ground, rng):
-    """Returns a caption of a single picture that leaves out some of name, category and style.
-
-    The ground is left out only if it is white.
-    """
-    caption = row["caption"]
-    if rng.random() < 0.25:
-        caption = ("an " if caption[0] in "aeiou" else "a ") + caption
-    if rng.random() < 0.15:
-        caption = row["category"]           # so that the word comes to mean the whole category
-    elif rng.random() < 0.5:
-        caption += f", {row['category']}"
-    if rng.random() < 0.7:
-        caption += f", {row['style']} style"
-    if ground != "white" or rng.random() < 0.3:
-        caption += f", on {ground}"
-    return caption
-
-
-def single(rows, rng):
-    """Returns (RGB image, caption) of one random emoji, moved, scaled or mirrored, on a ground."""
-    row = rows[rng.integers(len(rows))]
-    ground = _random_ground(rng)
-    size = SIZE if rng.random() < 0.5 else int(rng.integers(50, SIZE + 1))
-    left, top = (int(rng.integers(SIZE - size + 1)) for _ in range(2))
-    flip = rng.random() < 0.3
-    emoji = place(picture(row["style"], row["name"]), size, left, top, flip)
-    return on_ground(emoji, ground), vary_caption(row, ground, rng)
-
-
-def scene(rows, rng):
-    """Returns (RGB image, caption, [(row, left, top, size)]) of two to four emoji of one style."""
-    style = rows[rng.integers(len(rows))]["style"]
-    rows = [row for row in rows if row["style"] == style]
-    ground = _random_ground(rng)
-    count = int(rng.integers(2, 5))
-    cells = rng.permutation(4)[:count]                  # cells of a 2 x 2 grid do not overlap
-    canvas, places = Image.new("RGBA", (SIZE, SIZE)), []
-    for cell in cells:
-        row = rows[rng.integers(len(rows))]
-        size = int(rng.integers(26, 33))
-        left = 32 * int(cell % 2) + int(rng.integers(32 - size + 1))
-        top = 32 * int(cell // 2) + int(rng.integers(32 - size + 1))
-        canvas.alpha_composite(place(picture(style, row["name"]), size, left, top))
-        places.append((row, left, top, size))
-    names = [row["caption"] for row, *_ in places]
-    caption = f"{', '.join(names[:-1])} and {names[-1]}, {style} style, on {ground}"
-    return on_ground(canvas, ground), caption, places
-
-
-def random_picture(rows, rng):
-    """Returns (RGB image, caption) of a single emoji or a scene."""
-    return single(rows, rng) if rng.random() < SINGLE_SHARE else scene(rows, rng)[:2]
+def figure(name):
+    """The row of figures.jsonl with this name."""
+    return _rows_by_name()[name]
