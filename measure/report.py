@@ -9,12 +9,11 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from bps import Steering, load_bps
+from bps import Condition, load_bps
 from diffusion import Sampling
 from inputs.conditions import cond_to_x, images_at_a_time, to_image, to_x
-from inputs.sample_options import check_fit
 from measure.bits import calibrated_strength, condition_bits, log_snr
-from sample import draw
+from sample import check_fit, draw
 from weights import UserError, replacing
 
 VALIDATION_T = tuple(range(62, 1000, 125))      # timesteps 62, 187 .. 937
@@ -155,8 +154,8 @@ def draw_pairs(base, cache, bps, count, seed, sampling=None, strength=1.0, promp
         context = cache.context(words).to(weight)
         conditions = []
         if bps:
-            conditions = [Steering(bps, base.unet, cache.cond(i).to(device), strength=strength)]
-        pictures.append(draw(base, context, empty, (seed + i).tolist(), cache.size,
+            conditions = [Condition(bps, cache.cond(i).to(device), strength=strength)]
+        pictures.append(draw(base, context, empty, (seed + i).tolist(), (cache.size,) * 2,
                              sampling or SAMPLING, conditions).cpu())
     return torch.cat(pictures)
 
@@ -191,7 +190,7 @@ def contact_sheet(columns, titles, names, file, groups=3):
             x = left + k * (W + 2)
             if i % rows == 0:
                 pen.text((x, 2), title, "black")
-            tile = to_image(column[i]).resize((W, H), Image.Resampling.NEAREST)
+            tile = to_image(column[i]).resize((W, H), Image.Resampling.LANCZOS)
             sheet.paste(tile, (x, y))
         pen.text((left, y + H + 1), names[i][:group_width // 7], "grey")    # 7 px are a letter
     with replacing(file) as temporary:
@@ -216,7 +215,7 @@ def print_losses(numbers):
         print(f"(these are {numbers['pairs']} pairs only: other pairs would give other numbers)")
 
 
-def measure_obedience(meter, conds, prior, steered, round_trip):
+def measure_obedience(meter, conds, names, prior, steered, round_trip):
     """Prints and returns {measure: its value for each kind of picture, and the share of the way}.
 
     The round trip of the true pictures through the autoencoder is the upper bound of steering.
@@ -224,7 +223,7 @@ def measure_obedience(meter, conds, prior, steered, round_trip):
     if meter is None:
         print("obedience: not measured; nothing here reads the classes of your pictures again")
         return {}
-    scores = [meter(pictures, conds) for pictures in (prior, steered, round_trip)]
+    scores = [meter(pictures, conds, names) for pictures in (prior, steered, round_trip)]
     obedience = {}
     for measure, lower in scores[0].items():
         value, upper = scores[1][measure], scores[2][measure]
@@ -251,7 +250,8 @@ def report(base, cache, bps, out, seed, meter):
         device = next(base.vae.parameters()).device
         round_trip = torch.cat([base.vae.decode(cache.rows("mean", i).float().to(device)).cpu()
                                 for i in torch.arange(count).split(images_at_a_time(cache.size))])
-    numbers["obedience"] = measure_obedience(meter, conds, prior, steered, round_trip)
+    numbers["obedience"] = measure_obedience(
+        meter, conds, [pair.name for pair in cache.pairs[:count]], prior, steered, round_trip)
     rows = range(min(SHEET_ROWS, count))
     true = torch.stack([to_x(cache.image(i)) for i in rows])
     contact_sheet([cond_to_x(conds), prior, steered, true],

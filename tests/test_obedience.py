@@ -7,7 +7,7 @@ import torch
 from data import load_pairs, open_pair
 from inputs.conditions import TASKS, coarse_colours, extract_lines, soft_lines, to_image, to_x
 from measure import obedience
-from measure.quality import kernel_distance, recognition_rates
+from studies.quality import kernel_distance, recognition_rates
 from tiny import world
 from tiny.classifier import Classifier
 from tiny.tasks import CLASSES

@@ -23,7 +23,7 @@ from inputs.conditions import read_condition
 from inputs.options import BASE
 from inputs.sample_options import DEFAULT_BPS, DEFAULT_DRAWING
 from measure.obedience import sketch
-from measure.rival_networks import ControlNet, T2IAdapter
+from studies.rival_networks import ControlNet, T2IAdapter
 from sample import draw, load_base
 from unet import load_unet
 from vae import load_vae

@@ -39,10 +39,10 @@ COMMANDS = list(dict.fromkeys(
     line for text in TEXTS.values() for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     for line in block.splitlines() if line.strip() and not line.startswith("#")))
 MODULES = {"train.py": train, "sample.py": sample, "toy2d.py": toy2d, "bps.py": bps, "pad": pad,
-           "tiny.pretrain": pretrain, "tiny.make_data": make_data, "measure.base": base,
-           "measure.calibration": calibration, "measure.cost": cost, "measure.figures": figures,
-           "measure.rivals": rivals, "measure.samplers": samplers, "measure.toy": toy,
-           "measure.walkthrough": walkthrough, "measure.wiring": wiring}
+           "tiny.pretrain": pretrain, "tiny.make_data": make_data, "studies.base": base,
+           "measure.calibration": calibration, "studies.cost": cost, "studies.figures": figures,
+           "studies.rivals": rivals, "measure.samplers": samplers, "measure.toy": toy,
+           "studies.walkthrough": walkthrough, "studies.wiring": wiring}
 QUOTES = [(page, block) for page, text in TEXTS.items()
           for block in re.findall(r"```python\n# (\S+\.py\n.*?)```", text, re.DOTALL)]
 
@@ -150,7 +150,7 @@ EVIDENCE = TEXTS[ROOT / "docs" / "evidence.md"]
 
 
 @pytest.mark.parametrize("arguments", [
-    arguments for arguments in re.findall(r"python -m measure.rivals (.*)", EVIDENCE)
+    arguments for arguments in re.findall(r"python -m studies.rivals (.*)", EVIDENCE)
     if "--study" in arguments])
 def test_the_tables_of_rivals_are_what_the_record_says(arguments, monkeypatch, capsys, tmp_path):
     printed = printed_by(rivals, [*shlex.split(arguments), "--done", "--figures", str(tmp_path)],

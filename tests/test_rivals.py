@@ -11,8 +11,8 @@ from data import load_pairs
 from diffusion import Sampling
 from inputs.options import BASE
 from measure import report, rivals
-from measure.quality import distance_and_error, kernel_distance
-from measure.rival_networks import ControlNet, FineTuned, LoRA, RivalUNet, T2IAdapter, predict_with
+from studies.quality import distance_and_error, kernel_distance
+from studies.rival_networks import ControlNet, FineTuned, LoRA, RivalUNet, T2IAdapter, predict_with
 from unet import UNet, UNetConfig, load_unet
 
 SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,

@@ -12,7 +12,7 @@ MODULES = {".".join(file.with_suffix("").parts): file for file in FILES}
 # Each line stands above all that it imports; files of one line may import each other one way.
 FLOORS = [("weights", "diffusion"), ("inputs",), ("unet", "vae", "clip"),
           ("measure.plots", "measure.bits", "bps", "tiny", "toy2d"), ("data",), ("sample",),
-          ("measure", "pad"), ("train",), ("measure.rivals",)]
+          ("measure", "pad"), ("train",), ("studies.rivals",)]
 RELIED_ON = ["bps.posterior", "bps.BPS", "bps.BPSConfig", "bps.config_for", "bps.load_bps",
              "bps.save_bps", "unet.UNet", "unet.UNetConfig", "unet.load_unet", "vae.load_vae",
              "clip.load_clip", "diffusion.NoiseSchedule", "diffusion.sample"]

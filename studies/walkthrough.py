@@ -1,17 +1,17 @@
 """Prints all shapes on the way of one drawing, and of one training step, on the embedded base.
 
-    python -m measure.walkthrough           # docs/walkthrough.md explains what it prints
+    python -m studies.walkthrough           # docs/walkthrough.md explains what it prints
 """
 import torch
 import torch.nn.functional as F
 
-from bps import BPS, Steering, config_for, load_bps, make_denoiser, port_table
+from bps import BPS, Condition, config_for, load_bps, make_denoiser
 from data import LatentCache, load_pairs
 from diffusion import Sampling, draw_noise, sample, sampler_steps
 from inputs.conditions import read_condition
-from inputs.options import BASE, Parser, run
-from inputs.sample_options import DEFAULT_BPS, DEFAULT_DRAWING
-from sample import load_base
+from inputs.options import BASE, DEFAULT_BPS, DEFAULT_DRAWING, Parser, run
+from sample import DEFAULT_PROMPT, load_base
+from studies.wiring import port_table
 from tiny import world
 
 SHOWN_STEPS = (1, 2, 10, 20)
@@ -43,7 +43,7 @@ def show_drawing(base, bps):
     print("1. What is given")
     cond = read_condition(DEFAULT_DRAWING, "sketch", world.SIZE, world.SIZE)[0][None]
     show("cond", cond, "tiny/drawing.png: 1 is ink")
-    context, empty = base.encode(["a red apple", ""]).split(1)
+    context, empty = base.encode([DEFAULT_PROMPT, ""]).split(1)
     show("context", context, "states of 77 tokens")
     noise = draw_noise([0], (4, world.SIZE // base.vae.factor, world.SIZE // base.vae.factor))
     show("z_t", noise, "the noise of seed 0")
@@ -53,7 +53,7 @@ def show_drawing(base, bps):
     print(f"3. {steps} steps of {sampler}, guidance {guidance_scale:g}")
     timesteps, _ = sampler_steps(steps, base.schedule, sampler)
     denoise = make_denoiser(base.unet, context, empty, guidance_scale,
-                            [Steering(bps, base.unet, cond)], timesteps)
+                            [Condition(bps, cond)])
     for step, z_t in enumerate(sample(denoise, noise, base.schedule, steps, sampler), 1):
         if step in SHOWN_STEPS:
             show(f"z_t after step {step}", z_t, f"the step from t = {timesteps[step - 1]}")

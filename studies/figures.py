@@ -1,10 +1,10 @@
-"""Draws README's pictures of steering, by the shipped BPS on the first test drawings.
+"""Draws README's pictures of steering, by the included BPS on the first test drawings.
 
-    python -m measure.figures strip         # docs/figures/strip.png: strengths from 0 to 1
-    python -m measure.figures halves        # docs/figures/halves.png: two drawings, a half each
-    python -m measure.figures joined        # docs/figures/joined.png: two conditions, added
-    python -m measure.figures windows       # docs/figures/windows.png: a part of the steps
-    python -m measure.figures tasks --bps FILE ..
+    python -m studies.figures strip         # docs/figures/strip.png: strengths from 0 to 1
+    python -m studies.figures halves        # docs/figures/halves.png: two drawings, a half each
+    python -m studies.figures joined        # docs/figures/joined.png: two conditions, added
+    python -m studies.figures windows       # docs/figures/windows.png: a part of the steps
+    python -m studies.figures tasks --bps FILE ..
                                             # docs/figures/tasks.png: a row for each trained BPS
 
 Shapes: C channels, H W rows and columns of the picture.
@@ -13,11 +13,10 @@ from pathlib import Path
 
 import torch
 
-from bps import Steering
+from bps import Condition
 from data import LatentCache, load_pairs
 from inputs.conditions import cond_to_x, drawing_to_cond
-from inputs.options import BASE, HERE, Parser, run
-from inputs.sample_options import DEFAULT_BPS
+from inputs.options import BASE, DEFAULT_BPS, HERE, Parser, run
 from measure.report import contact_sheet, draw_pairs, load_fitting
 from sample import draw, load_base
 from tiny import world
@@ -25,52 +24,53 @@ from weights import UserError
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WINDOWS = ((0.0, 0.25), (0.0, 0.5), (0.5, 1.0), (0.75, 1.0), (0.0, 1.0))       # shares of the steps
-CATEGORY, CATEGORY_PROMPT = "face", "face, 3d style"
+PROMPT = "person, purple hair, light skin, on white"       # for drawings of persons
 ROWS = 3
 
 
-def drawings(count, category=None):
-    """Returns conditions (count, 1, H, W) and pairs: the first test pairs, of a category or any."""
-    pairs = [pair for pair, row in zip(load_pairs("sketch", "test"), world.records("test", ("3d",)))
-             if category in (None, row["category"])][:count]
+def drawings(count, persons=False):
+    """Conditions (count, 1, H, W) and pairs: the first test pairs, of persons or any."""
+    pairs = [pair for pair in load_pairs("sketch", "test")
+             if not persons or "robot" not in world.figure(pair.name)][:count]
     return torch.stack([drawing_to_cond(pair.open_cond()) for pair in pairs]), pairs
 
 
-def draw_rows(base, prompts, steerings_of):
-    """Returns columns, each x (prompts, 3, H, W): a row has one prompt, and all have one noise.
+def draw_rows(base, prompts, conditions_of):
+    """Columns, each x (prompts, 3, H, W): a row has one prompt, and all have one noise.
 
-    steerings_of(row) -> a list of Steerings for each column.
+    conditions_of(row) -> a list of Steerings for each column.
     """
     rows = []
     for row, prompt in enumerate(prompts):
         context, empty = base.encode([prompt, ""]).split(1)
-        rows.append(torch.cat([draw(base, context, empty, [0], world.SIZE, conditions=steerings)
-                               for steerings in steerings_of(row)]))
+        rows.append(torch.cat([draw(base, context, empty, [0], (world.SIZE,) * 2,
+                               conditions=conditions)
+                               for conditions in conditions_of(row)]))
     return list(torch.stack(rows, dim=1))
 
 
-def one_drawing(base, titles, steerings_of):
-    """Returns (columns, titles, names) of a sheet: each column steers otherwise.
+def one_drawing(base, titles, conditions_of):
+    """(columns, titles, names) of a sheet: each column steers differently.
 
     All rows have one prompt, so their drawings alone make them differ.
-    steerings_of(cond (1, 1, H, W)) -> a Steering for each column.
+    conditions_of(cond (1, 1, H, W)) -> a Condition for each column.
     """
-    conds, pairs = drawings(ROWS, CATEGORY)
-    columns = draw_rows(base, [CATEGORY_PROMPT] * ROWS, lambda row: [
-        [steering] for steering in steerings_of(conds[row:row + 1])])
-    return [cond_to_x(conds), *columns], ["drawing", *titles], [pair.name for pair in pairs]
+    conds, pairs = drawings(ROWS, persons=True)
+    columns = draw_rows(base, [PROMPT] * ROWS, lambda row: [
+        [condition] for condition in conditions_of(conds[row:row + 1])])
+    return [cond_to_x(conds), *columns], ["drawing", *titles], [""] * ROWS
 
 
 def strip(base, bps):
     """Returns (columns, titles, names) of a sheet: the strength rises."""
     return one_drawing(base, [f"strength {strength:g}" for strength in STRENGTHS], lambda cond: [
-        Steering(bps, base.unet, cond, strength=strength) for strength in STRENGTHS])
+        Condition(bps, cond, strength=strength) for strength in STRENGTHS])
 
 
 def windows(base, bps):
     """Returns (columns, titles, names) of a sheet: a part of the steps is steered."""
     return one_drawing(base, [f"{start:g} to {end:g}" for start, end in WINDOWS], lambda cond: [
-        Steering(bps, base.unet, cond, window=window) for window in WINDOWS])
+        Condition(bps, cond, window=window) for window in WINDOWS])
 
 
 def joined(base, bps):
@@ -79,35 +79,34 @@ def joined(base, bps):
     upper, lower = conds.clone(), conds.clone()
     upper[:, :, world.SIZE // 2:] = lower[:, :, :world.SIZE // 2] = 0
 
-    def steerings_of(row):
+    def conditions_of(row):
         """Returns the Steerings of each half, of both, and of the whole."""
-        a, b, whole = (Steering(bps, base.unet, cond[row:row + 1])
+        a, b, whole = (Condition(bps, cond[row:row + 1])
                        for cond in (upper, lower, conds))
         return [a], [b], [a, b], [whole]
 
-    columns = draw_rows(base, [pair.prompts[0] for pair in pairs], steerings_of)
+    columns = draw_rows(base, [pair.prompts[0] for pair in pairs], conditions_of)
     return ([cond_to_x(upper), cond_to_x(lower), *columns],
             ["upper half", "lower half", "upper", "lower", "both, added", "one drawing"],
-            [pair.name for pair in pairs])
+            [pair.prompts[0] for pair in pairs])
 
 
 def halves(base, bps):
     """Returns (columns, titles, names) of a sheet: two drawings, each of which steers a half."""
-    conds, pairs = drawings(2 * ROWS, CATEGORY)
+    conds, _ = drawings(2 * ROWS, persons=True)
     mask = torch.zeros(1, 1, *2 * [world.SIZE // base.vae.factor])
     mask[..., :mask.shape[-1] // 2] = 1                                     # the left half
 
-    def steerings_of(row):
+    def conditions_of(row):
         """Returns the Steerings of the base alone, of each half, and of both."""
-        left, right = (Steering(bps, base.unet, conds[i:i + 1], mask=share)
+        left, right = (Condition(bps, conds[i:i + 1], mask=share)
                        for i, share in ((2 * row, mask), (2 * row + 1, 1 - mask)))
         return [], [left], [right], [left, right]
 
-    names = [" | ".join(pair.name for pair in pairs[2 * row:2 * row + 2]) for row in range(ROWS)]
     return ([cond_to_x(conds[::2]), cond_to_x(conds[1::2]),
-             *draw_rows(base, [CATEGORY_PROMPT] * ROWS, steerings_of)],
+             *draw_rows(base, [PROMPT] * ROWS, conditions_of)],
             ["left drawing", "right drawing", "the base", "left half", "right half", "both"],
-            names)
+            [""] * ROWS)
 
 
 def tasks(base, *networks):

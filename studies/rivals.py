@@ -1,10 +1,10 @@
 """Compares BPS with its rivals, on the same pairs, noises and steps, each at a rate of its own.
 
-    python -m measure.rivals --task sketch --study methods
-    python -m measure.rivals --task sketch --study data         # 12 pairs to all
-    python -m measure.rivals --task sketch --study steps
-    python -m measure.rivals --task sketch --study methods --done       # prints, trains nothing
-    python -m measure.rivals --task sketch --method lora --pairs 40 --seed 1    # one row
+    python -m studies.rivals --task sketch --study methods
+    python -m studies.rivals --task sketch --study data         # 12 pairs to all
+    python -m studies.rivals --task sketch --study steps
+    python -m studies.rivals --task sketch --study methods --done       # prints, trains nothing
+    python -m studies.rivals --task sketch --method lora --pairs 40 --seed 1    # one row
 
 The results of each training are a line of docs/rivals.jsonl; a study trains what has no line there,
 which takes hours, and prints its tables. Stopped, it goes on where it was. A method's learning
@@ -33,12 +33,11 @@ from inputs.conditions import TASKS, to_x
 from inputs.options import BASE, HERE, Parser, positive, run
 from inputs.processes import Processes
 from inputs.run_folder import lock
-from inputs.train_options import EMPTY_SHARE
 from measure.obedience import meter_for
 from measure.plots import Figure
-from measure.quality import distance_and_error, preference, true_features
+from studies.quality import distance_and_error, true_features
 from measure.report import draw_pairs, paired_errors, paired_squares, summarize
-from measure.rival_networks import (
+from studies.rival_networks import (
     ConditionBlindBPS,
     ControlNet,
     FineTuned,
@@ -49,9 +48,8 @@ from measure.rival_networks import (
 )
 from sample import load_base
 from tiny import world
-from tiny.classifier import Classifier
-from tiny.tasks import scene
-from train import NotFinite, Run, train
+from tiny.clip_score import Reader
+from train import NotFinite, Training, train
 from weights import UserError
 
 BATCH, STEPS, SAVES = 16, 300, 5
@@ -129,7 +127,7 @@ class Record:
         print(f"done: {' '.join(map(str, job))}", file=sys.stderr)
 
 
-class RivalRun(Run):
+class RivalTraining(Training):
     """A run that keeps the trained weights as they are, for rivals have no BPS file."""
 
     def write(self):
@@ -171,14 +169,14 @@ class Bench:
         return LatentCache(self.pairs["test"], self.task, world.SIZE, self.base)
 
     @functools.cached_property
-    def classify(self):
+    def reader(self):
         """The small CLIP."""
-        return Classifier()
+        return Reader()
 
     @functools.cached_property
     def true(self):
         """Its features (n, D) of the true test pictures."""
-        return true_features(self.classify, self.test, self.count)
+        return true_features(self.reader, self.test, self.count)
 
     @functools.cached_property
     def base_loss(self):
@@ -215,9 +213,9 @@ class Bench:
         base, network = self.network(job.method, job.seed)
         args = SimpleNamespace(
             device="cpu", dtype="fp32", steps=job.steps, batch=BATCH, lr=job.rate, seed=job.seed,
-            prompt_drop=EMPTY_SHARE, accumulate=1, keep="best",
+            accumulate=1,
             save_every=job.steps if job.seed == SWEEP_SEED else max(1, job.steps // SAVES))
-        run_of_job = RivalRun(out, network, args, Processes())
+        run_of_job = RivalTraining(out, network, args, Processes())
         run_of_job.start_or_resume(job._asdict())
         steps_to_go, base_loss = job.steps - run_of_job.step, self.base_loss
         cache = self.train_cache(job.pairs, job.seed)
@@ -247,53 +245,31 @@ class Bench:
         numbers = summarize(squares, base.schedule, self.test.rows("mean", [0]).numel())
         del numbers["pairs"]
         numbers["gains"] = [round(gain, 7) for gain in (squares[0] - squares[1]).mean(1).tolist()]
-        if self.task == "sketch" and (job.pairs, job.steps, job.seed) == (0, STEPS, 0):
-            numbers |= self.conflict(base, network)
         return numbers | self.judge(draw_pairs(base, self.test, network, self.count, job.seed))
-
-    def conflict(self, base, network):
-        """Returns what becomes of drawings whose prompts name another thing of the same category.
-        """
-        own, others = self.test.first_prompts(range(self.count)), self.other_prompts()
-        x = draw_pairs(base, self.test, network, self.count, 0, prompts=others)
-        named = preference(self.classify, x, others, own)
-        return dict(conflict=self.obedience(x) | dict(named=named))
-
-    def other_prompts(self):
-        """Returns for each test picture the prompt of the next one of the same category."""
-        rows = world.records("test", ("3d",))
-        prompts = self.test.first_prompts(range(self.count))
-        return [next(prompts[j % self.count] for j in range(i + 1, i + self.count + 1)
-                     if rows[j % self.count]["category"] == row["category"])
-                for i, row in enumerate(rows[:self.count])]
 
     def bound(self, name):
         """Returns the numbers of one of the BOUNDS."""
-        numbers = self.judge(self.pictures_of(name), paired=name != "other true pictures")
-        if name == "base alone" and self.task == "sketch":
-            numbers |= self.conflict(self.base, None)
-        return numbers
+        return self.judge(self.pictures_of(name), paired=name != "other true pictures")
 
     def pictures_of(self, bound):
         """Returns pictures x (n, 3, H, W) of one of the BOUNDS."""
         if bound == "base alone":
             return draw_pairs(self.base, self.test, None, self.count, 0)
-        if bound == "other true pictures" and self.task == "sketch":
+        if bound == "other true pictures":
             chosen = np.random.default_rng(0).permutation(len(self.pairs["train"]))[:self.count]
             return torch.stack([to_x(self.pairs["train"][i].open_image()) for i in chosen])
-        if bound == "other true pictures":
-            return torch.stack([to_x(scene("test", self.count + i)[0]) for i in range(self.count)])
         with torch.inference_mode():
             return self.base.vae.decode(self.test.rows("mean", range(self.count)).float())
 
     def judge(self, x, paired=True):
         """Returns the obedience and the quality of pictures x (n, 3, H, W) for n test pairs."""
         return dict(obedience=self.obedience(x), distance=distance_and_error(
-            self.classify.embed_pictures(x), self.true, paired))
+            self.reader.embed_pictures(x), self.true, paired))
 
     def obedience(self, x):
         """Returns {measure: how far pictures x do what the first n conditions say}."""
-        return meter_for(self.task, embedded=True)(x, self.test.cond(range(len(x))))
+        names = [pair.name for pair in self.pairs["test"][:len(x)]]
+        return meter_for(self.task, embedded=True)(x, self.test.cond(range(len(x))), names)
 
     def best_rate(self, method):
         """Returns the learning rate of the lowest validation loss; the sweep widens at its ends.
@@ -424,17 +400,6 @@ def print_results(results):
               f"| {best or '-'} | {f'{np.mean(minutes):.1f}' if minutes else '-'} |")
 
 
-def print_conflicts(results):
-    """Prints the obedience of pictures whose prompts name another thing of the same category."""
-    if not any("conflict" in numbers for numbers in results.values()):
-        return
-    print("\n| method | line F1 | with another prompt | named by that prompt |\n|---|---|---|---|")
-    for job, numbers in results.items():
-        if "conflict" in numbers:
-            print(f"| {job.method} | {numbers['obedience']['line F1']:.3f} | "
-                  f"{numbers['conflict']['line F1']:.3f} | {numbers['conflict']['named']:.1%} |")
-
-
 def print_sweeps(record, task):
     """Prints the validation loss of each method at each learning rate that was tried."""
     sweeps = {}
@@ -512,7 +477,6 @@ def main():
         raise UserError(f"{args.record}: nothing of this study is done")
     print_results(results)
     if args.study == "methods":
-        print_conflicts(results)
         print_sweeps(record, args.task)
     else:
         over = dict(data="pairs", steps="steps")[args.study]

@@ -7,32 +7,10 @@ import torch
 
 from inputs.conditions import to_x
 
-CANDIDATES = 24                 # captions among which a picture has to find its own
 
-
-def true_features(classify, cache, count):
-    """Returns what a Classifier sees in the first true pictures of a LatentCache: (count, D)."""
-    return classify.embed_pictures(torch.stack([to_x(cache.image(i)) for i in range(count)]))
-
-
-def recognition_rates(classify, x, captions, categories):
-    """Returns how often the CLIP sees the right category, and how often the right caption.
-
-    classify: a Classifier. x: (n, 3, 64, 64). categories: (n,) indices of world.CATEGORIES. A
-    picture's candidates are its own caption and those of the pictures that follow it.
-    """
-    cosines = classify.cosines(x, captions).cpu()                              # (n, n)
-    order = (torch.arange(len(x))[:, None] + torch.arange(CANDIDATES)) % len(x)
-    best = cosines.gather(1, order).argmax(dim=1)
-    return ((classify(x).cpu() == categories).float().mean().item(),
-            (best == 0).float().mean().item())
-
-
-def preference(classify, x, captions, others):
-    """Returns how often the CLIP sees a picture's caption rather than the other one of it."""
-    seen = classify.embed_pictures(x)
-    ours, theirs = ((seen * classify.embed_captions(words)).sum(1) for words in (captions, others))
-    return (ours > theirs).float().mean().item()
+def true_features(reader, cache, count):
+    """Features (count, D) of the first true pictures of a LatentCache, by a Reader."""
+    return reader.embed_pictures(torch.stack([to_x(cache.image(i)) for i in range(count)]))
 
 
 def kernel_distance(drawn, true, paired=True):

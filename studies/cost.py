@@ -1,0 +1,261 @@
+"""What training and steering cost at SD 1.5's sizes, beside diffusers if it is installed.
+
+    python -m studies.cost                      # three tables: about an hour on two cores
+    python -m studies.cost --only training      # or controlnet, steering
+
+All weights are random. Times are medians of --repeat runs, in which the programs take turns. Each
+measurement of memory runs in a process of its own. The comparison needs an environment with
+diffusers, transformers and accelerate.
+
+Training is one step on one picture: BPS and base forward, backward, AdamW. ControlNet is
+diffusers'. Steering is timed relative to drawing the same pictures unsteered, without text encoder
+and autoencoder: "naive" is how the authors' code runs, with BPS in every call of the U-Net for both
+passes of guidance; "amortised" is how sample.py runs, once per timestep and condition for all
+pictures. At SD 1.5's sizes one step of 512 px stands for all of them. Beside ControlNet both
+programs draw with guidance, in fp32: ours each picture as a batch of two, diffusers all in one
+batch.
+"""
+import importlib.util
+import multiprocessing
+import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from math import nan
+
+import numpy as np
+import torch
+
+import diffusion
+from bps import Condition, build_bps, config_for, make_denoiser
+from inputs import checkpoints
+from inputs.options import BASE, DTYPES, FEET, Parser, positive, run
+from measure.report import peak_memory
+from unet import UNet, UNetConfig
+
+SIDE = 64                       # rows and columns of the latent: 512 px
+PICTURES = (1, 4, 16)           # how many are steered at once
+STEERING_BASES = {"embedded base": (BASE, 10, 7), "SD 1.5": (None, 1, 1)}      # base, steps, repeat
+SHARED_STEP = 4                 # pictures drawn at once beside ControlNet
+PEER = "diffusers with ControlNet"
+PEERS = ("diffusers", "transformers", "accelerate")
+PROGRAMS = ("ours", "diffusers") if all(map(importlib.util.find_spec, PEERS)) else ("ours",)
+
+
+# ---- what is measured in a process of its own ----------------------------------------------
+
+def in_a_process(function, *arguments):
+    """Returns what a function returns that runs in a new process, so its peak of memory is new."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def random_bps(unet, factor, foot, device="cpu"):
+    """Returns an untrained BPS for a U-Net and a condition of one channel."""
+    bps = build_bps(config_for(unet.config, 1, factor, foot=foot))
+    return bps.to(device, memory_format=torch.channels_last)
+
+
+def with_controlnet(unet, controlnet):
+    """Returns prediction(z_t, t, context, cond) of diffusers' U-Net with its ControlNet."""
+    def predict(z_t, t, context, cond):
+        """Returns eps (B, 4, H, W)."""
+        down, middle = controlnet(z_t, t, context, cond, return_dict=False)
+        return unet(z_t, t, context, down_block_additional_residuals=down,
+                    mid_block_additional_residual=middle).sample
+
+    return predict
+
+
+def training_networks(program, checkpointing, dtype, device):
+    """Returns (trained network, prediction(z_t, t, context, cond)) at SD 1.5's sizes.
+
+    program: a foot of BPS, or "controlnet".
+    """
+    if program == "controlnet":
+        import diffusers
+        unet = diffusers.UNet2DConditionModel(cross_attention_dim=768)
+        trained = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=1)
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+            trained.enable_gradient_checkpointing()
+        predict = with_controlnet(unet.to(device, dtype).requires_grad_(False), trained)
+    else:
+        unet = UNet(UNetConfig()).to(device, dtype, memory_format=torch.channels_last)
+        unet.requires_grad_(False)
+        trained = random_bps(unet, 8, program, device)
+        unet.checkpointing = trained.checkpointing = checkpointing
+
+        def predict(z_t, t, context, cond):
+            """Returns eps (B, 4, H, W)."""
+            return unet(z_t, t, context, trained(cond, unet.time_embedding(t)))
+    return trained.to(device).train(), predict
+
+
+def measure_training(program, size, checkpointing, dtype, device, repeat):
+    """Returns (median seconds of a step, peak memory in GB) of a training on one picture."""
+    torch.manual_seed(0)
+    dtype = DTYPES[dtype]
+    trained, predict = training_networks(program, checkpointing, dtype, device)
+    optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-5)
+    z_t = torch.randn(1, 4, size // 8, size // 8, device=device)
+    noise, context = torch.randn_like(z_t), torch.randn(1, 77, 768, device=device)
+    cond, t = torch.rand(1, 1, size, size, device=device), torch.tensor([500], device=device)
+
+    def step():
+        """Trains on the picture once."""
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=dtype != torch.float32):
+            loss = (predict(z_t, t, context, cond).float() - noise).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    step()                                                      # makes the optimiser's state
+    return np.median([seconds(step, device) for _ in range(repeat)]), peak_memory(device)
+
+
+# ---- tables --------------------------------------------------------------------------------
+
+def medians(measures, repeat):
+    """Returns {name: median} of what functions without arguments return, called in turns."""
+    results = {name: [] for name in measures}
+    for name, measure in [*measures.items()] * repeat:
+        results[name].append(measure())
+    return {name: np.median(values, axis=0).tolist() for name, values in results.items()}
+
+
+def seconds(call, device):
+    """Returns the time that a function without arguments takes."""
+    start = time.perf_counter()
+    call()
+    if device != "cpu":
+        getattr(torch, device.split(":")[0]).synchronize()
+    return time.perf_counter() - start
+
+
+def print_row(*cells):
+    """Prints a row of a markdown table."""
+    texts = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
+    print(f"| {' | '.join(texts)} |", flush=True)
+
+
+def print_head(*names):
+    """Prints the head of a markdown table."""
+    print()
+    print_row(*names)
+    print("|---" * len(names) + "|")
+
+
+class NaiveCondition(Condition):
+    """A Condition that never keeps its maps, and makes them for both passes of guidance."""
+
+    def residuals(self, unet, t, batch):
+        self.last_t = None
+        return super().residuals(unet, t, batch)
+
+
+def draw_latents(unet, make_condition, pictures, steps):
+    """Draw latents with guidance, step by step side by side, as sample.py does."""
+    config, device = unet.config, next(unet.parameters()).device
+    side = config.sample_size or SIDE
+    context = torch.zeros(1, 77, config.context_dim, device=device)
+    noise = diffusion.draw_noise(range(pictures), (config.latent_channels, side, side)).to(device)
+    conditions = [make_condition()] if make_condition else []   # a new one, which has no maps yet
+    denoise = make_denoiser(unet, context, context, 3.0, conditions)
+    for _ in zip(*(diffusion.sample(denoise, z_t[None], diffusion.NoiseSchedule(), steps)
+                   for z_t in noise)):
+        pass
+
+
+@torch.inference_mode()
+def steering_table(args):
+    """Prints what steering costs on the embedded base and at SD 1.5's sizes; BPS is random."""
+    print_head("networks", "BPS", "pictures", "unsteered s", "naive s", "ratio", "amortised s",
+               "ratio")
+    for name, (path, steps, repeat) in STEERING_BASES.items():
+        torch.manual_seed(0)
+        unet = UNet(UNetConfig(**checkpoints.read_unet(path).config) if path else UNetConfig())
+        factor = checkpoints.vae_factor(path) if path else 8
+        unet = unet.to(args.device, memory_format=torch.channels_last)
+        side = factor * (unet.config.sample_size or SIDE)
+        cond = torch.rand(1, 1, side, side, device=args.device)
+        for foot in FEET:
+            bps = random_bps(unet, factor, foot, args.device)
+            ways = dict(unsteered=None, amortised=partial(Condition, bps, cond),
+                        naive=partial(NaiveCondition, bps, cond.expand(2, -1, -1, -1)))
+            draw_latents(unet, ways["naive"], 1, steps)                     # warms up
+            for pictures in PICTURES if foot == FEET[0] else PICTURES[:1]:
+                plain, amortised, naive = medians(
+                    {way: partial(seconds, partial(draw_latents, unet, kind, pictures, steps),
+                                  args.device) for way, kind in ways.items()}, repeat).values()
+                print_row(name, foot, pictures, plain, naive, naive / plain, amortised,
+                          amortised / plain)
+
+
+def peer_steps(device):
+    """Returns {name: function that predicts SHARED_STEP pictures with guidance} of diffusers."""
+    import diffusers
+    unet = diffusers.UNet2DConditionModel(cross_attention_dim=768).to(device)
+    controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=1).to(device)
+    batch = 2 * SHARED_STEP
+    inputs = (torch.randn(batch, 4, SIDE, SIDE, device=device), torch.tensor(981, device=device),
+              torch.randn(batch, 77, 768, device=device))
+    cond = torch.rand(batch, 1, 8 * SIDE, 8 * SIDE, device=device)
+
+    return {"diffusers": partial(unet, *inputs),
+            PEER: partial(with_controlnet(unet, controlnet), *inputs, cond)}
+
+
+@torch.inference_mode()
+def controlnet_table(args):
+    """Prints what a step of several pictures costs beside diffusers' ControlNet, all random."""
+    unet = UNet(UNetConfig()).to(args.device, memory_format=torch.channels_last)
+    cond = torch.rand(1, 1, 8 * SIDE, 8 * SIDE, device=args.device)
+    calls = {"ours": partial(draw_latents, unet, None, SHARED_STEP, 1)}
+    for foot in FEET:
+        bps = random_bps(unet, 8, foot, args.device)
+        calls[f"ours with BPS, {foot} foot"] = partial(
+            draw_latents, unet, partial(Condition, bps, cond), SHARED_STEP, 1)
+    if "diffusers" in PROGRAMS:
+        calls |= peer_steps(args.device)
+    for call in calls.values():
+        call()                                                  # warms up
+    times = medians({name: partial(seconds, call, args.device) for name, call in calls.items()},
+                    args.repeat)
+    print_head(f"a step of {SHARED_STEP} pictures, 512 px", "s", "of the same unsteered",
+               f"of {PEER}")
+    for name, taken in times.items():
+        print_row(name, taken, taken / times[name.split()[0]], taken / times.get(PEER, nan))
+
+
+def training_table(args):
+    """Prints seconds and memory of a training step, beside ControlNet if diffusers is installed."""
+    print_head("training step, batch 1", "px", "base", "checkpointing", "s", "GB")
+    programs = [*reversed(FEET), *(["controlnet"] if len(PROGRAMS) > 1 else [])]
+    for size, dtype in ((256, "fp32"), (512, "bf16")):
+        for checkpointing in (False, True):
+            for program in programs:
+                cost = in_a_process(measure_training, program, size, checkpointing, dtype,
+                                    args.device, args.repeat)
+                print_row(program, size, dtype, "on" if checkpointing else "off", *cost)
+
+
+def main():
+    """Print the tables."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--repeat", type=positive, default=5, help="runs of each program (default: %(default)s)")
+    # The last two make this process big, and the peak of a child begins with that of its parent.
+    tables = dict(training=training_table, controlnet=controlnet_table, steering=steering_table)
+    add("--only", choices=tables, help="print only one table (default: all)")
+    parser.add_device()
+    args = parser.parse_args()
+    if len(PROGRAMS) == 1:
+        print(f"Not all of {', '.join(PEERS)} are installed, so only our own figures are printed.")
+    print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}")
+    for name, print_table in tables.items():
+        if args.only in (None, name):
+            print_table(args)
+
+
+if __name__ == "__main__":
+    run(main)
