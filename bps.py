@@ -1,8 +1,8 @@
 """Bayesian Power Steering (BPS, arXiv 2406.03683): from the prior to the posterior denoiser.
 
 A latent z_t = alpha_t z_0 + sigma_t noise, alpha_t^2 + sigma_t^2 = 1, is denoised by predicting
-its noise. Trained by least squares, the frozen U-Net approximates the best prediction there is,
-eps* = E[noise | z_t, text], and that is the gradient of a log density (Tweedie's formula):
+its noise. Trained by least squares, the frozen U-Net approximates the best possible prediction,
+eps* = E[noise | z_t, text], which is the gradient of a log density (Tweedie's formula):
 
     eps*(z_t, t, text) = -sigma_t grad log p_t(z_t | text)                      the prior
 
@@ -13,19 +13,17 @@ of gradients:
     eps_bar*(z_t, t, text, c) = eps*(z_t, t, text) + M                          the posterior
     M = -sigma_t grad log p_t(c | z_t, text)                                    the steering
 
-BPS learns M with a network that sees the condition and the timestep only. Its maps r(c, t) are
-added inside the frozen U-Net, after each residual block and each transformer, and the layers that
-follow make them depend on z_t and on the text:
+BPS learns M with a network that sees only the condition and the timestep. Its maps r(c, t) are
+added inside the frozen U-Net, after each residual block and each transformer; the layers that
+follow make the steering depend on z_t and on the text:
 
     M_hat(z_t, t, text, c) = unet(z_t; r(c, t)) - unet(z_t)
 
-Trained by plain noise prediction on labelled pairs, M_hat becomes the best approximation of M that
-this family of functions has. What is learned is the law p' of the labelled set: if its pictures
-differ from the base's, M_hat also holds -sigma_t grad log (p'_t(z_t | text) / p_t(z_t | text)).
-That r does not depend on z_t is a restriction, and it buys speed: one pass of BPS serves all seeds,
-all prompts and both passes of guidance.
-
-    python bps.py --ports               # where the maps are added, and what they cost
+Training by plain noise prediction on labelled pairs makes M_hat the best approximation of M within
+this family of functions. It learns the law p' of the labelled set: if its pictures differ from the
+base's, M_hat also contains -sigma_t grad log (p'_t(z_t | text) / p_t(z_t | text)). Not letting r
+depend on z_t is a restriction that buys speed: one pass of BPS serves all seeds, all prompts and
+both passes of guidance.
 
 Shapes: B batch, C channels, H W rows and columns of the latent, f the autoencoder's factor, L
 tokens, D width.
@@ -35,7 +33,7 @@ tokens, D width.
 """
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -44,21 +42,20 @@ from torch import nn
 import weights
 from diffusion import guide
 from inputs import checkpoints
-from inputs.options import Parser, add_port_options, run
-from unet import Downsample, UNetConfig, Upsample, run_block
+from unet import Downsample, Upsample, run_block
 
 NARROW = 4                              # LightBPS: its expansive layers are so much narrower
+LAST_T = 999                            # the noisiest timestep, where sampling starts
 
 
 @dataclass(frozen=True)
 class BPSConfig:
     """The sizes of a BPS network and its port weights; the defaults steer SD 1.5 with a sketch.
 
-    channels, blocks_per_level and norm_groups are the U-Net's. The port weights are fixed factors
-    on the maps: one per level of the contracting path (outermost first), one for the middle, one
-    for the whole expansive path. A weight of 0 means no port; without an expansive path its blocks
-    are not built, nor is the middle if it has no port either. foot is "faithful" for the authors'
-    network and "light" for LightBPS.
+    channels, blocks_per_level and norm_groups are the U-Net's. Port weights are fixed factors of
+    the maps: one per level of the contracting path (outermost first), one for the middle, one for
+    the whole expansive path. A block whose weight is 0 has no port; without an expansive path its
+    blocks are not built.
     """
     cond_channels: int = 1                             # sketch 1, label maps 3, artistic 4
     factor: int = 8                                    # f: a latent pixel covers f x f of the image
@@ -68,13 +65,40 @@ class BPSConfig:
     input_weights: tuple = (16.0, 8.0, 4.0, 2.0)       # head-heavy ...
     middle_weight: float = 16.0
     output_weight: float = 1.0                         # ... and foot-light
-    foot: str = "faithful"
+    foot: str = "faithful"                             # the authors' network, or "light"
+
+
+def config_for(unet_config, cond_channels, factor, port_weights="head-heavy", foot="faithful"):
+    """The BPSConfig that fits a U-Net.
+
+    port_weights: "head-heavy" halves from level to level, 16, 8, 4, 2 for four levels, with 16 in
+    the middle and 1 on the expansive path (authors' code); "flat" is 1 everywhere (theirs for
+    layout); or numbers: one per level, the middle's, the expansive path's. Weights do not limit
+    what can be learned, since a port can grow; with Adam a weight of w acts like a learning rate
+    w times as large.
+    """
+    levels = len(unet_config.channels)
+    if port_weights == "head-heavy":
+        port_weights = (*(16.0 / 2**level for level in range(levels)), 16.0, 1.0)
+    elif port_weights == "flat":
+        port_weights = (1.0,) * (levels + 2)
+    if len(port_weights) != levels + 2 or not any(port_weights[levels - 1:]):
+        raise weights.UserError(
+            f"port weights must be {levels + 2} numbers for this base ({levels} levels, middle, "
+            f"expansive path), of which one of the last three is not 0, got "
+            f"{', '.join(f'{weight:g}' for weight in port_weights)}.")
+    *input_weights, middle_weight, output_weight = map(float, port_weights)
+    return BPSConfig(
+        cond_channels=cond_channels, factor=factor, channels=unet_config.channels,
+        blocks_per_level=unet_config.blocks_per_level, norm_groups=unet_config.norm_groups,
+        input_weights=tuple(input_weights), middle_weight=middle_weight,
+        output_weight=output_weight, foot=foot)
 
 
 # ---- the network ---------------------------------------------------------------------------
 
 def zero_conv(channels_in, channels, size=3):
-    """Returns a convolution of size x size that outputs zero until it is trained.
+    """A convolution of size x size that outputs zero until it is trained.
 
     Its own gradient is not zero: d loss / d weight = d loss / d output * input.
     """
@@ -87,9 +111,9 @@ def zero_conv(channels_in, channels, size=3):
 class TimeResBlock(nn.Module):
     """A residual block that the timestep scales and shifts, in the contracting path and middle.
 
-    Its last convolution starts at zero, and so does the port after it. So the ports learn from the
-    first step; stem, down-samplers, skips and last convolutions from the second; what lies before
-    a last convolution, in its block, from the third.
+    Its last convolution starts at zero, and so does the port after it. The ports therefore learn
+    from the first step; stem, down-samplers, skips and last convolutions from the second; layers
+    before a last convolution from the third.
     """
 
     def __init__(self, channels_in, channels, t_emb_dim, norm_groups):
@@ -128,168 +152,152 @@ class TimelessResBlock(nn.Module):
 class BPS(nn.Module):
     """The steering network: a condition and a timestep to the maps that steer the U-Net.
 
-    There is a port, and so a map, for each block of the U-Net that holds a residual block. The
-    stem and the down-samplers (input blocks 0, 3, 6 and 9 of SD 1.5) have None in its place.
-    Attributes are named and numbered as in the authors' checkpoints: `zero_blocks` are the ports
-    of the contracting path and, last, of the middle; an entry of `output_blocks` is
-    [block, port] or [block, port, up-sampler].
+    Every block of the U-Net that contains a residual block has a port, and so a map. The stem and
+    the down-samplers (input blocks 0, 3, 6 and 9 of SD 1.5) have None instead. Attributes carry
+    the names and numbers of the authors' checkpoints: `zero_blocks` are the ports of the
+    contracting path and, last, of the middle; an entry of `output_blocks` is [block, port] or
+    [block, port, up-sampler].
     """
-    checkpointing = False               # activations computed twice: less memory, more time
-    port_size = 3                       # the ports' convolutions in contracting path and middle
-    middle_length = 2
+    checkpointing = False               # recompute activations: less memory, more time
 
     def __init__(self, config=BPSConfig()):
         super().__init__()
         self.config = config
-        base, levels, groups = config.channels[0], len(config.channels), config.norm_groups
-        t_emb_dim = base * 4                               # the frozen U-Net's own embedding
+        base, levels = config.channels[0], len(config.channels)
+        res_block = partial(TimeResBlock, t_emb_dim=base * 4,   # the frozen U-Net's own embedding
+                            norm_groups=config.norm_groups)
 
-        def port(channels, weight):
-            return zero_conv(channels, channels, self.port_size) if weight else None
-
-        self.input_blocks, self.middle_block, self.zero_blocks, self.output_blocks = (
-            nn.ModuleList() for _ in range(4))
-        self.port_weights, skip_channels = [], []
-
-        def add(block, channels, weight=0.0):
-            """Appends a block of the contracting path, and its port if that has a weight."""
-            self.input_blocks.append(block)
-            self.zero_blocks.append(port(channels, weight))
-            self.port_weights.append(weight)
-            skip_channels.append(channels)
-
-        # Contracting path: the stem, then per level residual blocks with ports and a down-sampler.
-        add(nn.Conv2d(config.cond_channels * config.factor**2, base, 3, padding=1), base)
-        for level, (channels, weight) in enumerate(zip(config.channels, config.input_weights)):
+        # Contracting path. `skip_channels` remembers what the expansive path will concatenate.
+        self.input_blocks = nn.ModuleList(
+            [nn.Conv2d(config.cond_channels * config.factor**2, base, 3, padding=1)])
+        self.zero_blocks, self.port_weights = nn.ModuleList([None]), [0.0]
+        skip_channels = [base]
+        for level, channels in enumerate(config.channels):
             for _ in range(config.blocks_per_level):
-                add(TimeResBlock(skip_channels[-1], channels, t_emb_dim, groups), channels, weight)
+                self.input_blocks.append(res_block(skip_channels[-1], channels))
+                self.add_port(channels, config.input_weights[level])
+                skip_channels.append(channels)
             if level < levels - 1:
-                add(Downsample(channels), channels)
+                self.input_blocks.append(Downsample(channels))
+                self.add_port(channels, 0.0)
+                skip_channels.append(channels)
 
-        # Transition path
-        innermost = config.channels[-1]
+        self.middle_block = nn.ModuleList()
         if config.middle_weight or config.output_weight:
-            self.middle_block.extend(TimeResBlock(innermost, innermost, t_emb_dim, groups)
-                                     for _ in range(self.middle_length))
-        self.zero_blocks.append(port(innermost, config.middle_weight))
-        self.port_weights.append(config.middle_weight)
+            self.middle_block.extend(res_block(channels, channels) for _ in range(2))
+        self.add_port(channels, config.middle_weight)
 
-        # Expansive path
-        if config.output_weight:
-            self.output_blocks = self.build_expansive_path(skip_channels)
-
-    def build_expansive_path(self, skip_channels):
-        """Returns the entries [block, port, up-sampler] of the output blocks, innermost first.
-
-        skip_channels: those of the contracting path's maps, each of which an entry takes in.
-        """
-        config, entries, skip_channels = self.config, nn.ModuleList(), list(skip_channels)
-        channels_in = config.channels[-1]
-        for level, channels in reversed(list(enumerate(config.channels))):
+        # Expansive path: one block for every skip, so one more per level than on the way down.
+        self.output_blocks = nn.ModuleList()
+        channels_in = channels
+        for level in reversed(range(levels) if config.output_weight else ()):
+            channels = config.channels[level]
             for i in range(config.blocks_per_level + 1):
-                entry = [TimelessResBlock(channels_in + skip_channels.pop(), channels,
-                                          config.norm_groups), zero_conv(channels, channels)]
+                layers = [TimelessResBlock(channels_in + skip_channels.pop(), channels,
+                                           config.norm_groups), zero_conv(channels, channels)]
                 channels_in = channels
                 if i == config.blocks_per_level and level > 0:
-                    entry.append(Upsample(channels))
-                entries.append(nn.ModuleList(entry))
-        return entries
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(nn.ModuleList(layers))
+
+    def add_port(self, channels, weight):
+        """Append the port of a contracting block or the middle, None if its weight is 0."""
+        self.zero_blocks.append(zero_conv(channels, channels) if weight else None)
+        self.port_weights.append(weight)
 
     def forward(self, cond, t_emb):
-        """Returns residuals: one map (B, C, H, W) per U-Net block, None if it has no port.
+        """Residuals: one map (B, C, H, W) per U-Net block, None where there is no port.
 
         cond: (B, C_cond, f H, f W) in [0, 1]. t_emb: (B or 1, 4 * base channels), the frozen
         U-Net's time_embedding(t). The order is input blocks, middle, output blocks. At SD 1.5's
         size and 512 px the maps go from (B, 320, 64, 64) to (B, 1280, 8, 8) and back.
-        Errors: ValueError if the condition's channels or size do not fit.
         """
-        B, C, rows, columns = cond.shape
-        factor = self.config.factor
-        if C != self.config.cond_channels or rows % factor or columns % factor:
-            raise ValueError(f"condition of {C} channels, {rows} x {columns} px; this BPS takes "
-                             f"{self.config.cond_channels} channels and multiples of {factor} px")
-        # f x f pixels become channels: the latent's size, and nothing is lost
-        h = F.pixel_unshuffle(cond, factor)                                    # (B, C f^2, H, W)
-        skips, residuals = [], []
-        for i, block in enumerate(self.input_blocks):
-            inputs = (h, t_emb) if isinstance(block, TimeResBlock) else (h,)
-            h = run_block(block, *inputs, checkpointing=self.checkpointing)
-            skips.append(h)
-            residuals.append(self.residual(i, h))
-        for block in self.middle_block:
-            h = run_block(block, h, t_emb, checkpointing=self.checkpointing)
-        residuals.append(self.residual(-1, h))
-        if not self.config.output_weight:
-            blocks = len(self.config.channels) * (self.config.blocks_per_level + 1)
-            return residuals + [None] * blocks
-        return residuals + self.expansive_path(h, skips)
-
-    def residual(self, i, h):
-        """Returns r_i = weight_i port_i(h_i(c, t)) of an input block or, i = -1, of the middle."""
-        port = self.zero_blocks[i]
-        return None if port is None else self.port_weights[i] * port(h)
-
-    def expansive_modules(self):
-        """Returns for each output block a tuple of the modules that make its map."""
-        return [(entry,) for entry in self.output_blocks]
-
-    def expansive_path(self, h, skips):
-        """Returns the residuals of the output blocks.
-
-        h: (B, C, H, W) of the middle. skips: the contracting path's maps, used from the last on.
-        """
-        residuals, skips = [], list(skips)
+        h, skips, residuals = self.contract(cond, t_emb)
         for block, port, *up in self.output_blocks:
             h = run_block(block, torch.cat([h, skips.pop()], dim=1),
                           checkpointing=self.checkpointing)
             residuals.append(self.config.output_weight * port(h))
             if up:
                 h = up[0](h, skips[-1].shape[-2:])
-        return residuals
+        return residuals + [None] * len(skips if not self.output_blocks else ())
+
+    def contract(self, cond, t_emb):
+        """(h (B, C, H, W), skips, residuals) after the contracting path and the middle.
+
+        The map of block i is r_i = weight_i port_i(h_i(c, t)).
+        """
+        B, C, rows, columns = cond.shape
+        factor = self.config.factor
+        if C != self.config.cond_channels or rows % factor or columns % factor:
+            raise ValueError(f"the condition must have {self.config.cond_channels} channels and "
+                             f"sides that are multiples of {factor}, got {tuple(cond.shape)}")
+        # f x f pixels become channels: the latent's size, and nothing is lost
+        h, skips, residuals = F.pixel_unshuffle(cond, factor), [], []         # (B, C f^2, H, W)
+        *ports, middle_port = zip(self.zero_blocks, self.port_weights)
+        for block, (port, weight) in zip(self.input_blocks, ports):
+            inputs = (h, t_emb) if isinstance(block, TimeResBlock) else (h,)
+            h = run_block(block, *inputs, checkpointing=self.checkpointing)
+            skips.append(h)
+            residuals.append(None if port is None else weight * port(h))
+        for block in self.middle_block:
+            h = run_block(block, h, t_emb, checkpointing=self.checkpointing)
+        port, weight = middle_port
+        residuals.append(None if port is None else weight * port(h))
+        return h, skips, residuals
 
 
-def config_for(unet_config, cond_channels, factor, port_weights="head-heavy", foot="faithful"):
-    """Returns the BPSConfig that fits a U-Net.
+class LightBPS(BPS):
+    """BPS at a third of the parameters, this project's own variant: 1x1 ports, one middle block
+    and a narrow expansive path.
 
-    port_weights: "head-heavy" halves from level to level, 16, 8, 4, 2 for four levels, with 16 in
-    the middle and 1 on the expansive path (authors' code); "flat" is 1 everywhere (theirs for
-    layout); or numbers: one per level, the middle's, the expansive path's. The weights do not
-    limit what can be learned, for a port can grow; with Adam a weight of w acts like a learning
-    rate w times as large. Errors: weights.UserError if their count does not fit, or if
-    the layers behind the last port would learn nothing.
+    The expansive path is narrow because its maps have the smallest weight, and consists of 1x1
+    convolutions because the U-Net convolves each map right after it is added. The ports of a level
+    share one layer because the blocks of a level differ in nothing that BPS sees.
     """
-    levels = len(unet_config.channels)
-    if port_weights == "head-heavy":
-        port_weights = (*(16.0 / 2**level for level in range(levels)), 16.0, 1.0)
-    elif port_weights == "flat":
-        port_weights = (1.0,) * (levels + 2)
-    if len(port_weights) != levels + 2:
-        raise weights.UserError(f"{len(port_weights)} port weights; this base takes {levels + 2}: "
-                                f"one for each of {levels} levels of the contracting path, the "
-                                f"middle's, the expansive path's")
-    if not any(port_weights[levels - 1:]):
-        raise weights.UserError(f"port weights {port_weights}: nothing is steered from the lowest "
-                                f"level on; give it, the middle or the expansive path a weight")
-    *input_weights, middle_weight, output_weight = map(float, port_weights)
-    return BPSConfig(
-        cond_channels=cond_channels, factor=factor, channels=unet_config.channels,
-        blocks_per_level=unet_config.blocks_per_level, norm_groups=unet_config.norm_groups,
-        input_weights=tuple(input_weights), middle_weight=middle_weight,
-        output_weight=output_weight, foot=foot)
+
+    def __init__(self, config=BPSConfig()):
+        super().__init__(config)
+        self.zero_blocks = nn.ModuleList(
+            port and zero_conv(port.in_channels, port.out_channels, size=1)
+            for port in self.zero_blocks)
+        self.middle_block, self.output_blocks = self.middle_block[:1], nn.ModuleList()
+        channels_in = config.channels[-1]
+        for channels in reversed(config.channels if config.output_weight else ()):
+            narrow = channels // NARROW
+            shared = nn.Sequential(nn.Conv2d(channels_in + channels, narrow, 1), nn.SiLU())
+            ports = nn.ModuleList(zero_conv(narrow, channels, size=1)
+                                  for _ in range(config.blocks_per_level + 1))
+            self.output_blocks.append(nn.ModuleList([shared, ports]))
+            channels_in = narrow
+
+    def forward(self, cond, t_emb):
+        """Residuals, as BPS.forward returns them."""
+        h, skips, residuals = self.contract(cond, t_emb)
+        level_ends = skips[self.config.blocks_per_level::self.config.blocks_per_level + 1]
+        for (shared, ports), skip in zip(self.output_blocks, reversed(level_ends)):
+            h = F.interpolate(h, skip.shape[-2:], mode="nearest")
+            h = shared(torch.cat([h, skip], dim=1))
+            residuals += [self.config.output_weight * port(h) for port in ports]
+        return residuals + [None] * len(skips if not self.output_blocks else ())
+
+
+def build_bps(config):
+    """An untrained BPS or LightBPS, as config.foot says."""
+    return LightBPS(config) if config.foot == "light" else BPS(config)
 
 
 # ---- from the prior to the posterior denoiser ----------------------------------------------
 
 def posterior(eps_prior, eps_posteriors, strengths):
-    """Returns eps* + sum_i s_i (eps_bar_i* - eps*), the combined posterior denoiser.
+    """eps* + sum_i s_i (eps_bar_i* - eps*), the combined posterior denoiser.
 
-    eps_prior, each of eps_posteriors: (B, 4, H, W), all eps or all v: coefficients sum to 1, and v
-    is affine in eps. strengths: s_i for each; 0 is the prior, 1 the posterior. For numbers, at each
-    t this is -sigma_t grad log [p_t(z_t) prod_i p_t(c_i | z_t)^s_i]. A sampler reaches
+    eps_prior, each of eps_posteriors: (B, 4, H, W), all eps or all v: the coefficients sum to 1,
+    and v is affine in eps. strengths: s_i for each; 0 is the prior, 1 the posterior. For numbers,
+    at each t this is -sigma_t grad log [p_t(z_t) prod_i p_t(c_i | z_t)^s_i]. A sampler reaches
     p(z_0) prod_i p(c_i | z_0)^s_i exactly only if each s_i is 0 or 1 and the conditions are
-    independent given z_t at every t, for a power or product of means is not the mean of the power
-    or product (arXiv 2302.11552). A strength may also be a map (1, 1, H, W): then it is a
-    heuristic, as the sum is no gradient. Errors: ValueError if the counts differ.
+    independent given z_t at every t, because a power or product of means is not the mean of the
+    power or product (arXiv 2302.11552). A strength may also be a map (1, 1, H, W); the sum is then
+    no gradient, only a heuristic.
     """
     if len(eps_posteriors) != len(strengths):
         raise ValueError(f"{len(eps_posteriors)} posteriors but {len(strengths)} strengths")
@@ -297,93 +305,68 @@ def posterior(eps_prior, eps_posteriors, strengths):
                            for eps_posterior, strength in zip(eps_posteriors, strengths))
 
 
-class Steering:
-    """One condition: the maps that BPS makes of it, how strongly and for how long they steer.
+class Condition:
+    """One condition, ready to steer: a BPS, what it is shown, and how strongly, when and where.
 
     The maps depend on the condition and the timestep only, so those of the last timestep are kept:
-    all pictures that are drawn side by side share them.
+    all pictures drawn side by side share them.
     """
 
-    def __init__(self, bps, unet, cond, scale=1.0, strength=1.0, window=(0.0, 1.0), mask=None):
-        """cond: (B or 1, C, f H, f W) in [0, 1]. scale multiplies the maps, which costs no further
-        pass and means no law. strength is s in p_t(c | z_t)^s. window: the part of the sampler's
-        steps that is steered, from 0 to 1. mask: (1, 1, H, W) in [0, 1], the share of the strength
-        at each place; None is 1 everywhere.
+    def __init__(self, bps, cond, strength=1.0, window=(0.0, 1.0), mask=None):
+        """cond: (B or 1, C, f H, f W) in [0, 1]. strength: s in p_t(c | z_t)^s. window: the part
+        of the denoising, from 0 (pure noise) to 1 (clean), that is steered. mask: (1, 1, H, W) in
+        [0, 1], the share of the strength at each place; None is 1 everywhere.
         """
-        self.bps, self.unet, self.cond = bps, unet, cond
-        self.scale, self.window = scale, window
+        self.bps, self.cond, self.window = bps, cond, window
         self.strength = strength if mask is None else strength * mask
         strengths = torch.as_tensor(self.strength)
         self.is_full, self.is_off = bool((strengths == 1).all()), not strengths.any()
         self.last_t, self.last_residuals = None, None
 
-    def __call__(self, t):
-        """Returns the residuals at timestep t (a number), of the condition's batch."""
-        if t != self.last_t:
-            device = next(self.unet.parameters()).device
-            t_emb = self.unet.time_embedding(torch.tensor([t], device=device))
-            self.last_residuals = [r if r is None else self.scale * r
-                                   for r in self.bps(self.cond.to(t_emb), t_emb)]
-            self.last_t = t
-        return self.last_residuals
-
-    def is_active(self, share):
-        """Returns whether it steers a step before which a share of the steps is done, 0 to 1."""
+    def is_active(self, t):
+        """Does this condition steer at timestep t?"""
         start, end = self.window
-        return self.scale != 0 and not self.is_off and start <= share < end
+        return not self.is_off and start <= (LAST_T - t) / (LAST_T + 1) < end
+
+    def residuals(self, unet, t, batch):
+        """The maps at timestep t (a number) for a batch of latents; one map may serve them all."""
+        if t != self.last_t:
+            device = next(unet.parameters()).device
+            t_emb = unet.time_embedding(torch.tensor([t], device=device))
+            self.last_t, self.last_residuals = t, self.bps(self.cond.to(t_emb), t_emb)
+        return [r if r is None or len(r) == 1 else r.repeat(batch // len(r), 1, 1, 1)
+                for r in self.last_residuals]
 
 
-def make_denoiser(unet, context, context_empty, guidance_scale, conditions=(), timesteps=()):
-    """Returns denoise(z_t, t) -> eps (or v): the prior, or the posterior of all the conditions.
+def make_denoiser(unet, context, context_empty, guidance_scale, conditions=()):
+    """A function denoise(z_t, t) -> eps (or v): the prior, or the posterior of all conditions.
 
         P(x) = eps*(x) + sum_i s_i (eps_bar_i*(x) - eps*(x))
         denoise = P(empty) + guidance_scale (P(text) - P(empty))
 
     Conditions steer both passes of guidance, so guidance does not raise their exponent: s_i stays
-    s_i, if c_i and the text are independent given z_t. context: (B, L, D). context_empty:
-    (1, L, D) of the empty or negative prompt, unused (may be None) if guidance_scale is 1.
-    conditions: Steerings; a single one of full strength costs no further pass of the U-Net, every
-    other costs one. timesteps: all that the sampler will go through, in order, which windows are a
-    share of; a denoiser that was given them serves one run of a sampler. z_t and eps are float32,
-    whatever the U-Net computes in. Errors: ValueError for a window without timesteps, and for a
-    timestep that is not the next.
+    s_i if c_i and the text are independent given z_t. context: (B, L, D). context_empty:
+    (1, L, D) of the empty or negative prompt, unused (may be None) if guidance_scale is 1. A
+    single condition of full strength costs no further pass of the U-Net, every other costs one.
+    z_t and eps are float32, whatever the U-Net computes in.
     """
-    if not timesteps and any(steering.window != (0.0, 1.0) for steering in conditions):
-        raise ValueError("a window is a share of the steps; give timesteps")
     with_guidance = guidance_scale != 1
     if with_guidance:
         context = torch.cat([context_empty.expand_as(context), context])
-    upcoming = iter(enumerate(timesteps))
-
-    def share_done(t):
-        """Returns the share of the steps that are done before this one."""
-        if not timesteps:
-            return 0.0
-        step, expected = next(upcoming, (None, None))
-        if t != expected:
-            raise ValueError(f"timestep {t}, but the next of this run is {expected}; make a "
-                             f"denoiser for each run of a sampler")
-        return step / len(timesteps)
 
     def denoise(z_t, t):
-        """Returns the guided prediction (B, 4, H, W)."""
-        share = share_done(t)
+        """The guided prediction (B, 4, H, W)."""
         z = torch.cat([z_t, z_t]) if with_guidance else z_t
         z = z.to(context.dtype, memory_format=torch.channels_last)
         ts = torch.full((len(z),), t, device=z.device)
-        active = [steering for steering in conditions if steering.is_active(share)]
-        posteriors = []
-        for steering in active:
-            residuals = steering(t)
-            if with_guidance:
-                residuals = [r if r is None or len(r) == 1 else torch.cat([r, r])
-                             for r in residuals]           # for both passes; 1 broadcasts
-            posteriors.append(unet(z, ts, context, residuals).float())
+        active = [condition for condition in conditions if condition.is_active(t)]
+        posteriors = [unet(z, ts, context, condition.residuals(unet, t, len(z))).float()
+                      for condition in active]
         if len(active) == 1 and active[0].is_full:
             eps = posteriors[0]                            # eps* cancels
         else:
             eps = posterior(unet(z, ts, context).float(), posteriors,
-                            [steering.strength for steering in active])
+                            [condition.strength for condition in active])
         return guide(*eps.chunk(2), guidance_scale) if with_guidance else eps
 
     return denoise
@@ -415,109 +398,3 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
     bps = checkpoint.build(build_bps, BPSConfig, dtype, device)
     bps.metadata = metadata
     return bps
-
-
-# ---- a lighter expansive path --------------------------------------------------------------
-
-class LightBPS(BPS):
-    """BPS at a third of the parameters: 1x1 ports, one middle block, a narrow expansive path.
-
-    The expansive path is narrow, because its maps have the smallest weight. It is made of 1x1
-    convolutions, because the U-Net convolves each map right after it is added. The ports of a
-    level read from one shared layer, because the blocks of a level differ in nothing that BPS sees.
-    """
-    port_size = 1
-    middle_length = 1
-
-    def build_expansive_path(self, skip_channels):
-        """Returns an entry [shared layer, its ports] per level, innermost first."""
-        entries, channels_in = nn.ModuleList(), skip_channels[-1]
-        for channels in reversed(self.config.channels):
-            narrow = channels // NARROW
-            shared = nn.Sequential(nn.Conv2d(channels_in + channels, narrow, 1), nn.SiLU())
-            ports = nn.ModuleList(zero_conv(narrow, channels, size=1)
-                                  for _ in range(self.config.blocks_per_level + 1))
-            entries.append(nn.ModuleList([shared, ports]))
-            channels_in = narrow
-        return entries
-
-    def expansive_modules(self):
-        """Returns each output block's port; a level's first one brings the shared layer along."""
-        return [(port, shared) if i == 0 else (port,) for shared, ports in self.output_blocks
-                for i, port in enumerate(ports)]
-
-    def expansive_path(self, h, skips):
-        """Returns the residuals of the output blocks, from the map that each level ends with."""
-        residuals, level_length = [], self.config.blocks_per_level + 1
-        for (shared, ports), skip in zip(self.output_blocks,
-                                         reversed(skips[level_length - 1::level_length])):
-            h = F.interpolate(h, skip.shape[-2:], mode="nearest")
-            h = shared(torch.cat([h, skip], dim=1))
-            residuals += [self.config.output_weight * port(h) for port in ports]
-        return residuals
-
-
-def build_bps(config):
-    """Returns an untrained BPS or LightBPS, as the config's foot says."""
-    return LightBPS(config) if config.foot == "light" else BPS(config)
-
-
-# ---- the table of ports --------------------------------------------------------------------
-
-def port_table(bps, side):
-    """Returns rows (block, path, latent side, channels, weight, parameters) of all U-Net blocks.
-
-    side: of the latent at the outermost level. parameters: those of the block and its port, which
-    add up to the network's. Without a port, side, channels and weight are "-".
-    """
-    config, device = bps.config, next(bps.parameters()).device
-    pixels = side * config.factor
-    residuals = bps(torch.zeros(1, config.cond_channels, pixels, pixels, device=device),
-                    torch.zeros(1, config.channels[0] * 4, device=device))
-    inputs = len(bps.input_blocks)
-    outputs = len(residuals) - inputs - 1
-    blocks = [(f"input {i}", "contracting") for i in range(inputs)] + [("middle", "transition")]
-    blocks += [(f"output {i}", "expansive") for i in range(outputs)]
-    modules = [*zip(bps.input_blocks, bps.zero_blocks), (bps.middle_block, bps.zero_blocks[-1])]
-    modules += bps.expansive_modules() or [()] * outputs
-    port_weights = bps.port_weights + [config.output_weight] * outputs
-    rows = []
-    for block, residual, weight, parts in zip(blocks, residuals, port_weights, modules):
-        count = sum(parameter.numel() for part in parts if part is not None
-                    for parameter in part.parameters())
-        port = ("-", "-", "-") if residual is None else (
-            residual.shape[-1], residual.shape[1], weight)
-        rows.append((*block, *port, count))
-    return rows
-
-
-def main():
-    """Prints the table of ports for a base."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--ports", action="store_true", help="print the table")
-    add("--cond-channels", type=int, choices=(1, 3, 4), default=1, help="1 for sketch, 3 for "
-        "segmentation or layout, 4 for artistic (default: %(default)s)")
-    add("--base", type=Path, help="the Stable Diffusion to steer (default: SD 1.5's sizes)")
-    add_port_options(parser)
-    args = parser.parse_args()
-    if not args.ports:
-        parser.error("nothing to do; --ports prints the table of ports")
-    unet_config, factor = UNetConfig(), BPSConfig.factor
-    if args.base:
-        unet_config = UNetConfig(**checkpoints.read_unet(args.base).config)
-        factor = checkpoints.vae_factor(args.base)
-    with torch.device("meta"):
-        bps = build_bps(config_for(unet_config, args.cond_channels, factor,
-                                   args.weights or "head-heavy", args.foot))
-    rows = port_table(bps, unet_config.sample_size or 64)
-    print("| block | path | latent | channels | weight | parameters |\n|---|---|---|---|---|---|")
-    for block, path, side, channels, weight, count in rows:
-        latent = side if side == "-" else f"{side} x {side}"
-        weight = weight if weight == "-" else f"{weight:g}"
-        print(f"| {block} | {path} | {latent} | {channels} | {weight} | {count:,} |")
-    print(f"| all | | | | | {sum(row[-1] for row in rows):,} |")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -29,9 +29,8 @@ RHO = 7                         # of Karras et al.: how much denser steps lie at
 class Sampling(NamedTuple):
     """How pictures are drawn.
 
-    On the embedded base 20 steps of dpm++2m are as good as 50 of DDIM, and fewer are, too
-    (measure/samplers.py). Stable Diffusion's own weights usually get 20 or more. The guidance scale
-    is the embedded base's.
+    On the embedded base 20 steps of dpm++2m are as good as 50 of DDIM. Stable Diffusion's own
+    weights usually get 20 or more. The guidance scale is the embedded base's.
     """
     sampler: str = "dpm++2m"                # one of SAMPLERS
     steps: int = 20

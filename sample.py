@@ -1,20 +1,19 @@
-"""Draws pictures: by the frozen base alone, or steered by one or several conditions.
+"""Draws pictures: with the frozen base alone, or steered by one or several conditions.
 
-    python sample.py --cond drawing.png --prompt "a red apple" --n 4
+    python sample.py --cond drawing.png --prompt "person, purple hair, dark skin" --n 4
     python sample.py --base SD --prompt "a red apple" --negative-prompt "a bowl" --size 768x512
     python sample.py --bps A B --cond a.png b.png --strength 0.7 1 --window 0 0.5 0 1
-    python sample.py --bps A A --cond a.png b.png --mask left.png right.png
     python sample.py --from pictures/0000.png
 
-Without arguments it draws from a drawing and a BPS file that come with the project; with --base
-alone it is a plain Stable Diffusion sampler. Of --cond, --scale, --strength, --window and --mask
-give one for all --bps, or one for each. A condition may have any size, a drawing either polarity;
---cond FOLDER draws from each image in it, with NAME.txt as its prompt if that is there. Picture i
-depends on seed + i alone, not on --n; --batch changes its last bits. Each PNG holds the options
-that draw it, for --from.
+Without options it draws from a drawing and a BPS file that are included; with --base alone it is a
+plain Stable Diffusion sampler. Of --cond, --strength, --window and --mask give one for all --bps,
+or one for each. A condition may have any size, a drawing either polarity; --cond FOLDER draws from
+each image in it, with NAME.txt as its prompt if there is one. Picture i depends on seed + i alone,
+not on --n. Each PNG stores the options that draw it again with --from.
 
 Shapes: B batch, L tokens, D width, H W rows and columns of the picture.
 """
+import argparse
 import contextlib
 import functools
 import sys
@@ -25,39 +24,30 @@ import torch
 from tqdm import tqdm
 
 import diffusion
-from bps import Steering, load_bps, make_denoiser
+from bps import Condition, load_bps, make_denoiser
 from clip import CLIPTextModel, Tokenizer, load_clip
 from inputs import checkpoints
-from inputs.conditions import (
-    crop,
-    images_at_a_time,
-    open_image,
-    read_condition,
-    read_mask,
-    to_x,
-)
-from inputs.options import DTYPES, run
-from inputs.pictures import describe, is_drawn, write_pictures
-from inputs.sample_options import (
-    check_clip_skip,
-    check_drawn_with,
-    check_fit,
-    default_condition,
-    fingerprints,
-    list_jobs,
-    parse_args,
-    picture_size,
-)
+from inputs.conditions import (TASKS, crop, images_at_a_time, open_image, read_condition,
+                               read_mask, to_image, to_x)
+from inputs.options import (BASE, DEFAULT_BPS, DEFAULT_DRAWING, DTYPES, MOST_SEEDS, NONE, Parser,
+                            check_pixels, in_range, positive, run, seed_number, to_argv,
+                            unicode_text)
+from inputs.pairs import list_files, read_captions
+from inputs.pictures import find_drawn, fingerprints, png_fields, read_stored, write_new
 from unet import UNet, load_unet
 from vae import AutoencoderKL, load_vae
 from weights import UserError, fingerprint, is_finite
 
+DEFAULT_PROMPT = "person, purple hair, light skin, blue clothes, toon style, on white"
+DEFAULTS = diffusion.Sampling()
+SD_GUIDANCE = 7.5
+SIDE_BY_SIDE = 8                # pictures that share the passes of BPS and are written together
 PROMPTS_AT_A_TIME = 16
-FAR_OUTSIDE = 10                # mean of |x| or |z|, which is about 1 at most
+FAR_OUTSIDE = 10                # mean of |x|, which is about 1 at most
 
 
 class StableDiffusion(NamedTuple):
-    """A loaded base: the frozen networks, and their noise schedule."""
+    """A loaded base: the frozen networks and their noise schedule."""
     unet: UNet
     vae: AutoencoderKL
     tokenizer: Tokenizer
@@ -66,181 +56,358 @@ class StableDiffusion(NamedTuple):
     path: Path                  # where it was loaded from, for messages
     vae_path: Path
 
-    def encode(self, prompts, clip_skip=1):
-        """Returns text states (B, L, D) of a list of prompts."""
+    def encode(self, prompts):
+        """Text states (B, L, D) of a list of prompts."""
         device = next(self.text_model.parameters()).device
         parts = [prompts[i:i + PROMPTS_AT_A_TIME]
                  for i in range(0, len(prompts), PROMPTS_AT_A_TIME)]
-        return torch.cat([self.text_model(self.tokenizer(part).to(device), clip_skip)
+        return torch.cat([self.text_model(self.tokenizer(part).to(device))
                           for part in tqdm(parts, desc="text states", delay=2, leave=False)])
 
     def autocast(self):
-        """Returns the context in which networks of fp32 weights compute in the base's dtype."""
+        """The context in which networks with fp32 weights compute in the base's dtype."""
         weight = next(self.unet.parameters())
         if weight.dtype == torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(weight.device.type, weight.dtype)
 
     def check_finite(self):
-        """Raises UserError if weights of a network are not finite."""
+        """Raise UserError if a network's weights are not finite."""
         for part, module, file in (("U-Net", self.unet, self.path),
                                    ("text encoder", self.text_model, self.path),
                                    ("autoencoder", self.vae, self.vae_path)):
             if not is_finite(module):
-                raise UserError(f"{file}: the weights of its {part} hold numbers that are not "
-                                f"finite; get another copy of it")
+                raise UserError(f"{file}: the weights of its {part} are not finite. Get another "
+                                f"copy.")
 
 
 def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_path=None,
               prediction_type=None):
-    """Returns the StableDiffusion of an SD folder or single file.
+    """The StableDiffusion of an SD folder or single file; its autoencoder is always float32.
 
-    What a single file lacks comes from tokenizer_path, vae_path and prediction_type. The
-    autoencoder is float32 whatever the dtype. Errors: UserError names the file and what is
-    missing or does not fit.
+    tokenizer_path, vae_path and prediction_type supply what a single file lacks.
     """
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
-        raise UserError(f"{path}: no model_index.json in it; a base is a Stable Diffusion "
-                        f"folder with one, or a .safetensors file")
+        raise UserError(f"{path} must be a Stable Diffusion folder with a model_index.json, or a "
+                        f".safetensors file.")
     schedule = checkpoints.load_schedule(path, prediction_type)
     tokenizer, text_model = load_clip(path, tokenizer_path, dtype, device)
     vae = load_vae(vae_path or path, device=device)
     unet = load_unet(path, dtype, device)
-    for what, given, taken in (
-            ("text states of width {}", text_model.config.width, unet.config.context_dim),
-            ("latents of {} channels", vae.config.latent_channels, unet.config.latent_channels)):
+    for name, given, taken in (
+            ("text states of width", text_model.config.width, unet.config.context_dim),
+            ("latent channels", vae.config.latent_channels, unet.config.latent_channels)):
         if given != taken:
-            raise UserError(f"{path}: {what.format(given)}, but its U-Net takes {taken}; the parts "
-                            f"are of different models")
+            raise UserError(f"{path}: {name} {given}, but its U-Net takes {taken}. The parts "
+                            f"belong to different models.")
     unet, vae = (module.to(memory_format=torch.channels_last) for module in (unet, vae))
     return StableDiffusion(unet, vae, tokenizer, text_model, schedule, path, vae_path or path)
 
 
-def draw(base, context, context_empty, seeds, size, sampling=diffusion.Sampling(), conditions=()):
-    """Returns pictures x (B, 3, size, size), one per text state and seed, drawn as one batch.
+@torch.inference_mode()
+def draw(base, context, context_empty, seeds, size, sampling=DEFAULTS, conditions=(), batch=None,
+         init=None, on_step=None):
+    """Pictures x (B, 3, height, width), one per text state and seed.
 
-    context: (B, L, D). context_empty: (1, L, D). seeds: B integers. conditions: Steerings, of
-    B conditions each or of one for all.
+    context: (B, L, D). context_empty: (1, L, D). seeds: B integers. size: (width, height).
+    conditions: Conditions of one condition for all, or of B each. batch: pictures per call of the
+    U-Net (default: all). The batches go side by side, so BPS runs once per timestep for all of
+    them, while a picture drawn with batch 1 is the same to the last bit whatever B is. init:
+    (clean latent (1, 4, h, w), first step), or None for pure noise. on_step() is called after
+    each step; an exception that it raises ends the drawing.
     """
     sampler, steps, guidance_scale = sampling
-    timesteps, _ = diffusion.sampler_steps(steps, base.schedule, sampler)
-    denoise = make_denoiser(base.unet, context, context_empty, guidance_scale, conditions,
-                            timesteps)
-    side = size // base.vae.factor
-    noise = diffusion.draw_noise(seeds, (base.unet.config.latent_channels, side, side))
-    noise = noise.to(context.device)
-    for z in tqdm(diffusion.sample(denoise, noise, base.schedule, steps, sampler), total=steps,
-                  leave=False, desc="draw with BPS" if conditions else "draw"):
-        pass
-    return torch.cat([base.vae.decode(part) for part in z.split(images_at_a_time(size))])
-
-
-@torch.inference_mode()
-def draw_job(job, steerings, args, base, z_init, size, on_step=None):
-    """Returns pictures x, a list of --n (3, H, W), of a job; size is (width, height).
-
-    z_init: the latent of --init, or None. on_step() is called after each step; what it raises ends
-    the drawing. Errors: UserError if a picture is not finite; it says whether the weights,
-    --dtype or the options are to blame.
-    """
-    timesteps, alphas_sigmas = diffusion.sampler_steps(args.steps, base.schedule, args.sampler)
-    context, empty = base.encode([job.prompt, args.negative_prompt], args.clip_skip).split(1)
+    _, alphas_sigmas = diffusion.sampler_steps(steps, base.schedule, sampler)
+    z_init, start = init or (0.0, 0)
+    alpha, sigma = alphas_sigmas[start] if init else (0.0, 1.0)
     width, height = (side // base.vae.factor for side in size)
     samplers = []
-    # With --batch 1 each seed has a sampler, so that a picture is the same to the bit whatever --n
-    # is. Samplers go side by side, so that BPS runs once per timestep for all of them.
-    for seeds in torch.arange(args.seed, args.seed + args.n).split(args.batch):
-        z_t = diffusion.draw_noise(seeds.tolist(),
-                                   (base.unet.config.latent_channels, height, width))
-        z_t = z_t.to(args.device)
-        if args.start:
-            alpha, sigma = alphas_sigmas[args.start]
-            z_t = alpha * z_init + sigma * z_t
-        denoise = make_denoiser(base.unet, context.expand(len(seeds), -1, -1), empty,
-                                args.guidance, steerings, timesteps[args.start:])
-        samplers.append(diffusion.sample(denoise, z_t, base.schedule, args.steps, args.sampler,
-                                         args.start))
-    for latents in tqdm(zip(*samplers), total=args.steps - args.start, desc="draw", leave=False):
+    for i in torch.arange(len(seeds)).split(batch or len(seeds)):
+        denoise = make_denoiser(base.unet, context[i], context_empty, guidance_scale, conditions)
+        noise = diffusion.draw_noise([seeds[k] for k in i],
+                                     (base.unet.config.latent_channels, height, width))
+        z_t = alpha * z_init + sigma * noise.to(context.device)
+        samplers.append(diffusion.sample(denoise, z_t, base.schedule, steps, sampler, start))
+    for latents in tqdm(zip(*samplers), total=steps - start, leave=False,
+                        desc="draw with BPS" if conditions else "draw"):
         if on_step:
             on_step()
-    latents = torch.cat(latents).split(1)
-    pictures = [base.vae.decode(z)[0] for z in tqdm(latents, desc="decode", leave=False)]
-    if not all(x.abs().mean() < FAR_OUTSIDE for x in pictures):         # NaN is not less either
-        refuse_pictures(latents, job, steerings, args, base)
-    return pictures
+    return torch.cat([base.vae.decode(z) for part in latents
+                      for z in part.split(images_at_a_time(max(size)))])
 
 
-def refuse_pictures(latents, job, steerings, args, base):
-    """Raises UserError, which says why the pictures of latents z, each (1, 4, h, w), overflowed."""
+# ---- options -------------------------------------------------------------------------------
+
+class ConditionArgs(NamedTuple):
+    """A --bps with what belongs to it."""
+    bps: Path
+    cond: Path
+    strength: float
+    window: tuple
+    mask: Path | None           # None steers everywhere
+
+
+class Job(NamedTuple):
+    """A prompt and its conditions; the names of its pictures begin with `name`."""
+    name: str
+    conditions: list
+    prompt: str
+
+
+def width_and_height(text):
+    """(width, height) of a text like 768x512 or 512."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT or one number, got {text}")
+    return int(sides[0]), int(sides[-1])
+
+
+def make_parser():
+    """The parser of sample.py's command line."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--bps", type=Path, nargs="+", help="trained BPS files, or the word none (default: the "
+        "included one for drawings, none for another --base)")
+    add("--cond", type=Path, nargs="+", help="the condition of each --bps: a picture, or a folder "
+        "of pictures (default: tiny/drawing.png)")
+    add("--strength", type=in_range(float, -1000, 1000), nargs="+", default=[1.0], help="0 is the "
+        "prior, 1 the posterior; others cost a second pass of the U-Net (default: 1)")
+    add("--window", type=in_range(float, 0, 1), nargs="+", default=[0.0, 1.0],
+        metavar="START END", help="steer only this part of the denoising (default: 0 1)")
+    add("--mask", type=Path, nargs="+", help="a picture, white where to steer, or the word none; "
+        "costs a second pass")
+    add("--prompt", type=unicode_text, default=DEFAULT_PROMPT, help="(default: %(default)s)")
+    add("--negative-prompt", type=unicode_text, default="", help="what guidance avoids")
+    add("--n", type=in_range(int, 1, 10_000), default=4, help="pictures (default: %(default)s)")
+    add("--batch", type=positive, default=1, help="pictures per U-Net call; >1 is faster on GPUs, "
+        "last bits may differ (default: %(default)s)")
+    add("--seed", type=seed_number, default=0, help="of the first picture (default: %(default)s)")
+    add("--size", type=width_and_height, help="pixels, as in 768x512 (default: as trained)")
+    add("--init", type=Path, help="a picture to start from instead of noise")
+    add("--denoise", type=in_range(float, 0.001, 1), default=0.6, help="share of the steps that "
+        "--init goes through; 1 forgets it (default: %(default)s)")
+    add("--sampler", choices=diffusion.SAMPLERS, default=DEFAULTS.sampler,
+        help="(default: %(default)s)")
+    add("--steps", type=in_range(int, 1, 999), default=DEFAULTS.steps, help="(default: "
+        "%(default)s)")
+    add("--guidance", type=in_range(float, -1000, 1000), help="how much the prompt counts; 1 is "
+        f"no guidance (default: {DEFAULTS.guidance_scale:g}, for another --base {SD_GUIDANCE})")
+    parser.add_base()
+    add("--dtype", choices=DTYPES, default="fp32", help="of all but the autoencoder (default: "
+        "%(default)s)")
+    add("--from", type=Path, dest="picture", help="draw this picture again; other options "
+        "override those that it stores")
+    add("--out", type=Path, default=Path("pictures"), help="folder (default: %(default)s)")
+    parser.add_device()
+    return parser
+
+
+def parse_args(argv, parser=None):
+    """The checked options; args.conditions is a list of ConditionArgs.
+
+    With --from, the picture's options go in front of the user's, so the user's win.
+    args.stored_files are the fingerprints of the files that the picture was drawn with.
+    """
+    parser = parser or make_parser()
+    args, stored_files = parser.parse_args(argv), {}
+    if args.picture:
+        stored, stored_files = read_stored(args.picture)
+        args = parser.parse_args([*to_argv(stored), *argv])
+    args.stored_files = stored_files
+    is_embedded = args.base.resolve() == BASE.resolve()
+    args.conditions = join_conditions(parser, args, is_embedded)
+    if args.guidance is None:
+        args.guidance = DEFAULTS.guidance_scale if is_embedded else SD_GUIDANCE
+    if args.seed + args.n > MOST_SEEDS:
+        parser.error(f"--seed plus --n must be at most {MOST_SEEDS}, got {args.seed + args.n}.")
+    if args.guidance == 1 and args.negative_prompt:
+        parser.error("--guidance must not be 1 with a --negative-prompt, which it ignores.")
+    args.start = args.steps - max(1, round(args.denoise * args.steps)) if args.init else 0
+    parser.check_out(args.out, *(c.cond for c in args.conditions))
+    return args
+
+
+def join_conditions(parser, args, is_embedded):
+    """A ConditionArgs for each --bps."""
+    files = args.bps or ([DEFAULT_BPS] if is_embedded else [NONE])
+    if NONE in files:
+        given = [name for name in ("cond", "strength", "window", "mask")
+                 if getattr(args, name) != parser.get_default(name)]
+        if len(files) > 1:
+            parser.error("--bps none can't be combined with files.")
+        if given:
+            parser.error(f"--{given[0]} needs --bps FILE, which train.py writes for this base.")
+        return []
+    if len(args.window) % 2:
+        parser.error(f"--window must be pairs of START END, got {len(args.window)} numbers.")
+    if len(files) > 1 and not args.cond:
+        parser.error("--cond is missing. Give one per --bps.")
+    windows = list(zip(args.window[::2], args.window[1::2]))
+    for start, end in windows:
+        if start >= end:
+            parser.error(f"--window must have START < END, got {start:g} {end:g}.")
+    masks = [None if mask == NONE else mask for mask in args.mask or [NONE]]
+    columns = dict(cond=args.cond or [DEFAULT_DRAWING], strength=args.strength, window=windows,
+                   mask=masks)
+    for name, values in columns.items():
+        if len(values) not in (1, len(files)):
+            parser.error(f"--{name} must be given once or {len(files)} times, got {len(values)}.")
+        columns[name] = values * len(files) if len(values) == 1 else values
+    return [ConditionArgs(*row) for row in zip(files, *columns.values())]
+
+
+def list_jobs(conditions, prompt):
+    """One Job, or if conditions are folders a Job for each name in them."""
+    folders, captions = {}, {}
+    for condition in conditions:
+        if condition.cond.is_dir():
+            images, texts, problems = list_files(condition.cond)
+            if problems or not images:
+                raise UserError(*problems[:1] or [f"--cond {condition.cond} has no images."])
+            folders[condition.cond] = images
+            captions = texts | captions                 # those of the first folder win
+    if not folders:
+        return [Job("", conditions, prompt)]
+    first, images = next(iter(folders.items()))
+    for folder, others in folders.items():
+        for name in sorted(others.keys() ^ images.keys()):
+            raise UserError(f"--cond {folder} and {first} must have the same names, but only one "
+                            f"has {name}.")
+    return [Job(f"{name.replace('/', '-')}-",
+                [c._replace(cond=folders.get(c.cond, {}).get(name, c.cond)) for c in conditions],
+                (*read_captions(captions.get(name, [])), prompt)[0]) for name in images]
+
+
+# ---- what belongs together -----------------------------------------------------------------
+
+def check_fit(bps, file, base):
+    """Raise UserError if a BPS was trained for a base of other sizes or another kind.
+
+    SD 1 and SD 2 differ only in the width of their text states. A fine-tune of the same sizes
+    fits.
+    """
+    config, task, size = base.unet.config, bps.metadata.get("task"), bps.metadata.get("size")
+    if (task not in TASKS or type(size) is not int or size < 1
+            or not isinstance(bps.metadata.get("classes", {}), dict)
+            or bps.config.cond_channels != TASKS[task].channels):
+        raise UserError(f"{file} does not say what it was trained for. Use a file that train.py "
+                        f"wrote.")
+    prediction_type = base.schedule.prediction_type
+    for name, trained, given in (
+            ("channels", bps.config.channels, config.channels),
+            ("pixels per latent", bps.config.factor, base.vae.factor),
+            ("blocks per level", bps.config.blocks_per_level, config.blocks_per_level),
+            ("text width", bps.metadata.get("context_dim"), config.context_dim),
+            ("prediction type", bps.metadata.get("prediction_type", prediction_type),
+             prediction_type)):
+        if trained != given:
+            raise UserError(f"{file} was trained for {name} {trained}, but {base.path} has "
+                            f"{given}. Use the --base it was trained on.")
+
+
+def picture_size(size, metadata, base):
+    """(width, height) in pixels: `size` if given, else as the BPS or the base was trained."""
+    # a single file does not say it: SD 2.x predicts v at 768 px, all others are for 512 px
+    at_768 = (base.unet.config.context_dim == 1024
+              and base.schedule.prediction_type == "v_prediction")
+    side = (base.unet.config.sample_size or (96 if at_768 else 64)) * base.vae.factor
+    width, height = size or (metadata[0]["size"] if metadata else side,) * 2
+    check_pixels(width, height)
+    if width % base.vae.factor or height % base.vae.factor:
+        raise UserError(f"--size must be multiples of {base.vae.factor} for this base, got "
+                        f"{width}x{height}.")
+    return width, height
+
+
+def check_pictures(x, job, networks, base):
+    """Raise UserError, which names the likely cause, if numbers of pictures x overflowed."""
+    if (x.abs().mean((1, 2, 3)) < FAR_OUTSIDE).all():           # NaN is not less either
+        return
     base.check_finite()
-    for condition, steering in zip(job.conditions, steerings):
-        if not is_finite(steering.bps):
-            raise UserError(f"{condition.bps}: its weights hold numbers that are not finite; "
-                            f"train it again, or get another copy of it")
-    if all(z.abs().mean() < FAR_OUTSIDE for z in latents):
-        raise UserError(f"{base.vae_path}: the numbers of its autoencoder overflowed; "
-                        f"give another --vae")
-    remedy = ("a --guidance, --strength or --scale nearer to 1, or another --base"
-              if args.dtype == "fp32" else "--dtype bf16 or fp32")
-    raise UserError(f"--dtype {args.dtype}: the numbers of {args.base} overflowed; give {remedy}")
+    for condition in job.conditions:
+        if not is_finite(networks[condition.bps]):
+            raise UserError(f"{condition.bps}: its weights are not finite. Train it again.")
+    raise UserError("the numbers of the pictures overflowed. Use --dtype fp32 (or bf16), another "
+                    "--vae, or --guidance and --strength closer to 1.")
 
 
 # ---- the script ----------------------------------------------------------------------------
 
+def read_conditions(job, networks, size, base, device):
+    """(Conditions, pictures of what they show the network) of a job."""
+    conditions, images = [], []
+    for c in job.conditions:
+        bps = networks[c.bps]
+        if c.cond == DEFAULT_DRAWING and bps.metadata["task"] != "sketch":
+            raise UserError(f"--cond is missing. {c.bps} was trained for {bps.metadata['task']}.")
+        cond, image = read_condition(c.cond, bps.metadata["task"], *size,
+                                     bps.metadata.get("classes"))
+        mask = c.mask and read_mask(c.mask, *size, base.vae.factor).to(device)
+        conditions.append(Condition(bps, cond[None], c.strength, c.window, mask))
+        images.append(image)
+    return conditions, images
+
+
+def draw_job(job, networks, files, args, base, size, init):
+    """Draw the pictures of a job that do not exist yet, and write each group when it is done."""
+    conditions, images = read_conditions(job, networks, size, base, args.device)
+    context, empty = base.encode([job.prompt, args.negative_prompt]).split(1)
+    fields = {seed: png_fields(args, job, seed, size, files, base)
+              for seed in range(args.seed, args.seed + args.n)}
+    drawn = {seed: find_drawn(args.out / f"{job.name}{seed:04d}.png", fields[seed])
+             for seed in fields}
+    missing = [seed for seed in fields if not drawn[seed]]
+    for seed in drawn.keys() - missing:
+        print(f"{drawn[seed]} (already drawn)")
+    if missing:
+        print(f"prompt: {job.prompt}")
+        for i, (c, image) in enumerate(zip(job.conditions, images), 1):
+            number = i if len(images) > 1 else ""
+            print(f"steered by {c.bps} and {c.cond}, which the network sees as", end=" ")
+            write_new(image, args.out / f"{job.name}condition{number}.png")
+    sampling = diffusion.Sampling(args.sampler, args.steps, args.guidance)
+    for i in range(0, len(missing), SIDE_BY_SIDE):
+        seeds = missing[i:i + SIDE_BY_SIDE]
+        x = draw(base, context.expand(len(seeds), -1, -1), empty, seeds, size, sampling,
+                 conditions, args.batch, init)
+        check_pictures(x, job, networks, base)
+        for seed, picture in zip(seeds, x):
+            write_new(to_image(picture), args.out / f"{job.name}{seed:04d}.png", fields[seed])
+
+
+def note_changes(args, files, networks):
+    """Print a note for each file that is not the one that a picture or a BPS was made with."""
+    for role in args.stored_files.keys() & files.keys():
+        if args.stored_files[role] != files[role]:
+            print(f"note: {args.picture} was drawn with another {role} file", file=sys.stderr)
+    for file, bps in networks.items():
+        if files["base"] != bps.metadata.get("base"):
+            print(f"note: {file} was trained on other weights than {args.base}; it fits, but may "
+                  f"follow the condition less", file=sys.stderr)
+
+
 def main():
-    """Draws --n pictures of each job."""
-    args = parse_args(__doc__)
+    """Draw --n pictures of each job."""
+    args = parse_args(sys.argv[1:])
     dtype = DTYPES[args.dtype]
-    networks = {file: load_bps(file, dtype, args.device)
-                for file in dict.fromkeys(condition.bps for condition in args.conditions)}
+    networks = {c.bps: load_bps(c.bps, dtype, args.device) for c in args.conditions}
     base = load_base(args.base, args.tokenizer, args.device, dtype, args.vae, args.prediction_type)
     for file, bps in networks.items():
         check_fit(bps, file, base)
-    args.conditions = [default_condition(c, networks[c.bps].metadata) for c in args.conditions]
-    check_clip_skip(args.clip_skip, base.text_model)
-    size = picture_size(args, [bps.metadata for bps in networks.values()], base)
-    masks = {c.mask: read_mask(c.mask, *size, base.vae.factor).to(args.device)
-             for c in args.conditions if c.mask}
-    jobs = list_jobs(args.conditions, args.prompt)
-
-    def read(condition):
-        """Returns (cond, picture of it) of a Condition."""
-        metadata = networks[condition.bps].metadata
-        return read_condition(condition.cond, metadata["task"], *size, metadata.get("classes"))
-
-    for job in jobs:                    # before the work, should one not be readable
-        for condition in job.conditions:
-            read(condition)
-    if len(jobs) > 1:
-        print(f"{len(jobs)} conditions, {args.n} pictures each")
-    z_init = None
+    size = picture_size(args.size, [bps.metadata for bps in networks.values()], base)
+    init = None
     if args.init:
-        with torch.inference_mode():
-            x = to_x(crop(open_image(args.init), *size))[None].to(args.device)
-            z_init = base.vae.encode(x).mean
-    fingerprint_once = functools.cache(fingerprint)     # of a base it takes seconds
-    files = [fingerprints(args, job.conditions, fingerprint_once) for job in jobs]
-    check_drawn_with(args, files[0])
-    for file, bps in networks.items():
-        if files[0]["base"] != bps.metadata.get("base"):
-            print(f"note: {file} was trained on other weights than {args.base}; it fits, but may "
-                  f"follow the condition less", file=sys.stderr)
-    args.out.mkdir(parents=True, exist_ok=True)         # before the work, should it not be possible
-    seeds = range(args.seed, args.seed + args.n)
+        x = to_x(crop(open_image(args.init), *size))[None].to(args.device)
+        init = base.vae.encode(x).mean, args.start
+    jobs = list_jobs(args.conditions, args.prompt)
+    for job in jobs:                    # before the work, in case one is not readable
+        read_conditions(job, networks, size, base, args.device)
+    hash_once = functools.cache(fingerprint)            # of a base it takes seconds
+    files = [fingerprints(args, job.conditions, hash_once) for job in jobs]
+    note_changes(args, files[0], networks)
+    args.out.mkdir(parents=True, exist_ok=True)
     for job, used in zip(jobs, files):
-        texts = [describe(args, job, seed, size, used, base) for seed in seeds]
-        if job.name and all(is_drawn(args.out / f"{job.name}{seed:04d}.png", text)
-                            for seed, text in zip(seeds, texts)):
-            print(f"{args.out / job.name}*: drawn before by this command")
-            continue
-        print(f"prompt: {job.prompt}")
-        for condition in job.conditions:
-            print(f"steered by {condition.bps} and {condition.cond} (--bps none draws without)")
-        conds, images = zip(*map(read, job.conditions)) if job.conditions else ((), ())
-        steerings = [Steering(networks[c.bps], base.unet, cond[None], c.scale, c.strength, c.window,
-                              masks.get(c.mask)) for c, cond in zip(job.conditions, conds)]
-        pictures = draw_job(job, steerings, args, base, z_init, size)
-        write_pictures(job.name, pictures, seeds, texts, images, args.out)
+        draw_job(job, networks, used, args, base, size, init)
 
 
 if __name__ == "__main__":

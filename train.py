@@ -4,13 +4,14 @@
     python train.py --base SD_FOLDER --data PAIRS --size 512 --batch 16 --lr 1e-5
 
 Writes to runs/TASK: bps.safetensors (the weights of the lowest validation loss), samples.png,
-condition.png, log.jsonl, curve.png, args.json. Interrupted, the same command goes on from the last
-checkpoint; a finished run is never overwritten.
+condition.png, log.jsonl, curve.png, args.json. If it is interrupted, the same command resumes from
+the last checkpoint; a finished run is never overwritten.
 
 Shapes: B batch, C channels, H W rows and columns of the latent.
 """
 import contextlib
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,14 +20,13 @@ from tqdm import tqdm
 
 import weights
 from bps import build_bps, config_for, load_bps, save_bps
-from data import LatentCache, check_conditions, load_pairs
+from data import CACHE, LatentCache, check_conditions, load_pairs
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
-from inputs.disk_cache import DiskCache
-from inputs.options import BASE, DTYPES, run, shell_command
+from inputs.options import (BASE, DTYPES, Parser, add_port_options, check_pixels, in_range,
+                            positive, run, seed_number, shell_command, unicode_path, unicode_text)
 from inputs.pairs import warn_of_losses
 from inputs.processes import join_processes
 from inputs.run_folder import CHECKPOINT, choose_out, lock, run_facts
-from inputs.train_options import check_training, parse_args
 from measure.curve import draw_curve
 from measure.dataset import check_data
 from measure.obedience import meter_for
@@ -37,34 +37,95 @@ from weights import UserError
 
 SPLITS = ("train", "val", "test")
 MAX_GRADIENT_NORM = 1.0
-BASE_FACTS = ("vae_sha256", "configs_sha256")           # what latents depend on
+
+
+# ---- options -------------------------------------------------------------------------------
+
+def parse_args():
+    """The checked options."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--task", choices=TASKS, default="sketch", help="kind of condition (default: %(default)s)")
+    add("--data", type=Path, help="a folder of your own pairs (default: the embedded ones)")
+    add("--extract", action="store_true", help="make the conditions from the images' own lines; "
+        "--data then needs images only (for sketch and artistic)")
+    add("--default-prompt", type=unicode_text, default="", help="for pictures without a caption")
+    add("--check-data", action="store_true", help="check --data instead of training: what it "
+        "contains, what is wrong, and a sheet of what the network will see")
+    parser.add_base()
+    add("--size", type=positive, default=64, help="side of the square in pixels; 512 for SD 1.5 "
+        "(default: %(default)s)")
+    add_port_options(parser)
+    add("--steps", type=positive, help="training steps (default: 900, artistic 300)")
+    add("--batch", type=positive, default=16, help="pictures per step (default: %(default)s)")
+    add("--accumulate", type=positive, default=1, help="parts of a batch, computed one by one to "
+        "save memory (default: %(default)s)")
+    add("--checkpointing", action="store_true", help="recompute activations: less memory, more "
+        "time")
+    add("--dtype", choices=DTYPES, help="of the base; BPS's weights stay fp32 (default: bf16 on a "
+        "GPU, else fp32)")
+    add("--lr", type=in_range(float, 1e-9, 1), default=1e-3, help="AdamW's learning rate, which "
+        "falls to zero; 1e-5 for SD 1.5 (default: %(default)s)")
+    add("--save-every", type=positive, default=150, help="steps between checkpoints, each with a "
+        "validation (default: %(default)s)")
+    add("--seed", type=seed_number, default=0, help="(default: %(default)s)")
+    add("--cache", type=unicode_path, default=CACHE, help="folder of the latents, which trainings "
+        "share (default: %(default)s)")
+    parser.add_device()
+    add("--out", type=unicode_path, help="folder of the run (default: runs/TASK)")
+    args = parser.parse_args()
+    kind = TASKS[args.task]
+    args.weights = args.weights or kind.port_weights
+    args.steps = args.steps or kind.steps
+    args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
+    for name in ("extract", "check_data", "default_prompt"):
+        if getattr(args, name) and not args.data:
+            parser.error(f"--{name.replace('_', '-')} needs --data, your own pairs.")
+    if args.extract and not kind.extract:
+        parser.error(f"--extract must be used with --task sketch or artistic, got {args.task}.")
+    check_pixels(args.size, args.size)
+    args.out = args.out or Path("runs") / ("check" if args.check_data else args.task)
+    parser.check_out(args.out, *([args.data] if args.extract else []))
+    parser.check_out(args.cache, option="--cache")
+    return args
+
+
+def check_training(args, base, processes):
+    """Raise UserError if the base cannot train at --size, or if processes have no work."""
+    unit = base.vae.factor * 2 ** (len(base.unet.config.channels) - 1)
+    if args.size % unit:
+        raise UserError(f"--size must be a multiple of {unit} for this base, got {args.size}.")
+    if args.batch < processes.count * args.accumulate:
+        raise UserError(f"--batch must be at least processes x --accumulate = "
+                        f"{processes.count * args.accumulate}, got {args.batch}.")
 
 
 # ---- training ------------------------------------------------------------------------------
 
-def train(run, base, cache, args, on_save):
-    """Trains run.bps in place from step run.step to args.steps; nothing of the base ever changes.
+def train(training, base, cache, args, on_save):
+    """Train training.bps in place up to args.steps; nothing of the base ever changes.
 
     Everything random is a function of (seed, step), so a resumed run equals an uninterrupted one,
-    and several processes equal one: each has its own slots of every batch. on_save(step, loss) is
+    and several processes equal one: each has its own shard of every batch. on_save(step, loss) is
     called every args.save_every steps and at the end.
     """
-    device, schedule, processes = args.device, base.schedule, run.processes
-    bps, average = processes.wrap(run.bps), run.train_loss
-    slots = processes.slots(args.batch)
-    bar = tqdm(range(run.step, args.steps), initial=run.step, total=args.steps, desc="train")
+    device, schedule, processes = args.device, base.schedule, training.processes
+    bps, average = processes.wrap(training.bps), training.train_loss
+    shard = processes.slots(args.batch)
+    bar = tqdm(range(training.step, args.steps), initial=training.step, total=args.steps,
+               desc="train")
     for step in bar:
-        for group in run.optimizer.param_groups:
+        for group in training.optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / args.steps)     # the authors' rate is constant
-        # another seed for each (seed, step), as long as there are fewer steps than that
+        # a different seed for each (seed, step), as long as there are fewer steps than that
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
-        cond, z, context = cache.batch(slots, args.batch, generator, args.prompt_drop)
-        t = torch.randint(schedule.timesteps, (args.batch,), generator=generator)[slots]
-        noise = torch.randn(args.batch, *z.shape[1:], generator=generator)[slots]
+        cond, z, context = cache.batch(shard, args.batch, generator)
+        t = torch.randint(schedule.timesteps, (args.batch,), generator=generator)[shard]
+        noise = torch.randn(args.batch, *z.shape[1:], generator=generator)[shard]
         batch = [x.to(device) for x in (cond, z, context, t, noise)]
 
         loss = torch.zeros((), device=device)
-        run.optimizer.zero_grad()
+        training.optimizer.zero_grad()
         parts = list(zip(*(x.chunk(args.accumulate) for x in batch)))
         for i, (cond, z, context, t, noise) in enumerate(parts):
             z_t = schedule.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
@@ -75,16 +136,16 @@ def train(run, base, cache, args, on_save):
                 # the posterior denoiser. The gradient reaches BPS through the frozen U-Net.
                 part_loss = F.mse_loss(eps.float(), schedule.target(z, noise, t))
                 part_loss = part_loss * (len(z) * processes.count / args.batch)
-                run.scaler.scale(part_loss).backward()
+                training.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
-        run.scaler.unscale_(run.optimizer)
-        norm = nn.utils.clip_grad_norm_(run.bps.parameters(), MAX_GRADIENT_NORM)
+        training.scaler.unscale_(training.optimizer)
+        norm = nn.utils.clip_grad_norm_(training.bps.parameters(), MAX_GRADIENT_NORM)
         loss = processes.mean(loss)
-        # in fp16 a gradient may overflow: the scaler then leaves the step out
-        require_finite(loss if run.scaler.is_enabled() else loss + norm,
+        # in fp16 a gradient may overflow: the scaler then skips the step
+        require_finite(loss if training.scaler.is_enabled() else loss + norm,
                        f"step {step + 1}: the loss or its gradient", args.lr)
-        run.scaler.step(run.optimizer)
-        run.scaler.update()
+        training.scaler.step(training.optimizer)
+        training.scaler.update()
 
         average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
         bar.set_postfix(loss=f"{average:.4f}", refresh=False)
@@ -96,34 +157,33 @@ class NotFinite(UserError):
     """A loss, or its gradient, is not finite."""
 
 
-def require_finite(value, what, lr):
-    """Raises NotFinite if a value is not, so that nothing is saved of it."""
+def require_finite(value, name, lr):
+    """Raise NotFinite if a value is not, so that nothing of it is saved."""
     if not value.isfinite():
-        raise NotFinite(f"{what} is not finite, most likely because --lr {lr:g} is too large; give "
-                        f"a smaller one. What was saved before is kept")
+        raise NotFinite(f"{name} is not finite, probably because --lr {lr:g} is too large. Use a "
+                        f"smaller one; the last checkpoint is kept.")
 
 
 # ---- the run's folder ----------------------------------------------------------------------
 
-class Run:
-    """A training under way: its network, its optimiser, and the folder that they are saved in.
+class Training:
+    """A training in progress: its network, its optimizer, and the folder they are saved in.
 
     The folder holds args.json from the first moment, and CHECKPOINT, bps.safetensors, log.jsonl and
     curve.png from the first validation. bps.safetensors are the weights of the lowest validation
-    loss so far, or the last ones. Only the first process writes.
+    loss so far. Only the first process writes.
     """
 
     def __init__(self, out, bps, args, processes, metadata=None):
         """metadata: what a sampler has to know of the network, a dict."""
         self.out, self.bps, self.processes, self.metadata = out, bps, processes, metadata
-        self.keep_last = args.keep == "last"
         self.optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
         self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
         self.step, self.train_loss, self.rows = 0, None, []
         self.best = dict(step=0, loss=float("inf"))
 
     def start_or_resume(self, facts):
-        """Writes args.json, or goes on from the checkpoint. Errors: UserError if it is damaged."""
+        """Write args.json, or resume from the checkpoint."""
         if self.processes.rank == 0:
             weights.write_json(facts, self.out / "args.json")
         self.processes.wait()
@@ -135,14 +195,14 @@ class Run:
             self.scaler.load_state_dict(state["scaler"])
             print(f"{checkpoint}: resumed at step {self.step}")
             if self.processes.rank == 0:
-                self.write()                        # should it have been stopped before
+                self.write()                        # in case it was stopped before that
 
     def save(self, step, train_loss, base_loss, val_loss):
-        """Writes all that the run has to keep of a step, and the best weights if these are."""
+        """Write everything to resume from a step, and the weights if they are the best so far."""
         self.step, self.train_loss = step, train_loss
         self.rows.append(dict(step=step, train_loss=train_loss, val_base=base_loss,
                               val_steered=val_loss))
-        if val_loss < self.best["loss"] or self.keep_last:
+        if val_loss < self.best["loss"]:
             self.best = dict(step=step, loss=val_loss)
         weights.save_training(
             self.out / CHECKPOINT, dict(bps=self.bps), "bps", self.optimizer,
@@ -151,22 +211,22 @@ class Run:
         self.write()
 
     def write(self):
-        """Writes what follows from the checkpoint: log, curve, and the weights if they are best."""
+        """Write what follows from the checkpoint: log, curve, and the weights if they are best."""
         if self.best["step"] == self.step:
             save_bps(self.bps, self.out / "bps.safetensors", self.metadata | dict(best=self.best))
         weights.write_lines(self.rows, self.out / "log.jsonl")
         draw_curve(self.rows, self.out / "curve.png")
 
     def restore_best(self):
-        """Puts the weights of bps.safetensors, rounded to fp16, into the network."""
+        """Load the weights of bps.safetensors, rounded to fp16, into the network."""
         self.bps.load_state_dict(load_bps(self.out / "bps.safetensors").state_dict())
 
 
 def bps_metadata(args, facts, base, cache):
-    """Returns what a sampler has to know of a trained BPS, beside its sizes."""
+    """What a sampler has to know of a trained BPS, apart from its sizes (a dict)."""
     numbers = {colour: number for classes in cache.palettes for colour, number in classes}
-    names = class_names(numbers)            # those of grey maps have numbers, and
-    if not args.data:                       # those of the embedded maps have words
+    names = class_names(numbers)            # those of grey maps are numbers,
+    if not args.data:                       # those of the embedded maps are words
         names = {colour: word for word, colour in CLASSES.items() if colour in numbers}
     return dict(task=args.task, base=facts["base_sha256"],
                 context_dim=base.unet.config.context_dim,
@@ -176,27 +236,27 @@ def bps_metadata(args, facts, base, cache):
 
 
 def example_condition(task, cache):
-    """Returns an image that draws with pair 0's condition, in the form that a user would give."""
-    if TASKS[task].extract is TASKS[task].to_cond:      # made of any picture
+    """An image that draws with pair 0's condition, in the form that a user would give."""
+    if TASKS[task].extract is TASKS[task].to_cond:      # made from any picture
         return cache.image(0)
     return to_image(cond_to_x(cache.cond([0]))[0])
 
 
 def sampling_command(args, file, drawing, prompt):
-    """Returns the command that draws with a trained BPS on the base of these arguments."""
-    words = ["python", "sample.py", "--bps", file, "--cond", drawing, "--prompt", prompt]
-    words += ["--base", args.base] if args.base != BASE else []
+    """The command that draws with a trained BPS on the base of these options."""
+    argv = ["python", "sample.py", "--bps", file, "--cond", drawing, "--prompt", prompt]
+    argv += ["--base", args.base] if args.base != BASE else []
     for name in ("tokenizer", "vae", "prediction_type"):
         value = getattr(args, name)
-        words += [f"--{name.replace('_', '-')}", value] if value else []
-    return shell_command(words)
+        argv += [f"--{name.replace('_', '-')}", value] if value else []
+    return shell_command(argv)
 
 
 # ---- the script ----------------------------------------------------------------------------
 
 def main():
-    """Trains, measures, and writes everything of the run."""
-    args = parse_args(__doc__)
+    """Train, measure, and write everything of the run."""
+    args = parse_args()
     if args.check_data:
         return check_data(args)
     processes, args.device = join_processes(args.device)
@@ -210,51 +270,50 @@ def main():
         warn_of_losses(args.data, args.extract, args.default_prompt)
     facts = processes.from_first(lambda: run_facts(args, splits))
     out = processes.from_first(lambda: choose_out(args.out, facts))
-    renamed = out.resolve() != args.out.resolve()
-    print(f"run: {out} ({args.out} is taken)" if renamed else f"run: {out}")
+    is_renamed = out.resolve() != args.out.resolve()
+    print(f"run: {out} ({args.out} is taken)" if is_renamed else f"run: {out}")
     with lock(out) if processes.rank == 0 else contextlib.nullcontext():
         train_in(out, args, facts, base, splits, processes)
 
 
 def train_in(out, args, facts, base, splits, processes):
-    """Trains and measures in a run's folder."""
+    """Train and measure in a run's folder."""
     started = time.monotonic()
     config = config_for(base.unet.config, TASKS[args.task].channels, base.vae.factor, args.weights,
                         args.foot)
-    disk = args.data and DiskCache(args.cache, {key: facts[key] for key in BASE_FACTS}, processes)
     cache, val_cache, test_cache = (
-        LatentCache(pairs, args.task, args.size, base, mirror=split == "train",
-                    extract=args.extract, disk=disk) for split, pairs in splits.items())
+        LatentCache(pairs, args.task, args.size, base, split == "train", args.extract, args.cache,
+                    processes) for split, pairs in splits.items())
     check_conditions((cache, val_cache, test_cache), args.task)
     print(f"{len(cache.pairs)} training, {len(val_cache.pairs)} validation and "
-          f"{len(test_cache.pairs)} test pairs; latents and text states are cached")
+          f"{len(test_cache.pairs)} test pairs")
     torch.manual_seed(args.seed)
     bps = build_bps(config).to(args.device, memory_format=torch.channels_last)
     base.unet.checkpointing = bps.checkpointing = args.checkpointing
-    run = Run(out, bps, args, processes, bps_metadata(args, facts, base, cache))
-    run.start_or_resume(facts)
+    training = Training(out, bps, args, processes, bps_metadata(args, facts, base, cache))
+    training.start_or_resume(facts)
     base_loss = paired_errors(base, val_cache).mean()
     if not base_loss.isfinite():
-        raise UserError(f"{args.base}: its own validation loss is not finite, as its numbers "
-                        f"overflow; give --dtype fp32 or another --base")
+        raise UserError(f"{args.base}: the validation loss of the frozen base is not finite. Use "
+                        f"--dtype fp32 or another --base.")
     base_loss = base_loss.item()
 
     def on_save(step, train_loss):
         if processes.rank == 0:
             val_loss = paired_errors(base, val_cache, bps).mean()
             require_finite(val_loss, f"step {step}: the validation loss", args.lr)
-            run.save(step, train_loss, base_loss, val_loss.item())
+            training.save(step, train_loss, base_loss, val_loss.item())
             tqdm.write(f"step {step}: validation loss {val_loss:.4f}, frozen base {base_loss:.4f}")
         processes.wait()
 
-    train(run, base, cache, args, on_save)
+    train(training, base, cache, args, on_save)
     if processes.rank > 0:
         return
-    run.restore_best()
-    meter = meter_for(args.task, args.data is None, args.device)
+    training.restore_best()
+    meter = meter_for(args.task, embedded=args.data is None)
     numbers = report(base, test_cache, bps, out, args.seed, meter)
     file, drawing = out / "bps.safetensors", out / "condition.png"
-    save_bps(bps, file, run.metadata | dict(best=run.best, results=numbers))
+    save_bps(bps, file, training.metadata | dict(best=training.best, results=numbers))
     example = example_condition(args.task, test_cache)
     with weights.replacing(drawing) as temporary:
         example.save(temporary)
@@ -262,9 +321,9 @@ def train_in(out, args, facts, base, splits, processes):
     for written in (file, drawing, out / "log.jsonl", out / "curve.png", out / "args.json"):
         print(written)
     print(f"done in {(time.monotonic() - started) / 60:.1f} min, peak memory "
-          f"{peak_memory(args.device):.2f} GB; now draw from a condition:\n"
+          f"{peak_memory(args.device):.2f} GB. Draw from a condition:\n"
           + sampling_command(args, file, drawing, test_cache.first_prompts([0])[0]))
 
 
 if __name__ == "__main__":
-    run(main, interrupted="interrupted; the same command goes on from the last checkpoint")
+    run(main, interrupted="interrupted; the same command resumes from the last checkpoint")

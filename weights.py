@@ -272,6 +272,14 @@ def fingerprint(*files):
     return digest.hexdigest()[:16]
 
 
+def hash_module(module):
+    """The first 16 hex digits of the SHA-256 of a module's config and weights."""
+    digest = hashlib.sha256(repr(module.config).encode())
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
 # ---- strict loading ------------------------------------------------------------------------
 
 def load_strict(module, checkpoint, dtype=torch.float32, device="cpu"):

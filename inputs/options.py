@@ -1,5 +1,6 @@
 """What the scripts share: how they read their command line and how they end."""
 import argparse
+import contextlib
 import io
 import os
 import re
@@ -19,6 +20,9 @@ MOST_PIXELS = 4096**2
 MOST_SEEDS = 2**31
 HERE = Path(__file__).parent.parent
 BASE = HERE / "tiny" / "model"
+DEFAULT_BPS = HERE / "tiny" / "bps_sketch.safetensors"      # for the embedded base
+DEFAULT_DRAWING = HERE / "tiny" / "drawing.png"
+NONE = Path("none")             # for --bps and --mask
 TEXT_OPTIONS = ("--prompt", "--negative-prompt", "--default-prompt")
 PORT_WEIGHTS = ("head-heavy", "flat")
 FEET = ("faithful", "light")
@@ -170,6 +174,25 @@ def shell_command(words):
             quoted = f'"{word}"'
         command.append(quoted)
     return " ".join(command + note)
+
+
+def to_argv(options):
+    """The command line's words that give these options (a dict)."""
+    argv = []
+    for name, value in options.items():
+        option = f"--{name.replace('_', '-')}"
+        argv += [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+    return argv                                         # with =, for a prompt may begin with -
+
+
+def in_range(kind, low, high):
+    """An argparse type: an int or float (`kind`) from low to high."""
+    def convert(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"must be in [{low}, {high}], got {text}")
+    return convert
 
 
 def seed_number(text):

@@ -1,76 +1,103 @@
-"""Pictures that are drawn, as PNG files which say how: sample.py draws them again with --from.
+"""What a picture that sample.py drew stores: the options and files to draw it again.
 
-    texts = [describe(args, job, seed, size, files, base) for seed in seeds]
-    write_pictures("", pictures, seeds, texts, conditions, Path("pictures"))
+    fields = png_fields(args, job, seed, size, fingerprints(args, job.conditions), base)
+    write_new(image, Path("pictures/0000.png"), fields)
 """
+import contextlib
+import itertools
 import json
 
 import torch
 from PIL import PngImagePlugin
 
-from inputs.conditions import load_image, to_image
-from inputs.sample_options import command_line, picture_options
-from weights import UserError, replacing
+from inputs import checkpoints
+from inputs.conditions import load_image
+from inputs.options import BASE, DEFAULT_BPS, DEFAULT_DRAWING, NONE, shell_command, to_argv
+from weights import UserError, fingerprint, replacing
+
+# Options that a picture stores. Where files are written is never among them.
+STORED = ("prompt", "negative_prompt", "sampler", "steps", "guidance", "dtype", "denoise", "seed",
+          "size", "base", "tokenizer", "vae", "prediction_type", "init", "bps", "cond", "strength",
+          "window", "mask")
 
 
-def unused(files):
-    """Returns the paths if none is there yet, else all of them with -2, -3 .. after the name."""
-    number, free = 1, files
-    while any(file.exists() for file in free):
-        number += 1
-        free = [file.with_stem(f"{file.stem}-{number}") for file in files]
-    return free
+def stored_options(args, job, seed, size, base):
+    """The options that draw a picture again; included files are left out, so they may move."""
+    options = {name: getattr(args, name) for name in STORED[:7]}
+    options |= dict(prompt=job.prompt, seed=seed, size=f"{size[0]}x{size[1]}", bps=["none"],
+                    prediction_type=base.schedule.prediction_type)
+    for name in ("base", "tokenizer", "vae", "init"):
+        path = getattr(args, name)
+        if path and path.resolve() != BASE:
+            options[name] = str(path.resolve())
+    if job.conditions:
+        columns = type(job.conditions[0])(*map(list, zip(*job.conditions)))
+        options |= dict(strength=columns.strength, window=[*sum(columns.window, ())])
+        for name, default in (("bps", DEFAULT_BPS), ("cond", DEFAULT_DRAWING), ("mask", None)):
+            paths = [path and path.resolve() for path in getattr(columns, name)]
+            options[name] = [str(path or NONE) for path in paths]
+            if paths in ([default], [None] * len(paths)):
+                del options[name]
+    return options
 
 
-def is_drawn(file, text):
-    """Returns whether a file, or one of its names with -2, -3 .., was drawn by a text's options."""
-    number, candidate = 1, file
-    while candidate.exists():
-        try:
-            record = getattr(load_image(candidate), "text", {})
-        except UserError:               # some other file, which is not overwritten
-            record = {}
-        if all(record.get(key) == str(text[key]) for key in ("options", "files")):
-            return True
-        number += 1
-        candidate = file.with_stem(f"{file.stem}-{number}")
-    return False
+def fingerprints(args, conditions, hash_files=fingerprint):
+    """{role: fingerprint} of the files that a picture depends on."""
+    files = dict(base=checkpoints.find_unet(args.base),
+                 vae=checkpoints.read_vae(args.vae or args.base).files(),
+                 text=checkpoints.read_text(args.base).files())
+    if args.init:
+        files["init"] = [args.init]
+    for i, condition in enumerate(conditions, 1):
+        files |= {f"{name} {i}": [getattr(condition, name)] for name in ("bps", "cond", "mask")
+                  if getattr(condition, name)}
+    return {role: hash_files(*paths) for role, paths in files.items()}
 
 
-def write_pictures(name, pictures, seeds, texts, conditions, out):
-    """Writes NAME SEED.png for each of pictures x (3, H, W), with its text fields.
+def png_fields(args, job, seed, size, files, base):
+    """The text fields of a picture's PNG (a dict), among them the command that draws it again."""
+    stored = stored_options(args, job, seed, size, base)
+    command = shell_command(["python", "sample.py", *to_argv(stored), "--n=1"])
+    return dict(prompt=job.prompt, seed=seed, device=args.device, torch=torch.__version__,
+                files=json.dumps(files), options=json.dumps(stored), command=command)
 
-    conditions: images of them as the network sees them, written beside. Nothing is overwritten.
+
+def read_stored(picture):
+    """(options, {role: fingerprint}) that a picture drawn by sample.py stores.
+
+    Only STORED options: a picture from elsewhere must not decide where files are written.
     """
-    numbers = [""] if len(conditions) == 1 else range(1, len(conditions) + 1)
-    files = unused([*(out / f"{name}condition{number}.png" for number in numbers),
-                    *(out / f"{name}{seed:04d}.png" for seed in seeds)])
-    for image, file in zip(conditions, files):
-        with replacing(file) as temporary:
-            image.save(temporary)
-    for x, text, file in zip(pictures, texts, files[len(conditions):]):
-        write_picture(x, text, file)
-    for file in files[:len(conditions)]:
-        print(file, "(the condition as the network sees it)")
-    for file in files[len(conditions):]:
-        print(file)
+    text = getattr(load_image(picture), "text", {})
+    try:
+        options, files = json.loads(text["options"]), json.loads(text["files"])
+        return {name: options[name] for name in STORED if name in options}, dict(files)
+    except (KeyError, RecursionError, TypeError, ValueError):
+        raise UserError(f"--from {picture}: does not say how it was drawn. Use a PNG as sample.py "
+                        f"wrote it; other programs drop its text.") from None
 
 
-def write_picture(x, text, file):
-    """Writes a picture x (3, H, W) as PNG with its text fields (a dict)."""
+def find_drawn(file, fields):
+    """The existing picture FILE, FILE-2 .. that the same options drew from the same files."""
+    for candidate in (file, *sorted(file.parent.glob(f"{file.stem}-[0-9]*{file.suffix}"))):
+        with contextlib.suppress(UserError):            # another file, which is left alone
+            text = getattr(load_image(candidate), "text", {})
+            if all(text.get(key) == str(fields[key]) for key in ("options", "files")):
+                return candidate
+    return None
+
+
+def write_new(image, file, fields=()):
+    """Write an image as PNG under a name that no other file or program has: FILE, FILE-2 .."""
     info = PngImagePlugin.PngInfo()
-    for key, value in text.items():
+    for key, value in dict(fields).items():
         # a file's name may not be valid Unicode, which a text field must be
         info.add_itxt(key, str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
-    with replacing(file) as temporary:
-        to_image(x).save(temporary, pnginfo=info)
-
-
-def describe(args, job, seed, size, files, base):
-    """Returns the text fields of a picture, among them the options that draw it once more."""
-    options = picture_options(args, job, seed, size, base.schedule.prediction_type)
-    facts = {name: options[name] for name in
-             ("prompt", "negative_prompt", "seed", "size", "sampler", "steps", "guidance",
-              "clip_skip", "dtype", "prediction_type")}
-    return facts | dict(device=args.device, torch=torch.__version__, files=json.dumps(files),
-                        options=json.dumps(options), command=command_line(options))
+    for number in itertools.count(1):
+        name = file if number == 1 else file.with_stem(f"{file.stem}-{number}")
+        with contextlib.suppress(FileExistsError):
+            open(name, "x").close()
+            break
+    with replacing(name) as temporary:
+        image.save(temporary, pnginfo=info)
+    print(name)
+    return name

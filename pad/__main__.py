@@ -17,9 +17,8 @@ import webbrowser
 from pathlib import Path
 
 from inputs.conditions import TASKS
-from inputs.options import BASE, DTYPES, Parser, run
+from inputs.options import BASE, DEFAULT_BPS, DTYPES, Parser, run
 from inputs.run_folder import CHECKPOINT
-from inputs.sample_options import DEFAULT_BPS
 from pad.studio import Studio
 from weights import UserError, first_line
 

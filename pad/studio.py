@@ -1,6 +1,6 @@
-"""What the page asks for: draws the newest request, opens pictures as conditions, saves.
+"""What the page asks for: draw the newest request, open a picture as a condition, save.
 
-Whatever draws here is sample.py's: the same options, the same denoiser, the same sampler.
+All drawing is sample.py's: the same options, the same denoiser, the same sampler.
 """
 import base64
 import functools
@@ -14,36 +14,31 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 
 import diffusion
-from bps import Steering, load_bps
+from bps import Condition, load_bps
+from data import load_pairs
 from inputs.conditions import TASKS, open_condition, read_condition, to_image
-from inputs.options import DTYPES, shell_command
-from inputs.pictures import describe, unused, write_picture
-from inputs.sample_options import (
-    Job,
-    check_fit,
-    check_settings,
-    fingerprints,
-    finish,
-    make_parser,
-)
-from sample import draw_job, load_base
-from weights import UserError, fingerprint, replacing
+from inputs.options import BASE, DTYPES, shell_command
+from inputs.pictures import fingerprints, png_fields, write_new
+from sample import Job, check_fit, draw, load_base, make_parser, parse_args
+from weights import UserError, fingerprint
 
 PREVIEW_STEPS = 5
-CANVAS_SIDE = 256                       # pixels of the page's canvas at least
+CANVAS_SIDE = 256                       # least side of the page's canvas, pixels
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)     # strengths
+EXAMPLES = 3                            # conditions to start from, for each task
 # entries of a request that are options of sample.py
 SETTINGS = ("prompt", "negative_prompt", "seed", "steps", "guidance", "sampler", "strength")
 
 
 class Dropped(Exception):
-    """A newer request has come."""
+    """A newer request has arrived."""
 
 
 class Drawn(NamedTuple):
-    """A picture x (3, H, W), and what it was drawn of."""
+    """A picture x (3, H, W), and what it was drawn from."""
     number: int                 # the request's
     args: object                # sample.py's arguments
     job: Job
@@ -53,18 +48,18 @@ class Drawn(NamedTuple):
 
 
 def data_url(image):
-    """Returns a PIL image as a URL that a page shows."""
+    """A PIL image as a URL that a page can show."""
     file = io.BytesIO()
     image.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
 def from_data_url(url):
-    """Returns the bytes of a picture in a page's URL. Errors: UserError."""
+    """The bytes of the picture in a page's URL."""
     try:
         return base64.b64decode(url.split(",", 1)[1], validate=True)
     except (AttributeError, IndexError, ValueError):
-        raise UserError("the picture is not a data URL; give data:image/png;base64,...") from None
+        raise UserError("the picture must be a data URL, as in data:image/png;base64,...") from None
 
 
 class Studio:
@@ -95,98 +90,108 @@ class Studio:
         self.scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 
     def setup(self):
-        """Returns what the page has to know (a dict, as JSON takes it)."""
+        """What the page has to know (a dict, as JSON takes it)."""
         tasks = {task: dict(command=f"python train.py --task {task}") for task in TASKS}
         for task, (file, bps) in self.networks.items():
             classes = bps.metadata.get("classes") or {}
             ground = next(iter(classes), "#ffffff") if "#000000" not in classes else "#000000"
-            tasks[task] = dict(file=str(file), side=max(CANVAS_SIDE, bps.metadata["size"]),
-                               classes=classes, ground=ground, has_labels=TASKS[task].has_labels)
-        parser = self.parser()
-        defaults = finish(parser, parser.parse_args(self.fixed_words(None, None)))
+            tasks[task] = dict(file=str(file), side=self.side(bps), classes=classes, ground=ground,
+                               has_labels=TASKS[task].has_labels, examples=self.examples(task, bps))
+        defaults = self.parse({}, "none")
         return dict(tasks=tasks, samplers=diffusion.SAMPLERS, preview_steps=PREVIEW_STEPS,
                     strip=STRIP, settings=SETTINGS, newest=self.newest,
                     defaults={name: getattr(defaults, name) for name in SETTINGS[:-1]})
 
+    def side(self, bps):
+        """The canvas's side for a BPS, in pixels."""
+        return max(CANVAS_SIDE, bps.metadata["size"])
+
+    def examples(self, task, bps):
+        """[{picture: URL, prompt}] of the first embedded test pairs, for the embedded base."""
+        if self.args.base.resolve() != BASE:
+            return []
+        return [dict(picture=self.fit(pair.open_cond(), task, bps), prompt=pair.prompts[0])
+                for pair in load_pairs(task, "test")[:EXAMPLES]]
+
+    def fit(self, image, task, bps):
+        """The URL of a condition's image, as large as the canvas."""
+        side = self.side(bps)
+        return data_url(TASKS[task].fit(image, side, side).convert("RGB"))
+
     # ---- drawing ---------------------------------------------------------------------------
 
     def draw(self, request, send):
-        """Draws a request, and calls send with dicts about its progress.
+        """Draw a request, and call send with dicts about its progress.
 
         They are {"progress": 0 to 1}, {"picture": URL, "strength": s}, {"prior": URL}, and last
         {"seconds": s}, or {"dropped": true} if there is a request with a higher number. request:
-        number, SETTINGS, task, drawing (a URL, or none for the prior alone), strip (whether to
-        draw STRIP's strengths), preview (whether to take few steps and leave out the prior).
-        Errors: UserError.
+        number, SETTINGS, task, drawing (a URL, or none for the prior alone), strip (draw STRIP's
+        strengths), preview (take few steps and leave out the prior).
         """
         start, number = time.monotonic(), request.get("number")
         if not isinstance(number, int):
-            raise UserError(f"number {number}: give a whole number, higher than the last one")
+            raise UserError(f"number must be an integer, got {number}.")
         with self.counting:
             self.newest = max(self.newest, number)
-
-        def check():
-            """Ends the drawing if there is a newer request."""
-            if number < self.newest:
-                raise Dropped
-
         try:
             with self.drawing:
-                check()
-                self.draw_pictures(request, check, send)
+                self.check_newest(number)
+                self.draw_pictures(request, send)
                 send(dict(seconds=time.monotonic() - start))
         except Dropped:
             send(dict(dropped=True))
 
-    def draw_pictures(self, request, check, send):
-        """Draws a request's pictures, at last the prior's if it is a new one. Errors: UserError."""
+    def check_newest(self, number):
+        """Raise Dropped if there is a newer request."""
+        if number < self.newest:
+            raise Dropped
+
+    def draw_pictures(self, request, send):
+        """Draw a request's pictures, and last the prior's if that is a new one."""
         _, bps = self.network(request)
         size, is_preview = (bps.metadata["size"],) * 2, bool(request.get("preview"))
-        drawings = []                           # (arguments, conditions, steerings) of each
+        drawings = []                           # (options, strength, Conditions) of each
         content = request.get("drawing") and from_data_url(request["drawing"])
         if content:
             args, cond = self.read(request, content)
-            strengths = STRIP if request.get("strip") else [args.conditions[0].strength]
-            for s in strengths:
-                steering = Steering(bps, self.base.unet, cond.to(self.args.device), strength=s)
-                drawings.append((args, [args.conditions[0]._replace(strength=s)], [steering]))
+            for s in STRIP if request.get("strip") else [args.conditions[0].strength]:
+                drawings.append((args, s, [Condition(bps, cond.to(self.args.device), s)]))
         prior_of = size, [request.get(name) for name in SETTINGS if name != "strength"]
         if self.prior[0] != prior_of and not is_preview:
-            drawings.append((self.parse(request, "none"), [], []))
-        step, steps = itertools.count(1), sum(args.steps for args, _, _ in drawings)
+            drawings.append((self.parse(request, "none"), None, []))
+        step, steps = itertools.count(1), sum(args.steps for args, *_ in drawings)
 
         def on_step():
-            """Reports a step."""
-            check()
+            self.check_newest(request["number"])
             send(dict(progress=next(step) / steps))
 
-        for args, conditions, steerings in drawings:
-            job = Job("", conditions, args.prompt)
-            x, = draw_job(job, steerings, args, self.base, None, size, on_step)
+        for args, strength, conditions in drawings:
+            context, empty = self.base.encode([args.prompt, args.negative_prompt]).split(1)
+            x, = draw(self.base, context, empty, [args.seed], size, diffusion.Sampling(
+                args.sampler, args.steps, args.guidance), conditions, on_step=on_step)
+            job = Job("", [args.conditions[0]._replace(strength=strength)] if conditions else [],
+                      args.prompt)
             drawn = Drawn(request["number"], args, job, x, size, content)
             if not conditions:
                 self.prior = prior_of, drawn
                 continue
             if not request.get("strip") and not is_preview:
                 self.last = drawn
-            send(dict(picture=data_url(to_image(x)), strength=conditions[0].strength))
+            send(dict(picture=data_url(to_image(x)), strength=strength))
         if not is_preview:
             if not content:
                 self.last = self.prior[1]._replace(number=request["number"])
             send(dict(prior=data_url(to_image(self.prior[1].x))))
 
     def network(self, request):
-        """Returns (file, BPS) for the task of a request. Errors: UserError."""
+        """(file, BPS) for the task of a request."""
         if str(request.get("task")) not in self.networks:
-            raise UserError(f"task {request.get('task')}: no BPS for it; allowed are "
-                            f"{', '.join(self.networks)}")
+            raise UserError(f"task must be one of {', '.join(self.networks)}, got "
+                            f"{request.get('task')}.")
         return self.networks[request["task"]]
 
     def read(self, request, content):
-        """Returns (sample.py's arguments, cond (1, C, H, W)) for a drawing's bytes.
-
-        Errors: UserError.
-        """
+        """(sample.py's options, cond (1, C, H, W)) for a drawing's bytes."""
         file, bps = self.network(request)
         drawing = Path(self.scratch.name) / "drawing.png"
         drawing.write_bytes(content)
@@ -198,82 +203,66 @@ class Studio:
             raise UserError(str(error).replace(str(drawing), "drawing")) from None
         return args, cond[None]
 
-    def parser(self):
-        """Returns sample.py's parser, whose errors are UserErrors."""
+    def parse(self, request, bps, drawing=None):
+        """sample.py's checked options for a request."""
+        argv = ["--n=1", f"--dtype={self.args.dtype}", f"--device={self.args.device}",
+                f"--base={self.args.base}", f"--out={self.args.out}", "--bps", str(bps)]
+        argv += [f"--{name.replace('_', '-')}={getattr(self.args, name)}" for name in
+                 ("tokenizer", "vae", "prediction_type") if getattr(self.args, name)]
+        argv += ["--cond", str(drawing)] if drawing else []
+        argv += [f"--{name.replace('_', '-')}={request[name]}"
+                 for name in (SETTINGS if drawing else SETTINGS[:-1]) if name in request]
+
         def refuse(message):
-            """Raises what the parser would end the script with."""
             raise UserError(message.removeprefix("argument "))
 
-        parser = make_parser("")
+        parser = make_parser()
         parser.error = refuse
-        return parser
-
-    def fixed_words(self, bps, drawing):
-        """Returns the words of sample.py's command line that no request changes."""
-        words = ["--n=1", f"--dtype={self.args.dtype}", f"--device={self.args.device}",
-                 f"--base={self.args.base}", f"--out={self.args.out}"]
-        words += [f"--{name.replace('_', '-')}={getattr(self.args, name)}" for name in
-                  ("tokenizer", "vae", "prediction_type") if getattr(self.args, name)]
-        words += ["--bps", str(bps)] if bps else []
-        return words + (["--cond", str(drawing)] if drawing else [])
-
-    def parse(self, request, bps, drawing=None):
-        """Returns sample.py's checked arguments for a request. Errors: UserError names an option.
-        """
-        settings = SETTINGS if drawing else SETTINGS[:-1]
-        words = [f"--{name.replace('_', '-')}={request.get(name, '')}" for name in settings]
-        parser = self.parser()
-        args = finish(parser, parser.parse_args(words + self.fixed_words(bps, drawing)))
+        args = parse_args(argv, parser)
         if request.get("preview"):
             args.steps = min(args.steps, PREVIEW_STEPS)
-        check_settings(parser, args)
         return args
 
     # ---- files -----------------------------------------------------------------------------
 
     def open(self, request):
-        """Returns {"picture": URL} of an image as a condition, to draw on, as large as the canvas.
+        """{"picture": URL} of an image file as a condition to draw on, as large as the canvas.
 
-        request: task, and file, a URL. Errors: UserError if it cannot be read, is too large, or
-        holds unknown classes.
+        request: task, and file, a URL.
         """
         _, bps = self.network(request)
-        content, side = from_data_url(request.get("file")), max(CANVAS_SIDE, bps.metadata["size"])
         with tempfile.TemporaryDirectory(dir=self.scratch.name) as folder:
             file = Path(folder) / "picture"
-            file.write_bytes(content)
+            file.write_bytes(from_data_url(request.get("file")))
             try:
                 image = open_condition(file, request["task"], bps.metadata.get("classes"))
             except UserError as error:
                 raise UserError(str(error).replace(str(file), "picture")) from None
-        image = TASKS[request["task"]].fit(image, side, side)
-        return dict(picture=data_url(image.convert("RGB")))
+        return dict(picture=self.fit(image, request["task"], bps))
 
     def save(self, request):
-        """Writes the picture that was drawn last, and its drawing.
+        """Write the picture that was drawn last, and its drawing.
 
-        request: number, that of its request. Returns {"files": [paths], "command": what draws it
-        again}. Errors: UserError if another picture has been drawn since.
+        request: number, that of its request. The answer is {"files": [paths], "command": what
+        draws it again}.
         """
         last = self.last
         if last is None or last.number != request.get("number"):
-            raise UserError("this picture is no longer there; draw it again, then save")
+            raise UserError("this picture is gone. Draw it again, then save.")
         with self.saving:
             self.args.out.mkdir(parents=True, exist_ok=True)
-            picture, drawing = unused([self.args.out / name for name in
-                                       ("pad.png", "pad-drawing.png")])
-            job = last.job
+            job, files = last.job, []
             if job.conditions:
-                with replacing(drawing) as temporary:
-                    temporary.write_bytes(last.drawing)
-                job = job._replace(conditions=[job.conditions[0]._replace(cond=drawing)])
+                drawing = Image.open(io.BytesIO(last.drawing))
+                files.append(write_new(drawing, self.args.out / "pad-drawing.png"))
+                job = job._replace(conditions=[job.conditions[0]._replace(cond=files[0])])
 
-            def fingerprint_once(*files):
-                """Reads a base once only, but a drawing of the same name anew."""
-                return (fingerprint if drawing in files else self.fingerprint)(*files)
+            def hash_once(*paths):
+                """Read a base only once, but a drawing of the same name again."""
+                return (fingerprint if paths[0] in files else self.fingerprint)(*paths)
 
-            files = fingerprints(last.args, job.conditions, fingerprint_once)
-            text = describe(last.args, job, last.args.seed, last.size, files, self.base)
-            write_picture(last.x, text, picture)
-        return dict(files=[str(picture), str(drawing)][:1 + len(job.conditions)],
+            used = fingerprints(last.args, job.conditions, hash_once)
+            fields = png_fields(last.args, job, last.args.seed, last.size, used, self.base)
+            picture = write_new(to_image(last.x), self.args.out / "pad.png", fields)
+        return dict(files=[str(file) for file in (picture, *files)],
                     command=shell_command(["python", "sample.py", "--from", picture]))

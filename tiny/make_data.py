@@ -51,7 +51,7 @@ PENS = (3, 5, 7)                # widths at 256 px
 FRAMES = {"adventurer": (0.02, 0.04, 0.96), "avataaars": (0.04, 0, 0.94),
           "bigEars": (0.05, 0.05, 0.9), "bigSmile": (0.02, 0, 0.96), "bottts": (0, 0, 1),
           "dylan": (0.04, 0.01, 0.92), "lorelei": (0.06, 0.07, 0.9), "micah": (0.02, 0, 0.96),
-          "miniavs": (0, 0, 1), "personas": (0.08, 0.08, 0.84), "toonHead": (0.03, 0, 0.95),
+          "miniavs": (0, 0, 1), "toonHead": (0.03, 0, 0.95),
           "pixelArt": (0, 0, 1)}
 HAIR_KEYS = {"avataaars": "top", "bottts": "top", "toonHead": "rearHair"}
 UNSEEN_HAIR = {
@@ -61,7 +61,7 @@ UNSEEN_HAIR = {
     "bigSmile": ("shortHair",), "bottts": ("radar",), "dylan": ("buns",),
     "lorelei": ("variant01", "variant31", "variant05", "variant02", "variant12"),
     "micah": ("mrT",), "miniavs": ("balndess",),
-    "personas": ("bunUndercut", "buzzcut"), "toonHead": ("shoulderHigh",)}
+    "toonHead": ("shoulderHigh",)}
 
 
 # ---- drawing with DiceBear and resvg -------------------------------------------------------

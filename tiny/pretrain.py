@@ -34,7 +34,7 @@ from inputs.conditions import to_x
 from inputs.options import BASE, Parser, positive, run, seed_number
 from measure.report import contact_sheet
 from tiny import world
-from tiny.classifier import BATCH, CLIPScore, save_score
+from tiny.clip_score import BATCH, CLIPScore, save_score
 from unet import ResBlock, SpatialTransformer, UNet, UNetConfig, load_unet
 from vae import AutoencoderKL, VAEConfig, load_vae
 

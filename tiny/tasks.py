@@ -2,7 +2,7 @@
 
 | task | condition | picture | pairs: train, val, test, unseen |
 |---|---|---|---|
-| sketch | line drawing | figure of twelve styles | 1000, 60, 200, 100 |
+| sketch | line drawing | figure of ten styles | 1000, 60, 200, 100 |
 | segmentation | label map of its parts | the same figures | 1000, 60, 200, 100 |
 | layout | a filled box for each part | the same figures | 1000, 60, 200, 100 |
 | artistic | colours and lines of the picture itself | a style the base never saw | 40, 20, 60 |

@@ -20,7 +20,7 @@ SPLITS = ("train", "val", "test", "unseen")     # unseen: hair shapes that occur
 # DiceBear style -> its words in captions
 STYLES = {"adventurer": "adventurer", "avataaars": "avataaars", "bigEars": "big ears",
           "bigSmile": "big smile", "bottts": "bottts", "dylan": "dylan", "lorelei": "lorelei",
-          "micah": "micah", "miniavs": "miniavs", "personas": "personas", "toonHead": "toon"}
+          "micah": "micah", "miniavs": "miniavs", "toonHead": "toon"}
 ARTISTIC_STYLE = "pixelArt"                     # the base has never seen it
 PARTS = ("hair", "skin", "clothes", "robot")    # what has a colour of its own
 # part -> colour word in captions -> RGB
