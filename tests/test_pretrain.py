@@ -1,152 +1,229 @@
-"""The embedded base: its split, and its pretraining, shortened: seeded, resumable, loadable."""
-import argparse
-import hashlib
+"""The embedded base: its splits and captions, and its training, shortened: seeded, resumable."""
 import json
-import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import clip
+from inputs.conditions import TASKS
 from inputs.options import BASE
 from sample import load_base
-from tiny import pretrain, tasks, world
+from tiny import make_data, pretrain, tasks, world
 
-STAGES = ("clip", "vae", "unet")
-POOL = world.pool
+STAGES = ("vae", "clip", "unet")
 
 
-def run(monkeypatch, stage, folder, steps, *arguments):
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory):
+    """A work folder whose pool holds 24 training figures of the tasks."""
+    work = tmp_path_factory.mktemp("work")
+    rows = world.figures("train")[:24]
+    (work / "pool").mkdir()
+    np.save(work / "pool" / "pictures.npy", np.stack(
+        [np.asarray(world.open_part("picture", row["name"])) for row in rows]))
+    (work / "pool" / "figures.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return work
+
+
+def run_stage(monkeypatch, pool, stage, folder, steps, *arguments):
+    work = folder / "work"
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "pool").exists():
+        (work / "pool").symlink_to(pool / "pool")
+    monkeypatch.setattr(pretrain.STAGES[stage], "batch", 4)
     monkeypatch.setattr(sys, "argv", [
-        "pretrain", "--stage", stage, "--steps", str(steps), "--pool", "64", "--device", "cpu",
-        "--work", str(folder / "work"), "--out", str(folder / "model"), *arguments])
+        "pretrain", "--stage", stage, "--steps", str(steps), "--device", "cpu",
+        "--work", str(work), "--out", str(folder / "model"), *arguments])
     pretrain.main()
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch):
-    for stage in pretrain.STAGES.values():
-        monkeypatch.setattr(stage, "batch", 4)
+# ---- splits --------------------------------------------------------------------------------
 
+def test_the_base_has_learned_no_held_out_shape():
+    learned = set(np.load(world.DATA / "pool_hashes.npy").tolist())
+    held_out = [int(row["hash"], 16) for row in world.figures() if row["split"] != "train"]
+    assert len(held_out) == len(set(held_out)) == 360
+    assert len(learned) > 30_000 and learned.isdisjoint(held_out)
+
+
+def test_a_split_is_a_function_of_shapes_alone():
+    figure, parts, digest = dict(style="toonHead"), dict(rearHair="longWavy"), "f" * 64
+    assert make_data.split_of(figure, parts, digest) == "train"
+    assert make_data.split_of(figure, parts, "0" * 64) == "test"
+    assert make_data.split_of(figure, parts, "1c" + "0" * 62) == "val"
+    assert make_data.split_of(figure, dict(rearHair="shoulderHigh"), digest) == "unseen"
+
+
+def test_colours_and_mirroring_do_not_change_the_hash():
+    coded = np.zeros((64, 64, 4), np.float32)
+    coded[20:40, 10:30, 1] = coded[20:40, 10:30, 3] = 1
+    moved = np.roll(coded, 4, axis=1)
+    assert make_data.hash_shapes(coded) == make_data.hash_shapes(coded + 1e-3)
+    assert make_data.hash_shapes(coded) != make_data.hash_shapes(moved)
+
+
+def test_every_task_has_its_pairs_and_no_prompt_names_a_shape():
+    counts = dict(train=1000, val=60, test=200, unseen=100)
+    for task in ("sketch", "segmentation", "layout"):
+        assert {split: len(tasks.embedded_pairs(task, split)) for split in counts} == counts
+    assert [len(tasks.embedded_pairs("artistic", split))
+            for split in ("train", "val", "test")] == [40, 20, 60]
+    shapes = {*world.HAIR_WORDS, *world.TOPS, *world.EXTRAS, *world.EXPRESSIONS} - {"bald"}
+    for *_, (prompt,) in tasks.embedded_pairs("sketch", "test"):
+        assert not any(shape in prompt for shape in shapes)
+
+
+def test_the_artistic_style_is_in_no_other_task():
+    names = {name for task in ("sketch", "layout") for name, *_ in
+             tasks.embedded_pairs(task, "train")}
+    assert names.isdisjoint(name for name, *_ in tasks.embedded_pairs("artistic", "train"))
+
+
+# ---- pictures and conditions ---------------------------------------------------------------
+
+def test_named_colours_are_where_the_part_map_says():
+    distances = []
+    for row in world.figures("val"):
+        picture = np.asarray(world.open_part("picture", row["name"])).astype(int)
+        classes = np.asarray(world.open_part("parts", row["name"]))
+        for part in set(world.PARTS) & row.keys():
+            inside = classes == list(tasks.CLASSES).index(part)
+            if inside.sum() > 40:
+                median = np.median(picture[inside], axis=0)
+                distances.append(np.abs(median - world.rgb(part, row[part])).max())
+    assert len(distances) > 100 and np.quantile(distances, 0.95) < 30
+
+
+def test_shares_of_parts_are_what_was_drawn():
+    black, coded = np.zeros((4, 4, 4)), np.zeros((4, 4, 4))
+    black[..., 3] = coded[..., 3] = 1
+    coded[0, :, 0], coded[1, :, 1], coded[2, :, 2] = 1, 0.5, 1
+    black[3, :, 0] = coded[3, :, 0] = 0.7                   # a feature that happens to be red
+    shares = make_data.part_shares(black, coded)
+    assert shares[0, 0].tolist() == [1, 0, 0] and shares[1, 0].tolist() == [0, 0.5, 0]
+    assert shares[2, 0].tolist() == [0, 0, 1] and not shares[3].any()
+
+
+def test_ink_is_a_closed_line_around_a_disc_and_black_inside():
+    rows, columns = np.mgrid[:256, :256]
+    disc = np.hypot(rows - 128, columns - 128) < 60
+    eye = np.hypot(rows - 128, columns - 128) < 12
+    black = np.zeros((256, 256, 4), np.float32)
+    black[disc, 3] = 1
+    coded = black.copy()
+    coded[disc & ~eye, 1] = 1                               # skin with a black eye
+    ink = make_data.find_ink(black, coded, 5)
+    distance = np.hypot(rows - 128, columns - 128)
+    assert (ink[np.abs(distance - 60) < 1.5] == 255).mean() > 0.95
+    assert (ink[distance < 10] == 255).all() and not ink[(distance > 20) & (distance < 52)].any()
+    wider = make_data.find_ink(black, coded, 7)
+    assert wider.astype(bool).sum() > ink.astype(bool).sum()
+
+
+def test_a_hand_makes_gaps_and_moves_lines():
+    rng = np.random.default_rng(0)
+    ink = np.zeros((256, 256), np.uint8)
+    ink[::16] = 255
+    erased = make_data.erase(ink, 0.1, rng)
+    assert 1 - erased.astype(bool).sum() / ink.astype(bool).sum() == pytest.approx(0.1, abs=0.02)
+    moved = make_data.wobble(ink, 0.02, rng)
+    assert (moved != ink).any() and moved.astype(bool).mean() == pytest.approx(1 / 16, rel=0.2)
+
+
+def test_boxes_hold_their_parts():
+    for name, open_cond, *_ in tasks.embedded_pairs("layout", "val")[:20]:
+        boxes, parts = (np.asarray(image) for image in (open_cond(), world.open_part("parts", name)))
+        for number, box in tasks.find_boxes(parts).items():
+            left, top, right, bottom = box
+            covered = boxes[top:bottom, left:right]
+            assert (covered != 0).all()
+            assert (boxes == number).any() or len(tasks.find_boxes(parts)) > 1
+        assert set(np.unique(boxes)) <= {0, *tasks.find_boxes(parts)}
+
+
+def test_a_caption_is_a_function_of_its_generator_and_says_what_is_there():
+    row = dict(style="toonHead", ground="pink", hair="purple", skin="brown", shape="bun",
+               features=["smiling", "glasses"])
+    full = "person, purple bun, brown skin, smiling, glasses, toon style, on pink"
+    assert world.full_caption(row) == full
+    assert world.prompt(row) == "person, purple hair, brown skin, toon style, on pink"
+    said = {phrase for seed in range(40) for phrase in
+            world.vary_caption(row, np.random.default_rng(seed)).split(", ")}
+    assert said == set(full.split(", "))
+    assert pretrain.draw_captions([row], 3) == pretrain.draw_captions([row], 3)
+
+
+def test_parts_become_words():
+    parts = dict(hair="bunHair", mouth="openedSmile", accessories="sunglasses")
+    assert world.describe(parts, "hair") == dict(shape="bun", features=["smiling", "sunglasses"])
+    parts = dict(top="horns", eyes="glow", glassesColor="2b2b30", earringsColor="000000")
+    assert world.describe(parts, "top") == dict(shape="horns", features=[])
+
+
+# ---- training ------------------------------------------------------------------------------
 
 @pytest.mark.slow
-def test_each_stage_is_seeded_and_resumes_to_the_same_weights(tmp_path, monkeypatch):
+def test_each_stage_is_seeded_and_resumes_to_the_same_weights(pool, tmp_path, monkeypatch):
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     for stage in STAGES:
-        run(monkeypatch, stage, whole, 4)
-        run(monkeypatch, stage, halves, 2)
-        run(monkeypatch, stage, halves, 4)
+        run_stage(monkeypatch, pool, stage, whole, 4)
+        run_stage(monkeypatch, pool, stage, halves, 2)
+        run_stage(monkeypatch, pool, stage, halves, 4)
         file = f"work/{stage}/checkpoint.safetensors"
         first, second = load_file(whole / file), load_file(halves / file)
         assert all(torch.equal(first[key], second[key]) for key in first), stage
         rows = (halves / "work" / stage / "log.jsonl").read_text().splitlines()
         assert [json.loads(row)["step"] for row in rows] == [2, 4]
     base = load_base(whole / "model")                                           # a valid SD folder
-    context = base.encode(["a red apple"])
+    context = base.encode(["person, purple hair"])
     assert base.unet(torch.randn(1, 4, 16, 16), torch.tensor([5]), context).isfinite().all()
     assert base.vae.config.scaling_factor > 0 and (whole / "model" / "model_index.json").is_file()
 
 
-@pytest.mark.parametrize("minutes", ["0", "-5", "nan"])
-def test_no_time_is_no_budget(minutes, tmp_path, monkeypatch, capsys):
+def test_a_budget_must_be_positive(pool, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, "vae", tmp_path, 1, "--minutes", minutes)
-    assert stop.value.code == 2 and "allowed is more than 0" in capsys.readouterr().err
+        run_stage(monkeypatch, pool, "vae", tmp_path, 1, "--minutes", "0")
+    assert stop.value.code == 2 and "--minutes" in capsys.readouterr().err
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.slow
-def test_a_unet_can_go_on_from_given_weights(tmp_path, monkeypatch):
-    shutil.copytree(BASE, tmp_path / "model")
-    file = "unet/diffusion_pytorch_model.safetensors"
-    (tmp_path / "model" / file).unlink()
-    monkeypatch.setattr(pretrain.UNetStage, "rate", 0.0)
-    run(monkeypatch, "unet", tmp_path, 1, "--init", str(BASE))
-    given, written = load_file(BASE / file), load_file(tmp_path / "model" / file)
-    assert given.keys() == written.keys()
-    assert all(torch.equal(given[name], written[name]) for name in given)
-
-
-def test_merges_are_the_most_frequent_pairs_with_ties_by_the_alphabet():
-    merges = pretrain.learn_merges(["aab aab", "cab"], most=9)
-    assert merges[:2] == [("a", "b</w>"), ("a", "ab</w>")]       # 3 times, then 2
-    assert pretrain.merge(("a", "a", "a", "b"), ("a", "a")) == ("aa", "a", "b")
-    assert merges[2:] == [("c", "ab</w>")]
-
-
-def test_a_picture_and_its_caption_are_a_function_of_the_seed():
-    (first, captions), (again, same) = (pretrain.make_pool("val", 8, seed=3) for _ in range(2))
-    assert torch.equal(first, again) and captions == same
-    other, _ = pretrain.make_pool("val", 8, seed=4)
-    assert not torch.equal(first, other)
-
-
-def digest(row):
-    return hashlib.sha256(world.picture(row["style"], row["name"]).tobytes()).hexdigest()
-
-
-@pytest.mark.slow
-def test_no_training_pool_opens_a_held_out_picture(tmp_path, monkeypatch):
-    held_out = {digest(row) for row in world.records(None, ("3d", "flat", "line"))
-                if row["split"] != "train"}
-    unseen_style = {digest(row) for row in world.records(None, (tasks.ARTISTIC_STYLE,))}
-    assert len(held_out) == 3 * 199 and len(unseen_style) > 300
-    opened, open_picture, val_pool = set(), world.picture, world.pool("val")
-    monkeypatch.setattr(world, "picture", lambda style, name:
-                        opened.add((style, name)) or open_picture(style, name))
-    monkeypatch.setattr(world, "pool", lambda split:       # what a stage composes to learn from
-                        val_pool[:1] if split == "val" else POOL(split))
-    shutil.copytree(BASE, tmp_path / "model")
-    for stage in STAGES:
-        run(monkeypatch, stage, tmp_path, 3)
-    pretrain.make_pool("train", 3000, seed=5)
-    styles = {style for style, _ in opened}
-    assert styles == set(world.BASE_STYLES) and len(opened) > 2000
-    monkeypatch.undo()
-    validated = {(row["style"], row["name"]) for row in val_pool[:1]}
-    digests = {digest(dict(style=style, name=name)) for style, name in opened - validated}
-    assert not digests & (held_out | unseen_style)
-
-
-def test_every_name_is_learned_from_other_designers_and_tested_on_fluents_own_pictures():
-    known = {row["name"] for row in world.pool("train")}
-    for split, names in (("val", 58), ("test", 141)):
-        rows = world.pool(split)
-        assert {row["style"] for row in rows} == set(world.FLUENT_STYLES)
-        assert len({row["name"] for row in rows}) == names
-        assert {row["name"] for row in rows} <= known
-
-
-def test_min_snr_weights_count_clean_steps_less(tmp_path, monkeypatch):
-    shutil.copytree(BASE, tmp_path / "model")
-    monkeypatch.setattr(pretrain.UNetStage, "encode", lambda *_: None)
-    args = argparse.Namespace(out=tmp_path / "model", device="cpu", pool=8, seed=0, init=None)
-    stage = pretrain.UNetStage(args)
-    abar = stage.schedule.alphas_cumprod
+def test_min_snr_weights_count_clean_steps_less():
+    abar = pretrain.NoiseSchedule().alphas_cumprod
     snr = abar / (1 - abar)
     expected = torch.where(snr > 5, 5 / snr, torch.ones(()))
-    torch.testing.assert_close(stage.loss_weights, (expected / expected.mean()).float())
-    assert stage.loss_weights[0] < 0.02 < 1 < stage.loss_weights[999]
+    weights = pretrain.min_snr_weights(pretrain.NoiseSchedule(), gamma=5.0)
+    torch.testing.assert_close(weights, (expected / expected.mean()).float())
+    assert weights[0] < 0.02 < 1 < weights[999]
 
 
-def test_augmented_pictures_are_other_pictures_of_the_same_range():
-    x = pretrain.to_batch(pretrain.make_pool("train", 8, seed=3)[0], "cpu")
-    turned = pretrain.augment(x, torch.Generator().manual_seed(0))
-    assert turned.shape == x.shape and turned.abs().max() <= 1
-    assert (turned - x).abs().mean() > 0.02
-    assert torch.equal(turned, pretrain.augment(x, torch.Generator().manual_seed(0)))
+def test_augmented_pictures_differ_and_stay_in_range():
+    x = torch.rand(4, 3, 64, 64) * 2 - 1
+    moved = pretrain.augment(x, torch.Generator().manual_seed(0))
+    assert moved.shape == x.shape and moved.abs().max() <= 1 and (moved - x).abs().mean() > 0.02
+    assert torch.equal(moved, pretrain.augment(x, torch.Generator().manual_seed(0)))
 
 
-def test_a_scene_holds_the_emoji_it_names_without_overlap():
-    for i in range(20):
-        rng = np.random.default_rng(i)
-        _, caption, places = world.scene(world.pool("val"), rng)
-        assert 2 <= len(places) <= 4
-        assert all(row["caption"] in caption for row, *_ in places)
-        boxes = [(left, top, left + size, top + size) for _, left, top, size in places]
-        for a in range(len(boxes)):
-            for b in range(a):
-                (l1, t1, r1, b1), (l2, t2, r2, b2) = boxes[a], boxes[b]
-                assert r1 <= l2 or r2 <= l1 or b1 <= t2 or b2 <= t1
+def test_a_trained_tokenizer_keeps_frequent_words_whole(tmp_path):
+    captions = ["person, purple hair"] * 9 + ["person, teal robot"]
+    pretrain.train_tokenizer(captions, tmp_path)
+    tokenizer = clip.load_tokenizer(tmp_path)
+    ids, dropped = tokenizer.fit("person, purple zebra")
+    words = [word for word, i in tokenizer.vocab.items() if i in ids[:3]]
+    assert {"person</w>", "purple</w>"} < {*words, ",</w>"} | set(words) and not dropped
+    assert len(ids) > 4                                     # an unknown word is spelled in letters
+
+
+def test_conditions_have_the_channels_of_their_task():
+    for task in TASKS:
+        name, open_cond, open_image, prompts = tasks.embedded_pairs(task, "val")[0]
+        cond = TASKS[task].to_cond(open_cond())
+        assert cond.shape == (TASKS[task].channels, 64, 64) and 0 <= cond.min() <= cond.max() <= 1
+        assert open_image().size == (64, 64) and isinstance(prompts, tuple)
+
+
+def test_the_models_parts_are_all_there():
+    assert Path(BASE / "clip_score.safetensors").is_file()

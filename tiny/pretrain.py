@@ -271,18 +271,25 @@ def zero_last_layers(unet):
     return unet
 
 
+def min_snr_weights(schedule, gamma):
+    """Loss weights (1000,) with mean 1: min(snr, gamma) / snr, so that clean steps count less.
+
+    Source: arXiv 2303.09556.
+    """
+    snr = schedule.alphas_cumprod / (1 - schedule.alphas_cumprod)
+    loss_weights = (snr.clamp(max=gamma) / snr).float()
+    return loss_weights / loss_weights.mean()
+
+
 class UNetStage:
     """The noise predictor on cached latents, with the frozen text tower and 10 % empty prompts."""
     batch, rate = 64, 8e-4
     empty_share = 0.1
-    snr_gamma = 5.0             # min-SNR weights (arXiv 2303.09556): clean steps count less
 
     def __init__(self, args):
         self.args = args
         self.schedule = NoiseSchedule()
-        snr = self.schedule.alphas_cumprod / (1 - self.schedule.alphas_cumprod)         # (1000,)
-        self.loss_weights = (snr.clamp(max=self.snr_gamma) / snr).float()
-        self.loss_weights /= self.loss_weights.mean()
+        self.loss_weights = min_snr_weights(self.schedule, gamma=5.0)
         self.vae = load_vae(args.out, device=args.device)
         self.tokenizer, self.text_model = clip.load_clip(args.out, device=args.device)
         pictures, self.rows = load_pool(args.work)
