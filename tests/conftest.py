@@ -1,19 +1,62 @@
 """Fixtures that several test files share."""
 import functools
+import itertools
+import sys
 
+import numpy as np
 import pytest
 import references
+from PIL import Image
 
+import sample
 from diffusion import Sampling
+from inputs import options
 from measure import report
 
 
 @pytest.fixture
 def short_report(monkeypatch):
-    """The report's measures over fewer pictures, steps and timesteps."""
+    """Measure over fewer pictures, steps and timesteps in a training's report."""
     for name, value in dict(VALIDATION_T=(500,), OBEDIENCE_PICTURES=2, SHEET_ROWS=2,
                             SAMPLING=Sampling(steps=2)).items():
         monkeypatch.setattr(report, name, value)
+
+
+@pytest.fixture
+def run_script(monkeypatch):
+    """A function that runs a script's module with arguments, as the command line does."""
+    def run(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+        options.run(module.main)
+
+    return run
+
+
+@pytest.fixture
+def draw(run_script, tmp_path, bps_file):
+    """A function that runs sample.py with two steps; returns the folder of its pictures."""
+    counter = itertools.count()
+
+    def run(*arguments, bps=bps_file):
+        out = tmp_path / f"drawn{next(counter)}"
+        given = [] if {"--bps", "--from"} & set(arguments) else ["--bps", bps]
+        steps = [] if "--from" in arguments else ["--steps", 2]
+        run_script(sample, "--device", "cpu", "--out", out, *steps, *given, *arguments)
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pixels():
+    """A function from an image file to its pixels."""
+    return lambda file: np.asarray(Image.open(file))
+
+
+@pytest.fixture(scope="session")
+def base():
+    """The embedded base, loaded once; tests do not change it."""
+    return sample.load_base(options.BASE)
 
 
 @pytest.fixture(scope="session")

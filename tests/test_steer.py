@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import diffusion
-from bps import BPS, Steering, config_for, make_denoiser, posterior
+from bps import BPS, Condition, config_for, make_denoiser, posterior
 from unet import UNet, UNetConfig
 
 SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,
@@ -22,7 +22,7 @@ def test_a_row_of_noise_is_that_of_its_seed():
 # ---- against exact Gaussians ---------------------------------------------------------------
 
 class Gaussian:
-    """Stands for U-Net and BPS: z_0 ~ N(0, 1), readings r_i = z_0 + error_i N(0, 1) of it.
+    """A U-Net and BPS in closed form: z_0 ~ N(0, 1), readings r_i = z_0 + error_i N(0, 1) of it.
 
     Its residuals are the readings: (r, error). eps = -s grad log p_t(z_t | readings).
     """
@@ -36,16 +36,15 @@ class Gaussian:
             score, = torch.autograd.grad(log_density(z, int(ts[0]), readings).sum(), z)
         return -SCHEDULE.signal_and_noise(ts, z)[1] * score
 
-    def steering(self, reading, error, **options):
-        """Returns a Steering whose maps are a reading."""
-        steering = Steering(None, None, torch.zeros(1, 1, 1, 1), **options)
-        steering.__class__ = type("Read", (Steering,), dict(
-            __call__=lambda *_: [torch.tensor([reading]), torch.tensor([error])]))
-        return steering
+    def read(self, reading, error, **options):
+        """A Condition whose maps are a reading."""
+        condition = Condition(None, None, **options)
+        condition.residuals = lambda *_: [torch.tensor([reading]), torch.tensor([error])]
+        return condition
 
 
 def log_density(z, t, readings, powers=None):
-    """Returns log p_t(z) prod_i p_t(r_i | z)^power_i, up to a constant, in closed form.
+    """log p_t(z) prod_i p_t(r_i | z)^power_i, up to a constant, in closed form.
 
     z_0 | z_t ~ N(a z, s^2), since p_t(z) = N(0, a^2 + s^2) = N(0, 1).
     """
@@ -61,7 +60,7 @@ def log_density(z, t, readings, powers=None):
 def test_strengths_are_powers_of_the_conditions_likelihoods(strengths, t):
     readings = [(1.5, 0.4), (-0.5, 1.0)][:len(strengths)]
     world, z_t = Gaussian(), torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
-    conditions = [world.steering(*reading, strength=strength)
+    conditions = [world.read(*reading, strength=strength)
                   for reading, strength in zip(readings, strengths)]
     context = torch.zeros(7, 1, 1, dtype=torch.float64)
     denoise = make_denoiser(world, context, context[:1], 1.0, conditions)
@@ -78,7 +77,7 @@ def test_a_mask_is_a_strength_of_its_own_at_each_place():
     context = torch.zeros(7, 1, 1, dtype=torch.float64)
 
     def denoise(**options):
-        conditions = [world.steering(1.5, 0.4, **options), world.steering(-0.5, 1.0)]
+        conditions = [world.read(1.5, 0.4, **options), world.read(-0.5, 1.0)]
         return make_denoiser(world, context, context[:1], 1.0, conditions)(z_t, 501)
 
     masked = denoise(strength=2.0, mask=shares)
@@ -94,7 +93,7 @@ def test_sampling_draws_the_posterior_of_gaussian_readings(readings):
     noise = torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0)).double()
     context = torch.zeros(4000, 1, 1, dtype=torch.float64)
     # readings of one z_0 are independent given z_0, not given z_t: joined, they are one reading
-    conditions = [world.steering(sum(r / e**2 for r, e in readings) / (precision - 1),
+    conditions = [world.read(sum(r / e**2 for r, e in readings) / (precision - 1),
                                  (precision - 1) ** -0.5)] if readings else []
     denoise = make_denoiser(world, context, context[:1], 1.0, conditions)
     for z in diffusion.sample(denoise, noise, SCHEDULE, 200):
@@ -104,7 +103,7 @@ def test_sampling_draws_the_posterior_of_gaussian_readings(readings):
     assert z.std().item() == pytest.approx(precision**-0.5, rel=0.05)
 
 
-def test_guidance_extrapolates_the_prompt_with_the_conditions_in_both_passes():
+def test_guidance_extrapolates_with_conditions_in_both_passes():
     class Told(Gaussian):
         """Whose prompt adds a constant to eps."""
 
@@ -113,7 +112,7 @@ def test_guidance_extrapolates_the_prompt_with_the_conditions_in_both_passes():
 
     world, z_t = Told(), torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
     context = torch.full((7, 1, 1), 0.25, dtype=torch.float64)
-    conditions = [world.steering(1.5, 0.4, strength=0.5)]
+    conditions = [world.read(1.5, 0.4, strength=0.5)]
     plain, guided = (make_denoiser(world, context, 0 * context[:1], g, conditions)(z_t, 501)
                      for g in (1.0, 5.0))
     torch.testing.assert_close(guided - plain, torch.full_like(plain, 0.25 * 4))
@@ -122,18 +121,12 @@ def test_guidance_extrapolates_the_prompt_with_the_conditions_in_both_passes():
 def test_three_conditions_add_up_in_any_order():
     world, z_t = Gaussian(), torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
     context = torch.zeros(7, 1, 1, dtype=torch.float64)
-    conditions = [world.steering(r, e, strength=s) for r, e, s in
+    conditions = [world.read(r, e, strength=s) for r, e, s in
                   ((1.5, 0.4, 0.5), (-0.5, 1.0, 2.0), (0.3, 0.7, 1.0))]
     drawn = [make_denoiser(world, context, context[:1], 1.0, order)(z_t, 501)
              for order in itertools.permutations(conditions)]
     for each in drawn[1:]:
         torch.testing.assert_close(each, drawn[0])
-
-
-def test_a_window_without_timesteps_is_refused():
-    context, window = torch.zeros(1, 1, 1), Gaussian().steering(1.5, 0.4, window=(0.0, 0.5))
-    with pytest.raises(ValueError, match="give timesteps"):
-        make_denoiser(None, context, context, 1.0, [window])
 
 
 # ---- maps, once a timestep -----------------------------------------------------------------
@@ -160,10 +153,10 @@ def unet():
     return UNet(SMALL).eval().requires_grad_(False)
 
 
-def test_bps_runs_once_per_timestep_for_both_passes_of_guidance_and_pictures_side_by_side(unet):
+def test_bps_runs_once_per_timestep_for_pictures_side_by_side(unet):
     bps, cond = CountedBPS(), torch.rand(1, 1, 48, 32)
-    steering, empty = Steering(bps, unet, cond), torch.zeros(1, 5, 24)
-    samplers = [diffusion.sample(make_denoiser(unet, torch.randn(1, 5, 24), empty, 3.0, [steering]),
+    condition, empty = Condition(bps, cond), torch.zeros(1, 5, 24)
+    samplers = [diffusion.sample(make_denoiser(unet, torch.randn(1, 5, 24), empty, 3.0, [condition]),
                                  diffusion.draw_noise([seed], (4, 12, 8)), SCHEDULE, 3)
                 for seed in (0, 1)]
     for _ in zip(*samplers):
@@ -174,59 +167,35 @@ def test_bps_runs_once_per_timestep_for_both_passes_of_guidance_and_pictures_sid
 def test_a_batch_of_conditions_serves_both_passes_of_guidance(unet):
     conds, context = torch.rand(2, 1, 48, 32), torch.randn(2, 5, 24)
     z, empty = torch.randn(2, 4, 12, 8), torch.zeros(1, 5, 24)
-    both = make_denoiser(unet, context, empty, 3.0, [Steering(CountedBPS(), unet, conds)])(z, 500)
+    both = make_denoiser(unet, context, empty, 3.0, [Condition(CountedBPS(), conds)])(z, 500)
     for i in (0, 1):
         alone = make_denoiser(unet, context[i:i + 1], empty, 3.0,
-                              [Steering(CountedBPS(), unet, conds[i:i + 1])])(z[i:i + 1], 500)
+                              [Condition(CountedBPS(), conds[i:i + 1])])(z[i:i + 1], 500)
         torch.testing.assert_close(both[i:i + 1], alone, atol=1e-4, rtol=1e-4)
 
 
-def test_the_scale_multiplies_the_maps(unet):
-    cond = torch.rand(1, 1, 48, 32)
-    plain, scaled = (Steering(CountedBPS(), unet, cond, scale=s)(500) for s in (1.0, 2.5))
-    for a, b in zip(plain, scaled):
-        assert (a is None) == (b is None)
-        assert a is None or torch.allclose(2.5 * a, b)
-
-
-@pytest.mark.parametrize("nothing", [
-    dict(scale=0.0), dict(strength=0.0), dict(mask=torch.zeros(1, 1, 12, 8))], ids=str)
-def test_what_steers_nothing_costs_nothing(unet, nothing):
+@pytest.mark.parametrize("nothing", [dict(strength=0.0), dict(mask=torch.zeros(1, 1, 12, 8)),
+                                     dict(window=(0.0, 0.3))], ids=str)
+def test_a_condition_that_steers_nothing_costs_nothing(unet, nothing):
     bps = CountedBPS()
-    steering = Steering(bps, unet, torch.rand(1, 1, 48, 32), **nothing)
-    denoise = make_denoiser(unet, torch.randn(1, 5, 24), torch.zeros(1, 5, 24), 3.0, [steering])
+    condition = Condition(bps, torch.rand(1, 1, 48, 32), **nothing)
+    denoise = make_denoiser(unet, torch.randn(1, 5, 24), torch.zeros(1, 5, 24), 3.0, [condition])
     denoise(torch.randn(1, 4, 12, 8), 500)
     assert bps.calls == []
 
 
-class Noted(Steering):
-    """A Steering that notes the timesteps at which it steers."""
-    steered = ()
-
-    def __call__(self, t):
-        self.steered += (t,)
-        return super().__call__(t)
-
-
-@pytest.mark.parametrize("timesteps, steered", [
-    ([801, 601, 401, 201], (601, 401)),
-    ([801, 401, 401, 201], (401, 401)),         # as Karras's levels, rounded
-    ([801, 801, 401, 401], (801, 401))], ids=str)
-def test_a_window_is_a_share_of_the_steps_duplicates_among_them(unet, timesteps, steered):
-    steering = Noted(CountedBPS(), unet, torch.rand(1, 1, 48, 32), window=(0.25, 0.75))
-    empty = torch.zeros(1, 5, 24)
-    denoise = make_denoiser(unet, empty, empty, 1.0, [steering], timesteps)
-    for t in timesteps:
-        denoise(torch.zeros(1, 4, 12, 8), t)
-    assert steering.steered == steered
+@pytest.mark.parametrize("window, active", [
+    ((0.0, 1.0), (999, 750, 749, 500, 0)), ((0.0, 0.25), (999, 750)), ((0.25, 0.5), (749, 500)),
+    ((0.5, 1.0), (0,))], ids=str)
+def test_a_window_is_a_range_of_progress_from_noise_to_clean(window, active):
+    condition = Condition(None, None, window=window)
+    assert tuple(filter(condition.is_active, (999, 750, 749, 500, 0))) == active
 
 
-def test_a_timestep_that_is_not_the_next_is_refused(unet):
-    empty = torch.zeros(1, 5, 24)
-    denoise = make_denoiser(unet, empty, empty, 1.0, timesteps=[801, 401])
-    denoise(torch.zeros(1, 4, 12, 8), 801)
-    with pytest.raises(ValueError, match="timestep 500, but the next of this run is 401"):
-        denoise(torch.zeros(1, 4, 12, 8), 500)
+def test_windows_that_adjoin_steer_every_timestep_once():
+    first, second = (Condition(None, None, window=w) for w in ((0.0, 0.37), (0.37, 1.0)))
+    for t in (*range(1000), 0.5, 998.7):
+        assert first.is_active(t) + second.is_active(t) == 1
 
 
 def test_guidance_one_needs_no_empty_prompt(unet):
