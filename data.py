@@ -25,6 +25,7 @@ from inputs.conditions import (TASKS, class_colours, crop, images_at_a_time, is_
 from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
 from inputs.processes import Processes
 from tiny.tasks import embedded_pairs
+from tiny.world import FIGURES
 from weights import UserError
 
 TEST_SHARE, VAL_SHARE = 0.15, 0.05      # shares of a user's pairs
@@ -42,7 +43,7 @@ class Pair(NamedTuple):
     open_cond: Callable[[], Image.Image]
     open_image: Callable[[], Image.Image]
     prompts: tuple              # the first is the one to validate with
-    files: tuple = ()           # condition and image, if they are a user's own
+    files: tuple = ()           # what its pictures are read from
 
 
 # ---- pairs ---------------------------------------------------------------------------------
@@ -66,7 +67,7 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
     has no caption.
     """
     if folder is None:
-        return [Pair(*pair) for pair in embedded_pairs(task, split)]
+        return [Pair(*pair, files=(FIGURES,)) for pair in embedded_pairs(task, split)]
     files, problems, _ = find_pairs(folder, extract)
     if problems:
         others = f" (and {len(problems) - 1} more: see --check-data)" if problems[1:] else ""
@@ -141,7 +142,7 @@ class LatentCache:
 
     def key(self, vae, pairs, flip):
         """The name of a part's file: a hash of all that its content depends on."""
-        files = weights.fingerprint(*(file for pair in pairs for file in pair.files))
+        files = weights.fingerprint(*dict.fromkeys(file for pair in pairs for file in pair.files))
         content = [CACHE_VERSION, vae, self.task, self.size, self.extract, flip, files,
                    [pair.name for pair in pairs]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]

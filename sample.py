@@ -212,8 +212,10 @@ def parse_args(argv, parser=None):
     args, stored_files = parser.parse_args(argv), {}
     if args.picture:
         stored, stored_files = read_stored(args.picture)
-        args = parser.parse_args([*to_argv(stored), *argv])
-    args.stored_files = stored_files
+        args = parser.parse_args([*to_argv(stored), "--n=1", *argv])
+    given = {word.partition("=")[0].removeprefix("--") for word in argv}
+    args.stored_files = {role: digest for role, digest in stored_files.items()
+                         if role.split()[0] not in given}
     is_embedded = args.base.resolve() == BASE.resolve()
     args.conditions = join_conditions(parser, args, is_embedded)
     if args.guidance is None:
@@ -354,8 +356,8 @@ def draw_job(job, networks, files, args, base, size, init):
     context, empty = base.encode([job.prompt, args.negative_prompt]).split(1)
     fields = {seed: png_fields(args, job, seed, size, files, base)
               for seed in range(args.seed, args.seed + args.n)}
-    drawn = {seed: find_drawn(args.out / f"{job.name}{seed:04d}.png", fields[seed])
-             for seed in fields}
+    drawn = {seed: None if args.picture else
+             find_drawn(args.out / f"{job.name}{seed:04d}.png", fields[seed]) for seed in fields}
     missing = [seed for seed in fields if not drawn[seed]]
     for seed in drawn.keys() - missing:
         print(f"{drawn[seed]} (already drawn)")

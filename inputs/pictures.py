@@ -69,9 +69,9 @@ def read_stored(picture):
     """
     text = getattr(load_image(picture), "text", {})
     try:
-        options, files = json.loads(text["options"]), json.loads(text["files"])
-        return {name: options[name] for name in STORED if name in options}, dict(files)
-    except (KeyError, RecursionError, TypeError, ValueError):
+        options, files = json.loads(text["options"]), dict(json.loads(text["files"]))
+        return {name: value for name, value in options.items() if name in STORED}, files
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
         raise UserError(f"--from {picture}: does not say how it was drawn. Use a PNG as sample.py "
                         f"wrote it; other programs drop its text.") from None
 

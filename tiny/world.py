@@ -15,6 +15,7 @@ from pathlib import Path
 from PIL import Image
 
 DATA = Path(__file__).parent / "data"
+FIGURES = DATA / "figures.zip"
 SIZE = 64
 SPLITS = ("train", "val", "test", "unseen")     # unseen: hair shapes that occur nowhere else
 # DiceBear style -> its words in captions
@@ -136,7 +137,7 @@ def figures(split=None, styles=tuple(STYLES)):
 
 @functools.cache
 def _archive():
-    return zipfile.ZipFile(DATA / "figures.zip")
+    return zipfile.ZipFile(FIGURES)
 
 
 @functools.cache
