@@ -37,6 +37,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
 from torch import nn
 
 import weights
@@ -394,7 +395,17 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
 
     Errors: weights.UserError names the file and what is wrong with it.
     """
-    checkpoint, metadata = checkpoints.read_bps(file)
+    state = weights.read_header(file)
+    try:
+        with safe_open(file, "pt") as f:
+            header = json.loads(f.metadata()["bps"])
+        config = {key: tuple(value) if isinstance(value, list) else value
+                  for key, value in header["config"].items()}
+        metadata = dict(header["training"])
+    except weights.MALFORMED:
+        raise weights.UserError(f"{file} is not a BPS file. train.py writes bps.safetensors."
+                                ) from None
+    checkpoint = weights.Checkpoint(config, state, str, file)
     bps = checkpoint.build(build_bps, BPSConfig, dtype, device)
     bps.metadata = metadata
     return bps

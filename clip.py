@@ -4,8 +4,8 @@ The text encoder turns a prompt into `context`, the 77 text states that the U-Ne
 
 Shapes: B batch, L tokens (77), D width.
 
-    from clip import load_clip
-    tokenizer, text_model = load_clip("tiny/model")
+    tokenizer = Tokenizer(vocab, merges)
+    text_model = CLIPTextModel(CLIPTextConfig())    # random; inputs/checkpoints.py loads both
     context = text_model(tokenizer(["a red apple"]))
 """
 import warnings
@@ -17,16 +17,13 @@ import torch.nn.functional as F
 from tokenizers import Regex, normalizers, pre_tokenizers
 from torch import nn
 
-from inputs import checkpoints
-from weights import UserError, first_line
-
 CONTEXT_LENGTH = 77         # begin + 75 tokens + end
 BEGIN, END = "<|startoftext|>", "<|endoftext|>"
-WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"      # CLIP's own split
+WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"      # of CLIP's own code
 
 
 def quick_gelu(h):
-    """Returns x * sigmoid(1.702 x), the approximate GELU of SD 1's text encoder."""
+    """h * sigmoid(1.702 h), the approximate GELU of SD 1's text encoder."""
     return h * torch.sigmoid(1.702 * h)
 
 
@@ -35,7 +32,7 @@ ACTIVATIONS = {"quick_gelu": quick_gelu, "gelu": F.gelu}
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """The sizes of a text encoder; the defaults are Stable Diffusion 1.5's."""
+    """Sizes of a text encoder; the defaults are Stable Diffusion 1.5's."""
     width: int = 768
     layers: int = 12
     heads: int = 12
@@ -46,7 +43,7 @@ class CLIPTextConfig:
 # ---- tokenizer -----------------------------------------------------------------------------
 
 def split_words():
-    """Returns (normalizer, pre-tokenizer) of CLIP: lower case, one space, words, bytes."""
+    """CLIP's normalizer (lower case, single spaces) and pre-tokenizer (words, then bytes)."""
     normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "),
                                        normalizers.Lowercase()])
     words = pre_tokenizers.Split(Regex(WORDS), "removed", invert=True)
@@ -55,31 +52,31 @@ def split_words():
 
 
 class Tokenizer:
-    """CLIP's byte-level BPE: texts to ids, all of length 77."""
+    """CLIP's byte-level BPE."""
 
     def __init__(self, vocab, merges, pad_token=END, added=()):
-        """vocab: {token: id}; merges: [(left, right)] in order; pad_token fills up to 77.
+        """vocab: {token: id}. merges: [(left, right)], first merge first. pad_token fills up to 77.
 
-        added: {token of vocab that stays whole: whether it is looked for after lower-casing}.
+        added: {token that is never split: whether to match it after lower-casing}.
         """
         model = tokenizers.models.BPE(vocab, merges, unk_token=END, end_of_word_suffix="</w>",
                                       continuing_subword_prefix="", fuse_unk=False)
         self.bpe = tokenizers.Tokenizer(model)
         self.bpe.normalizer, self.bpe.pre_tokenizer = split_words()
-        self.bpe.add_special_tokens([BEGIN, END, pad_token])    # whole, if a text spells them
+        self.bpe.add_special_tokens([BEGIN, END, pad_token])    # never split
         self.bpe.add_tokens([tokenizers.AddedToken(token, normalized=added[token])
                              for token in added if token not in (BEGIN, END, pad_token)])
         self.begin, self.end, self.pad = vocab[BEGIN], vocab[END], vocab[pad_token]
         self.vocab = vocab
 
-    def __call__(self, texts):
-        """Returns ids (B, 77) int64: begin, the text's tokens, end, padding.
+    def __call__(self, prompts):
+        """Token ids (B, 77) int64: begin, the prompt's tokens, end, padding.
 
-        A text of more than 75 tokens is cut, with a warning that shows what was dropped.
+        A prompt of more than 75 tokens is truncated, with a warning that shows the rest.
         """
         rows = []
-        for text in texts:
-            ids, dropped = self.fit(text)
+        for prompt in prompts:
+            ids, dropped = self.truncate(prompt)
             if dropped:
                 warnings.warn(f"prompt longer than {CONTEXT_LENGTH - 2} tokens; "
                               f"dropped: {dropped!r}")
@@ -87,30 +84,18 @@ class Tokenizer:
             rows.append(row + [self.pad] * (CONTEXT_LENGTH - len(row)))
         return torch.tensor(rows, dtype=torch.int64)
 
-    def fit(self, text):
-        """Returns (the ids of a text, 75 at most, and what of the text was dropped for that)."""
-        encoding = self.bpe.encode(text, add_special_tokens=False)
+    def truncate(self, prompt):
+        """At most 75 token ids of a prompt, and the rest of the prompt that did not fit."""
+        encoding = self.bpe.encode(prompt, add_special_tokens=False)
         ids = encoding.ids[:CONTEXT_LENGTH - 2]
-        cut = len(encoding.ids) > len(ids)
-        return ids, text[encoding.offsets[len(ids)][0]:] if cut else ""
-
-
-def load_tokenizer(folder):
-    """Returns the Tokenizer of a folder's vocab.json and merges.txt, or of its tokenizer.json.
-
-    Errors: UserError names the missing or faulty file.
-    """
-    vocab, merges, pad_token, added = checkpoints.read_tokenizer(folder)
-    try:
-        return Tokenizer(vocab, merges, pad_token or END, added)
-    except Exception as error:      # all that `tokenizers` raises for merges that do not fit
-        raise UserError(f"{folder}: not a CLIP tokenizer ({first_line(error)})") from None
+        is_cut = len(encoding.ids) > len(ids)
+        return ids, prompt[encoding.offsets[len(ids)][0]:] if is_cut else ""
 
 
 # ---- text encoder --------------------------------------------------------------------------
 
 class Attention(nn.Module):
-    """Multi-head self-attention in which a token sees only itself and those before it."""
+    """Causal multi-head self-attention: a token attends to itself and to earlier tokens."""
 
     def __init__(self, width, heads):
         super().__init__()
@@ -126,7 +111,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The transformer's two-layer perceptron, four times as wide inside."""
+    """Two-layer perceptron of the transformer, four times as wide inside."""
 
     def __init__(self, width, activation):
         super().__init__()
@@ -138,7 +123,7 @@ class MLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """Attention and perceptron, each normed before and added after."""
+    """Attention and perceptron, each pre-normed, with a skip connection."""
 
     def __init__(self, config):
         super().__init__()
@@ -153,7 +138,7 @@ class EncoderLayer(nn.Module):
 
 
 class CLIPTextModel(nn.Module):
-    """Token ids to text states."""
+    """Text encoder: token ids to text states."""
 
     def __init__(self, config=CLIPTextConfig()):
         super().__init__()
@@ -165,27 +150,10 @@ class CLIPTextModel(nn.Module):
             layers=nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))))
         self.final_layer_norm = nn.LayerNorm(config.width)
 
-    def forward(self, ids, clip_skip=1):
-        """Returns context (B, L, D) for ids (B, L).
-
-        clip_skip: 1 reads the last layer's states, 2 those of the one before, and so on; the final
-        norm is applied either way.
-        """
+    def forward(self, ids):
+        """Context (B, L, D) of token ids (B, L)."""
         h = self.embeddings["token_embedding"](ids)
         h = h + self.embeddings["position_embedding"].weight[:ids.shape[1]]
-        for layer in self.encoder["layers"][:len(self.encoder["layers"]) + 1 - clip_skip]:
+        for layer in self.encoder["layers"]:
             h = layer(h)
         return self.final_layer_norm(h)
-
-
-def load_clip(path, tokenizer_path=None, dtype=torch.float32, device="cpu"):
-    """Returns (tokenizer, frozen text encoder) of an SD folder or single .safetensors file.
-
-    tokenizer_path: a tokenizer's folder, or an SD folder that has one; a single file has none of
-    its own. Errors: UserError names the file and what is missing or does not fit.
-    """
-    checkpoint = checkpoints.read_text(path)
-    folder = checkpoints.find_tokenizer(path, tokenizer_path)
-    tokenizer = load_tokenizer(folder)
-    checkpoints.check_text(checkpoint, folder, tokenizer.vocab, ACTIVATIONS)
-    return tokenizer, checkpoint.build(CLIPTextModel, CLIPTextConfig, dtype, device)

@@ -413,4 +413,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -23,10 +23,9 @@ from torch import nn
 from tqdm import tqdm
 
 import diffusion
-from inputs.options import Parser, run, seed_number
+from inputs.options import Parser, run_script, seed_number
 from measure.plots import Figure
 from unet import timestep_embedding
-from weights import write_text
 
 ARMS, BEADS = 5, 12                     # arms of the pinwheel, components on each
 PLACE_ERROR = 0.2                       # standard error of a reading of the place, 0 to 1
@@ -427,7 +426,7 @@ def save_table(rows, file):
                for value in row.values()] for row in rows]
     text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
     print(text, end="")
-    write_text(text, file)
+    file.write_text(text, encoding="utf-8")
     print(file)
 
 
@@ -522,4 +521,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -129,7 +129,7 @@ def train(training, base, cache, args, on_save):
         parts = list(zip(*(x.chunk(args.accumulate) for x in batch)))
         for i, (cond, z, context, t, noise) in enumerate(parts):
             z_t = schedule.add_noise(z, noise, t).contiguous(memory_format=torch.channels_last)
-            with base.autocast(), processes.sharing(bps, is_last=i + 1 == len(parts)):
+            with base.autocast(), processes.sync_gradients(bps, is_last=i + 1 == len(parts)):
                 residuals = bps(cond, base.unet.time_embedding(t))
                 eps = base.unet(z_t, t, context, residuals)
                 # Of all functions of (z_t, t, text, c), E[noise | z_t, text, c] minimises this:
@@ -185,8 +185,8 @@ class Training:
     def start_or_resume(self, facts):
         """Write args.json, or resume from the checkpoint."""
         if self.processes.rank == 0:
-            weights.write_json(facts, self.out / "args.json")
-        self.processes.wait()
+            write_json(facts, self.out / "args.json")
+        self.processes.barrier()
         checkpoint = self.out / CHECKPOINT
         if checkpoint.exists():
             state = weights.load_training(checkpoint, dict(bps=self.bps), "bps", self.optimizer)
@@ -214,7 +214,7 @@ class Training:
         """Write what follows from the checkpoint: log, curve, and the weights if they are best."""
         if self.best["step"] == self.step:
             save_bps(self.bps, self.out / "bps.safetensors", self.metadata | dict(best=self.best))
-        weights.write_lines(self.rows, self.out / "log.jsonl")
+        write_lines(self.rows, self.out / "log.jsonl")
         draw_curve(self.rows, self.out / "curve.png")
 
     def restore_best(self):
@@ -304,7 +304,7 @@ def train_in(out, args, facts, base, splits, processes):
             require_finite(val_loss, f"step {step}: the validation loss", args.lr)
             training.save(step, train_loss, base_loss, val_loss.item())
             tqdm.write(f"step {step}: validation loss {val_loss:.4f}, frozen base {base_loss:.4f}")
-        processes.wait()
+        processes.barrier()
 
     train(training, base, cache, args, on_save)
     if processes.rank > 0:

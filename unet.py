@@ -1,14 +1,14 @@
-"""The Stable Diffusion U-Net (1.x and 2.x): the prior denoiser, and where BPS's maps enter it.
+"""The U-Net of Stable Diffusion 1.x and 2.x: the prior denoiser, and where BPS adds its maps.
 
-The layout and the names are those of the original single-file checkpoints: `input_blocks` is the
-contracting path (CP), `middle_block` the transition path (TP), `output_blocks` the expansive path
-(EP). The forward pass is these three lists, one loop each.
+Modules and attributes carry the names of the original single-file checkpoints: `input_blocks` is
+the contracting path (CP), `middle_block` the transition path (TP), `output_blocks` the expansive
+path (EP). The forward pass runs through these three lists, one loop each.
 
 Shapes: B batch, C channels, H W rows and columns of the latent, N = H * W, L tokens, D width,
 C_h = C / heads.
 
-    from unet import load_unet
-    eps = load_unet("tiny/model")(z_t, t, context)
+    unet = UNet(UNetConfig())           # random weights; inputs/checkpoints.py loads trained ones
+    eps = unet(z_t, t, context)
 """
 import math
 from dataclasses import dataclass
@@ -19,33 +19,31 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from inputs import checkpoints
-
 MAX_PERIOD = 10_000     # longest period of the timestep sinusoids (Attention Is All You Need, 3.5)
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The sizes of a U-Net; the defaults are Stable Diffusion 1.5's."""
+    """Sizes of a U-Net; the defaults are Stable Diffusion 1.5's."""
     channels: tuple = (320, 640, 1280, 1280)           # one entry per level, outermost first
-    attention: tuple = (True, True, True, False)       # which levels have spatial transformers
+    attention: tuple = (True, True, True, False)       # levels with spatial transformers
     heads: tuple = (8, 8, 8, 8)                        # attention heads of each level
     blocks_per_level: int = 2
     context_dim: int = 768                             # width of the text states
     latent_channels: int = 4
     norm_groups: int = 32
     linear_projection: bool = False                    # Linear (SD 2) or 1x1 conv (SD 1)
-    sample_size: int | None = None                     # side of its training's latents, if known
+    sample_size: int | None = None                     # side of the latents in training, if known
 
 
 def timestep_embedding(t, dim):
-    """Returns sinusoids of the timestep, cosines first.
+    """Sinusoids (B, dim) float32 of timesteps t (B,), int or float in 0..999; cosines first.
 
-    t: (B,) int or float in 0..999. Result: (B, dim) float32. Source: Denoising Diffusion
-    Probabilistic Models (arXiv 2006.11239), with the order of Stable Diffusion's checkpoints.
+    Source: Denoising Diffusion Probabilistic Models, arXiv 2006.11239. Stable Diffusion's
+    checkpoints have the cosines first.
     """
     half = dim // 2
-    # in float32 and in this order, as the checkpoints were trained: at t = 999 rounding shows
+    # float32 and this order of operations, as in training: at t = 999 rounding is visible
     exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device=t.device)
     frequencies = torch.exp(exponents / half)
     angles = t.float()[:, None] * frequencies[None]                            # (B, dim / 2)
@@ -53,7 +51,7 @@ def timestep_embedding(t, dim):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with a shift by the timestep in between, plus a skip."""
+    """Two 3x3 convolutions with the timestep added in between, plus a skip connection."""
 
     def __init__(self, channels_in, channels, t_emb_dim, norm_groups):
         super().__init__()
@@ -72,7 +70,7 @@ class ResBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention of the pixels h (B, N, C) to the context (B, L, D)."""
+    """Multi-head attention from the pixels h (B, N, C) to the context (B, L, D)."""
 
     def __init__(self, dim, context_dim, heads):
         super().__init__()
@@ -91,7 +89,7 @@ class CrossAttention(nn.Module):
 
 
 class GEGLU(nn.Module):
-    """A linear layer, one half of which gates the other through a GELU (arXiv 2002.05202)."""
+    """A linear layer whose second half gates the first through a GELU (arXiv 2002.05202)."""
 
     def __init__(self, dim_in, dim_out):
         super().__init__()
@@ -103,7 +101,7 @@ class GEGLU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """The transformer's two-layer perceptron, four times as wide inside."""
+    """Two-layer perceptron of the transformer, four times as wide inside."""
 
     def __init__(self, dim):
         super().__init__()
@@ -114,7 +112,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, attention to the text, perceptron; each normed before and added after."""
+    """Self-attention, attention to the text, perceptron; each pre-normed, with a skip."""
 
     def __init__(self, dim, context_dim, heads):
         super().__init__()
@@ -131,12 +129,12 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """A transformer block over the pixels of a feature map, plus a skip."""
+    """A transformer over the pixels of a feature map, plus a skip connection."""
 
     def __init__(self, channels, context_dim, heads, norm_groups, linear_projection):
         super().__init__()
         project = nn.Linear if linear_projection else lambda c_in, c: nn.Conv2d(c_in, c, 1)
-        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)   # 1e-5 everywhere else
+        self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)   # elsewhere 1e-5
         self.proj_in = project(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
         self.proj_out = project(channels, channels)
@@ -152,12 +150,12 @@ class SpatialTransformer(nn.Module):
 
 
 def apply_projection(layer, tokens):
-    """Returns (B, N, C): a Linear or, equally, a 1x1 convolution applied to tokens (B, N, C)."""
+    """Apply a Linear or the equivalent 1x1 convolution to tokens (B, N, C)."""
     return F.linear(tokens, layer.weight.flatten(1), layer.bias)
 
 
 class Downsample(nn.Module):
-    """Halves height and width, rounding up, with a strided convolution that pads all sides."""
+    """Halve height and width, rounded up, with a strided convolution padded on all sides."""
 
     def __init__(self, channels):
         super().__init__()
@@ -168,7 +166,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Repeats pixels up to a given size, the next skip's (odd or even), then smooths them."""
+    """Repeat pixels up to the size of the next skip, which may be odd, then convolve."""
 
     def __init__(self, channels):
         super().__init__()
@@ -179,18 +177,18 @@ class Upsample(nn.Module):
 
 
 class UNetBlock(nn.Sequential):
-    """One entry of a path: some of convolution, ResBlock, SpatialTransformer, Down-/Upsample.
+    """One entry of a path: convolution, ResBlock, SpatialTransformer, Downsample or Upsample.
 
-    This is where a residual r enters the frozen U-Net: the same map is added after every ResBlock
-    and after every SpatialTransformer of the block, and nowhere else (authors' code). A block with
-    attention computes ST(Res(x) + r) + r, and since ST has a skip of its own, r counts twice
-    there, and three times in the middle.
+    A residual r of BPS enters the frozen U-Net here: the same map is added after every ResBlock
+    and every SpatialTransformer of the block, and nowhere else (authors' code). A block with
+    attention computes ST(Res(x) + r) + r. ST has a skip connection, so r counts twice there, and
+    three times in the middle block.
     """
 
     def forward(self, h, t_emb, context, residual=None, size=None):
-        """Returns the block's output for h (B, C, H, W).
+        """Output (B, C_out, H_out, W_out) for h (B, C, H, W).
 
-        residual: (B or 1, C_out, H, W) or None. size: the (rows, columns) an Upsample grows to.
+        residual: (B or 1, C_out, H, W) or None. size: (rows, columns) after an Upsample.
         """
         for layer in self:
             if isinstance(layer, ResBlock):
@@ -207,7 +205,7 @@ class UNetBlock(nn.Sequential):
 
 
 def run_block(block, *arguments, checkpointing):
-    """Returns block(*arguments); checkpointing computes activations again for gradients."""
+    """Call the block; with checkpointing its activations are recomputed in the backward pass."""
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *arguments, use_reentrant=False)
     return block(*arguments)
@@ -215,24 +213,21 @@ def run_block(block, *arguments, checkpointing):
 
 class UNet(nn.Module):
     """Predicts the noise in a latent from the noisy latent, the timestep and the text."""
-    checkpointing = False               # activations computed twice: less memory, more time
+    checkpointing = False               # True saves memory and computes activations twice
 
     def __init__(self, config=UNetConfig()):
         super().__init__()
         self.config = config
         base, levels = config.channels[0], len(config.channels)
         t_emb_dim = base * 4
-
         res_block = partial(ResBlock, t_emb_dim=t_emb_dim, norm_groups=config.norm_groups)
-
-        def transformer(level):
-            return SpatialTransformer(config.channels[level], config.context_dim,
-                                      config.heads[level], config.norm_groups,
-                                      config.linear_projection)
+        transformer = partial(SpatialTransformer, context_dim=config.context_dim,
+                              norm_groups=config.norm_groups,
+                              linear_projection=config.linear_projection)
 
         self.time_embed = nn.Sequential(nn.Linear(base, t_emb_dim), nn.SiLU(),
                                         nn.Linear(t_emb_dim, t_emb_dim))
-        # Contracting path. `skip_channels` remembers what the expansive path will concatenate.
+        # Contracting path. `skip_channels` records what the expansive path will concatenate.
         self.input_blocks = nn.ModuleList(
             [UNetBlock(nn.Conv2d(config.latent_channels, base, 3, padding=1))])
         skip_channels = [base]
@@ -240,17 +235,18 @@ class UNet(nn.Module):
             for _ in range(config.blocks_per_level):
                 layers = [res_block(skip_channels[-1], channels)]
                 if config.attention[level]:
-                    layers.append(transformer(level))
+                    layers.append(transformer(channels, heads=config.heads[level]))
                 self.input_blocks.append(UNetBlock(*layers))
                 skip_channels.append(channels)
             if level < levels - 1:
                 self.input_blocks.append(UNetBlock(Downsample(channels)))
                 skip_channels.append(channels)
 
-        self.middle_block = UNetBlock(res_block(channels, channels), transformer(levels - 1),
+        self.middle_block = UNetBlock(res_block(channels, channels),
+                                      transformer(channels, heads=config.heads[-1]),
                                       res_block(channels, channels))
 
-        # Expansive path: one block for every skip, so one more per level than on the way down.
+        # Expansive path: one block per skip, so one more per level than on the way down.
         self.output_blocks = nn.ModuleList()
         channels_in = channels
         for level in reversed(range(levels)):
@@ -259,7 +255,7 @@ class UNet(nn.Module):
                 layers = [res_block(channels_in + skip_channels.pop(), channels)]
                 channels_in = channels
                 if config.attention[level]:
-                    layers.append(transformer(level))
+                    layers.append(transformer(channels, heads=config.heads[level]))
                 if i == config.blocks_per_level and level > 0:
                     layers.append(Upsample(channels))
                 self.output_blocks.append(UNetBlock(*layers))
@@ -268,23 +264,22 @@ class UNet(nn.Module):
                                  nn.Conv2d(base, config.latent_channels, 3, padding=1))
 
     def time_embedding(self, t):
-        """Returns (B, 4 * base channels), what the residual blocks and BPS know of t (B,)."""
+        """Embedding (B, 4 * base channels) of timesteps t (B,), which BPS shares."""
         sinusoids = timestep_embedding(t, self.config.channels[0])
         return self.time_embed(sinusoids.to(self.time_embed[0].weight.dtype))
 
     def forward(self, z_t, t, context, residuals=None):
-        """Returns eps (B, 4, H, W), the predicted noise (or v, where the model was trained so).
+        """Predicted noise eps (B, 4, H, W), or v if the model was trained to predict v.
 
         z_t: (B, 4, H, W) noisy scaled latents. t: (B,) int or float in 0..999. context: (B, L, D)
         text states. residuals: None, or a list with one entry per block in the order input,
         middle, output: a map of the block's output shape (batch B or 1), or None for no steering.
-        Errors: ValueError if there are more or fewer residuals than blocks.
         """
         blocks = len(self.input_blocks) + 1 + len(self.output_blocks)
         residuals = [None] * blocks if residuals is None else residuals
         if len(residuals) != blocks:
-            raise ValueError(f"{len(residuals)} residuals for a U-Net of {blocks} blocks; "
-                             f"pass one entry per block, None if it has no port")
+            raise ValueError(f"residuals must have {blocks} entries, one per block, got "
+                             f"{len(residuals)}. Pass None for a block without a port.")
         t_emb = self.time_embedding(t)
         residual = iter(residuals)
         call = partial(run_block, checkpointing=self.checkpointing)
@@ -292,20 +287,10 @@ class UNet(nn.Module):
         h, skips = z_t, []
         for block in self.input_blocks:
             h = call(block, h, t_emb, context, next(residual))
-            skips.append(h)                             # so the skips carry the steering along
+            skips.append(h)                             # so the skips carry the residuals along
         h = call(self.middle_block, h, t_emb, context, next(residual))
         for block in self.output_blocks:
             h = torch.cat([h, skips.pop()], dim=1)
             size = skips[-1].shape[-2:] if skips else None
             h = call(block, h, t_emb, context, next(residual), size)
         return self.out(h)
-
-
-def load_unet(path, dtype=torch.float32, device="cpu"):
-    """Returns the frozen U-Net of an SD checkpoint: a folder or a single .safetensors file.
-
-    On the CPU, weights that have the dtype already stay mapped from the file until they are used.
-    Errors: UserError names the file and every key that is missing, unexpected or of
-    another shape.
-    """
-    return checkpoints.read_unet(path).build(UNet, UNetConfig, dtype, device)

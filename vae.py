@@ -1,11 +1,10 @@
-"""The Stable Diffusion autoencoder: images to a small latent space and back.
+"""The autoencoder of Stable Diffusion: from images to a small latent space and back.
 
 Shapes: B batch, C channels, H W rows and columns, N = H * W of the innermost map.
 f = 2 ** (levels - 1) is the down-sampling factor: 8 for Stable Diffusion, 4 for the embedded base.
 
-    from vae import load_vae
-    vae = load_vae("tiny/model")
-    x_again = vae.decode(vae.encode(x).mean)
+    vae = AutoencoderKL(VAEConfig())    # random weights; inputs/checkpoints.py loads trained ones
+    x = vae.decode(vae.encode(x).mean)
 """
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -14,34 +13,32 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from inputs import checkpoints
-
-LOGVAR_RANGE = (-30.0, 20.0)    # the original's clamp; keeps exp() finite
+LOGVAR_RANGE = (-30.0, 20.0)    # clamp of the original code; keeps exp() finite
 
 
 @dataclass(frozen=True)
 class VAEConfig:
-    """The sizes of an autoencoder; the defaults are Stable Diffusion's."""
+    """Sizes of an autoencoder; the defaults are Stable Diffusion's."""
     channels: tuple = (128, 256, 512, 512)     # one entry per level, outermost first
     blocks_per_level: int = 2                  # in the encoder; the decoder has one more
     latent_channels: int = 4
     norm_groups: int = 32
-    scaling_factor: float = 0.18215            # brings latents to about unit variance
+    scaling_factor: float = 0.18215            # gives latents about unit variance
 
 
 class Latent(NamedTuple):
-    """The encoder's normal law over scaled latents: mean and std, each (B, 4, H/f, W/f)."""
+    """Normal distribution of the scaled latents: mean and std, each (B, 4, H/f, W/f)."""
     mean: torch.Tensor
     std: torch.Tensor
 
 
 def norm(channels, groups):
-    """Returns the autoencoder's GroupNorm: its eps is 1e-6, not PyTorch's 1e-5."""
+    """GroupNorm with the autoencoder's eps of 1e-6; PyTorch's default is 1e-5."""
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions plus a skip; unlike the U-Net's it knows no timestep."""
+    """Two 3x3 convolutions plus a skip connection; unlike the U-Net's without a timestep."""
 
     def __init__(self, channels_in, channels, groups):
         super().__init__()
@@ -59,7 +56,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over all pixels, plus a skip."""
+    """Single-head self-attention over all pixels, plus a skip connection."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -76,7 +73,7 @@ class Attention(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves height and width; pads only right and bottom, as the checkpoints were trained."""
+    """Halve height and width; only right and bottom are padded, as in the checkpoints' training."""
 
     def __init__(self, channels):
         super().__init__()
@@ -87,7 +84,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles height and width by repeating pixels, then smooths with a convolution."""
+    """Double height and width by repeating pixels, then convolve."""
 
     def __init__(self, channels):
         super().__init__()
@@ -98,7 +95,7 @@ class Upsample(nn.Module):
 
 
 class Middle(nn.Module):
-    """The innermost part of encoder and decoder: ResBlock, Attention, ResBlock."""
+    """Innermost part of encoder and decoder: ResBlock, Attention, ResBlock."""
 
     def __init__(self, channels, groups):
         super().__init__()
@@ -111,7 +108,7 @@ class Middle(nn.Module):
 
 
 class Level(nn.Module):
-    """One level of encoder or decoder: residual blocks, then perhaps a change of size."""
+    """One level of encoder or decoder: ResBlocks, then a change of size if it has one."""
 
     def __init__(self, channels_in, channels, blocks, groups):
         super().__init__()
@@ -129,7 +126,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image (B, 3, H, W) to mean and log-variance (B, 8, H/f, W/f), not yet mixed."""
+    """Image (B, 3, H, W) to features (B, 8, H/f, W/f), the input of quant_conv."""
 
     def __init__(self, config):
         super().__init__()
@@ -160,7 +157,7 @@ class Decoder(nn.Module):
         channels, groups = config.channels, config.norm_groups
         self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
         self.mid = Middle(channels[-1], groups)
-        self.up = nn.ModuleList()               # outermost first, though it runs innermost first
+        self.up = nn.ModuleList()               # outermost level first, although it runs last
         for i, c in enumerate(channels):
             level = Level(channels[min(i + 1, len(channels) - 1)], c,
                           config.blocks_per_level + 1, groups)
@@ -178,7 +175,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    """The variational autoencoder in whose latent space Stable Diffusion works."""
+    """Variational autoencoder that defines the latent space of Stable Diffusion."""
 
     def __init__(self, config=VAEConfig()):
         super().__init__()
@@ -190,28 +187,18 @@ class AutoencoderKL(nn.Module):
 
     @property
     def factor(self):
-        """The down-sampling factor f: pixels of the image per pixel of the latent."""
+        """Down-sampling factor f: side of an image divided by the side of its latent."""
         return 2 ** (len(self.config.channels) - 1)
 
     def encode(self, x):
-        """Returns the Latent of images x (B, 3, H, W) in [-1, 1]; H and W are multiples of f."""
+        """Latent of images x (B, 3, H, W) in [-1, 1]; H and W are multiples of f."""
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
-            raise ValueError(f"image of {x.shape[-2]} x {x.shape[-1]} px: height and width must be "
-                             f"multiples of {self.factor}")
+            raise ValueError(f"height and width must be multiples of {self.factor}, got "
+                             f"{x.shape[-2]} x {x.shape[-1]}")
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         std = torch.exp(0.5 * logvar.clamp(*LOGVAR_RANGE))
         return Latent(mean * self.config.scaling_factor, std * self.config.scaling_factor)
 
     def decode(self, z):
-        """Returns images (B, 3, H, W), about [-1, 1] but not clipped, for scaled latents z."""
+        """Images (B, 3, H, W) of scaled latents z, in about [-1, 1], not clipped."""
         return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))
-
-
-def load_vae(path, dtype=torch.float32, device="cpu"):
-    """Returns the frozen autoencoder of an SD checkpoint: a folder or a single .safetensors file.
-
-    An autoencoder's own folder or file will do too. fp16 is too narrow for some of them: draw with
-    float32. Errors: UserError names the file and every key that is missing, unexpected
-    or of another shape.
-    """
-    return checkpoints.read_vae(path).build(AutoencoderKL, VAEConfig, dtype, device)

@@ -1,14 +1,13 @@
-"""Reads and writes weights: .safetensors files, strictly, a tensor at a time, never a pickle.
+"""Strict reading and writing of weights: .safetensors files only, never a pickle.
 
-Only headers are read at first: names and shapes decide whether a file fits, and then each tensor
-is mapped from the file into its module. inputs/checkpoints.py knows what the names are. Nothing is
-fetched from a network.
+The header of a file holds names and shapes, which decide whether the file fits a module. Then each
+tensor is mapped from the file into the module, one at a time. inputs/checkpoints.py knows the names
+in Stable Diffusion's files. Nothing is downloaded.
 
-    checkpoint = checkpoints.read_unet("tiny/model")    # config and tensors
+    checkpoint = checkpoints.read_unet("tiny/model")    # config and header, no tensor yet
     unet = checkpoint.build(UNet, UNetConfig)
 """
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -18,23 +17,22 @@ from typing import Callable, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
-CONVERTED_AT_A_TIME = 16        # tensors, before their file is opened anew
-LARGEST_HEADER = 100_000_000    # bytes; the format's own limit
-LARGEST_SIZE = 1 << 20          # more channels, layers or words than any model has
-NAMES_SHOWN = 8                 # names of tensors that do not fit
-# what reading a file's numbers or names raises if they make no sense
-SENSELESS = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+CONVERTED_AT_A_TIME = 16        # tensors converted before their file is reopened
+MAX_HEADER = 100_000_000        # bytes; the limit of the format
+MAX_SIZE = 1 << 20              # more channels, layers or tokens than any model has
+MAX_NAMES = 8                   # tensor names in an error message
+# what code that reads a file's names, numbers or shapes raises if they make no sense
+MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message is one line that says what and how."""
+    """A mistake the user can fix. The message is one line: what is wrong, and the fix."""
 
 
 def first_line(error):
-    """Returns what an error says, without the lines that PyTorch adds."""
+    """Message of an error without the lines that PyTorch appends."""
     return str(error).partition("\n")[0]
 
 
@@ -43,107 +41,98 @@ class Stored(NamedTuple):
     file: Path
     name: str
     shape: tuple
-    rows: slice | None = None               # the part of the first dimension that is meant
+    rows: slice | None = None               # which rows of the tensor; None for all
 
 
 class Checkpoint(NamedTuple):
-    """One part of a checkpoint: U-Net, autoencoder or text encoder; or a BPS."""
-    config: dict                            # keyword arguments of the part's config dataclass
-    state: dict                             # Stored tensors by name
-    spelling: Callable[[str], str]          # a module's key -> its name in `state`
+    """One network in files: U-Net, autoencoder, text encoder or BPS."""
+    config: dict                            # keyword arguments of the config dataclass
+    state: dict                             # {name in the file: Stored}
+    key_map: Callable[[str], str]           # state_dict key of our module -> name in the file
     file: Path
 
     def files(self):
-        """Returns the files that hold its tensors, sorted."""
+        """All files that hold its tensors, sorted."""
         return sorted({stored.file for stored in self.state.values()})
 
     def build(self, Module, Config, dtype=torch.float32, device="cpu"):
-        """Returns Module(Config(**config)) with the checkpoint's tensors, as load_strict does.
+        """Module(Config(**config)) with the checkpoint's tensors, frozen; see load_strict.
 
-        The module is made without memory, which its tensors then bring. Errors: UserError where
-        the sizes do not go together or a tensor does not fit.
+        The module is created on the meta device, so its initial weights need neither memory nor
+        time.
         """
         check_sizes(self.config, self.file)
         try:
             with torch.device("meta"):
                 module = Module(Config(**self.config))
-        except SENSELESS as error:
+        except MALFORMED as error:
             part = Config.__name__.removesuffix("Config")
-            raise UserError(f"{self.file}: no {part} has its sizes "
-                            f"({first_line(error)})") from error
+            raise UserError(f"{self.file}: no {part} has these sizes "
+                            f"({first_line(error)}).") from error
         return load_strict(module, self, dtype, device)
 
 
 def check_sizes(config, file):
-    """Raises UserError if a whole number in a config (a dict) is no size that a module can have."""
+    """Raise UserError if a whole number in a config (a dict) is out of range for any module."""
     for key, value in config.items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if type(number) is int and not 0 < number <= LARGEST_SIZE:
-                raise UserError(f"{file}: {key} = {value}; allowed are sizes of 1 to "
-                                f"{LARGEST_SIZE}")
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(type(number) is int and not 0 < number <= MAX_SIZE for number in numbers):
+            raise UserError(f"{file}: {key} must be in 1..{MAX_SIZE}, got {value}.")
 
 
-# ---- files ---------------------------------------------------------------------------------
+# ---- reading -------------------------------------------------------------------------------
 
 def read_header(file):
-    """Returns {name: Stored} of a .safetensors file; no tensor is read.
-
-    Errors: UserError for pickles, Git-LFS pointers, truncated files and anything else.
-    """
+    """Names and shapes of a .safetensors file, {name: Stored}; no tensor is read."""
     file = Path(file)
-    if file.is_dir():
-        raise UserError(f"{file}: a folder; a .safetensors file is wanted here")
     if file.suffix.lower() in PICKLES:
         raise UserError(
-            f"{file}: a {file.suffix} file is a pickle and can run code; convert one that you "
-            f"trust: python -c \"import torch, safetensors.torch as s; d = torch.load('{file}', "
+            f"{file} is a pickle, which can run code. Convert a file that you trust: "
+            f"python -c \"import torch, safetensors.torch as s; d = torch.load('{file}', "
             f"weights_only=True); s.save_file(d.get('state_dict', d), 'model.safetensors')\"")
     if not file.is_file():
-        raise UserError(f"{file}: no such file; nothing is downloaded")
-    with open(file, "rb") as f:
-        if f.read(8) == b"version ":
-            raise UserError(f"{file}: a Git-LFS pointer, not the weights; run `git lfs pull`")
+        raise UserError(f"{file} is {'a folder' if file.is_dir() else 'missing'}. Give a "
+                        f".safetensors file; nothing is downloaded.")
     try:
         with safe_open(file, "pt") as f:
             return {name: Stored(file, name, tuple(f.get_slice(name).get_shape()))
                     for name in f.keys()}
     except SafetensorError as error:
-        raise UserError(f"{file}: {_why_unreadable(file, error)}") from None
+        raise UserError(f"{file} {_fault(file, error)}") from None
 
 
-def _why_unreadable(file, error):
-    """Returns what is wrong with a file that safetensors refuses; most are cut short."""
+def _fault(file, error):
+    """The end of a sentence on why safetensors rejected the file; most files are truncated."""
     size = file.stat().st_size
     with open(file, "rb") as f:
-        end_of_header = 8 + int.from_bytes(f.read(8), "little")
-        header = f.read(min(end_of_header, LARGEST_HEADER))
-    again = "copy or download it again"
-    if "valid UTF-8" in str(error):
-        return "rename it; its path has to be UTF-8"
-    if header.startswith(b"{") and end_of_header > size:
-        return f"{size} bytes, but its header alone has {end_of_header}; {again}"
+        start = f.read(8)
+        header_end = 8 + int.from_bytes(start, "little")
+        header = f.read(min(header_end, MAX_HEADER))
+    if start == b"version ":
+        return "is a Git-LFS pointer, not the weights. Run `git lfs pull`."
     ends = re.findall(rb'"data_offsets": *\[ *\d+ *, *(\d{1,18}) *\]', header)
-    promised = end_of_header + max(map(int, ends), default=0)
-    if ends and size != promised:
-        return f"{size} bytes, but its header promises {promised}; {again}"
-    return f"not a safetensors file ({error})"
+    expected = header_end + max(map(int, ends), default=0)
+    if header.startswith(b"{") and size < expected:
+        return (f"is truncated: it has {size} bytes, its header promises {expected} or more. Copy "
+                f"or download it again.")
+    return f"can't be read as a safetensors file ({error})."
 
 
-def read_tensors(stored, dtype, device):
-    """Yields the tensors of a list of Stored: mapped from the file, or converted.
+def read_tensors(entries, dtype, device):
+    """Yield the tensors of a list of Stored, mapped from their files or converted.
 
-    What is read of a file stays in memory as long as the file is open; so it is opened anew once
-    some tensors were converted. Convolutions are mapped apart from the rest: made channels_last
-    later, they leave nothing behind.
+    An open safetensors file keeps the pages in memory that were read. Reopen it after 16
+    conversions to release them. Convolutions have a mapping of their own: converting them to
+    channels_last later releases all of it.
     """
     files, converted = {}, 0
-    for entry in stored:
-        is_convolution = len(entry.shape) == 4
-        if (entry.file, is_convolution) not in files:
-            files[entry.file, is_convolution] = safe_open(entry.file, "pt")
-        whole = files[entry.file, is_convolution].get_tensor(entry.name)
-        tensor = (whole if entry.rows is None else whole[entry.rows]).to(device, dtype)
-        converted += tensor.data_ptr() != whole.data_ptr()
+    for entry in entries:
+        mapping = (entry.file, len(entry.shape) == 4)
+        if mapping not in files:
+            files[mapping] = safe_open(entry.file, "pt")
+        stored = files[mapping].get_tensor(entry.name)
+        tensor = (stored if entry.rows is None else stored[entry.rows]).to(device, dtype)
+        converted += tensor.data_ptr() != stored.data_ptr()
         if converted == CONVERTED_AT_A_TIME:
             files, converted = {}, 0
         yield tensor
@@ -283,23 +272,21 @@ def hash_module(module):
 # ---- strict loading ------------------------------------------------------------------------
 
 def load_strict(module, checkpoint, dtype=torch.float32, device="cpu"):
-    """Puts the checkpoint into the module, frozen, and returns it; the module's keys are our own.
+    """The module with the checkpoint's tensors, frozen; every key and shape has to match.
 
-    The module may be on the meta device, which saves drawing weights only to replace them. One
-    tensor is read at a time; what already has the dtype stays mapped from its file, without a
-    copy. A linear layer may be stored as a 1x1 convolution and the other way round. Errors:
-    UserError names every missing, unexpected and mis-shaped key.
+    The module may be on the meta device. A tensor that has the dtype already stays mapped from its
+    file, without a copy. A linear layer may be stored as a 1x1 convolution and vice versa.
     """
-    expected = {checkpoint.spelling(key): (key, tensor.shape)
+    expected = {checkpoint.key_map(key): (key, tensor.shape)
                 for key, tensor in module.state_dict().items()}
-    faults = [f"missing {name}" for name in expected if name not in checkpoint.state]
-    faults += [f"unexpected {name}" for name in checkpoint.state if name not in expected]
-    faults += [f"{name} is {checkpoint.state[name].shape}, not {tuple(shape)}"
-               for name, (_, shape) in expected.items() if name in checkpoint.state
-               and _squeezed(checkpoint.state[name].shape) != _squeezed(shape)]
-    if faults:
-        raise UserError(f"{checkpoint.file}: {len(faults)} keys do not fit a "
-                        f"{type(module).__name__} of this size: {shortened(faults)}")
+    problems = [f"missing {name}" for name in expected if name not in checkpoint.state]
+    problems += [f"unexpected {name}" for name in checkpoint.state if name not in expected]
+    problems += [f"{name} is {checkpoint.state[name].shape}, not {tuple(shape)}"
+                 for name, (_, shape) in expected.items() if name in checkpoint.state
+                 and _squeezed(checkpoint.state[name].shape) != _squeezed(shape)]
+    if problems:
+        raise UserError(f"{checkpoint.file}: {len(problems)} tensors do not fit a "
+                        f"{type(module).__name__} of this size: {shortened(problems)}")
     tensors = read_tensors([checkpoint.state[name] for name in expected], dtype, device)
     module.load_state_dict({key: tensor.reshape(shape) for (key, shape), tensor
                             in zip(expected.values(), tensors)}, assign=True)
@@ -307,14 +294,86 @@ def load_strict(module, checkpoint, dtype=torch.float32, device="cpu"):
 
 
 def shortened(names):
-    """Returns the first names as one text, and how many more there are."""
-    left_out = len(names) - NAMES_SHOWN
-    return "; ".join(names[:NAMES_SHOWN]) + (f" and {left_out} more" if left_out > 0 else "")
+    """The first names as one string, and how many more there are."""
+    omitted = len(names) - MAX_NAMES
+    return "; ".join(names[:MAX_NAMES]) + (f" and {omitted} more" if omitted > 0 else "")
 
 
 def _squeezed(shape):
-    """Returns the shape without the trailing ones that a 1x1 convolution has."""
-    shape = tuple(shape)
-    while len(shape) > 2 and shape[-1] == 1:
-        shape = shape[:-1]
-    return shape
+    """Shape without the trailing ones of a 1x1 convolution."""
+    return tuple(shape[:2]) if set(shape[2:]) == {1} else tuple(shape)
+
+
+def is_finite(module):
+    """Whether a module's weights are free of NaN and infinity."""
+    return all(parameter.isfinite().all() for parameter in module.parameters())
+
+
+# ---- writing -------------------------------------------------------------------------------
+
+@contextlib.contextmanager
+def replacing(file):
+    """Yield a temporary path with the same suffix, and rename it to `file` at the end.
+
+    After an error or an interruption the old `file` is intact and the temporary one is deleted.
+    """
+    file = Path(file)
+    temporary = file.with_name(f".{file.name}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)           # safetensors makes its files private to this user
+        os.replace(temporary, file)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"{file} can't be written ({reason}).") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(tensors, file, metadata):
+    """Write tensors and metadata, {str: str}, as safetensors."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(file) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def save_training(file, modules, trained, optimizer, progress):
+    """Write what a resumed run needs: parameters, AdamW's moments m and v, progress (a dict).
+
+    modules: {name: module}. trained: the name of the module that the optimizer trains.
+    """
+    tensors = {f"{name}.{key}": parameter for name, module in modules.items()
+               for key, parameter in module.named_parameters()}
+    updates = 0                                         # fewer than steps if fp16 overflowed
+    for key, parameter in modules[trained].named_parameters():
+        if state := optimizer.state.get(parameter):     # none before the first step
+            tensors |= {f"m.{key}": state["exp_avg"], f"v.{key}": state["exp_avg_sq"]}
+            updates = int(state["step"])
+    save(tensors, file, dict(facts=json.dumps(progress | dict(updates=updates))))
+
+
+@torch.no_grad()
+def load_training(file, modules, trained, optimizer):
+    """Restore in place what save_training wrote of the same modules; return the progress."""
+    try:
+        with safe_open(file, "pt") as f:
+            progress = json.loads(f.metadata()["facts"])
+            stored = {name: f.get_tensor(name) for name in f.keys()}
+        updates = float(progress.pop("updates"))
+        for name, module in modules.items():
+            for key, parameter in module.named_parameters():
+                parameter.copy_(stored[f"{name}.{key}"])
+        for key, parameter in modules[trained].named_parameters():
+            if f"m.{key}" in stored:
+                # AdamW keeps its step count on the CPU, unless it is fused
+                device = parameter.device if optimizer.defaults.get("fused") else "cpu"
+                optimizer.state[parameter] = dict(
+                    step=torch.tensor(updates, device=device),
+                    exp_avg=torch.empty_like(parameter).copy_(stored[f"m.{key}"]),
+                    exp_avg_sq=torch.empty_like(parameter).copy_(stored[f"v.{key}"]))
+    except (SafetensorError, *MALFORMED) as error:
+        raise UserError(f"{file}: checkpoint is corrupt ({first_line(error)}). Delete the run "
+                        f"folder to start over.") from None
+    return progress

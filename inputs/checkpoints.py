@@ -1,38 +1,42 @@
-"""How Stable Diffusion and BPS lie in files: names, sizes, and what other models look like.
+"""Stable Diffusion in files: load the networks of 1.x and 2.x checkpoints, and reject all others.
 
-The modules of unet.py, vae.py and clip.py carry the names of the single-file layout, so that one
-loads as it is. Other layouts go through the functions *_name below, from a module's key to the
-file's. A folder's config.json says the sizes; of a single file, the tensors' shapes do.
+Attributes of our modules carry the names of the single-file layout, so a single file loads without
+renaming. The functions *_name below map a module's key to its name in any other layout. Sizes come
+from a folder's config.json, or from the tensors' shapes in a single file.
 
-    checkpoint = read_unet("tiny/model")        # config, tensors, and how keys are spelled there
+    unet, vae = load_unet("tiny/model"), load_vae("tiny/model")
+    tokenizer, text_model = load_clip("tiny/model")
+    schedule = load_schedule("tiny/model")
 """
 import functools
-import json
 import re
 import warnings
 from pathlib import Path
 
-from safetensors import safe_open
+import torch
 
-from diffusion import PREDICTION_TYPES, SPACINGS, NoiseSchedule
+from clip import ACTIVATIONS, END, CLIPTextConfig, CLIPTextModel, Tokenizer
+from diffusion import PREDICTION_TYPES, NoiseSchedule
+from inputs.files import read_json
+from unet import UNet, UNetConfig
+from vae import AutoencoderKL, VAEConfig
 from weights import (
+    MALFORMED,
     PICKLES,
-    SENSELESS,
     Checkpoint,
     UserError,
     first_line,
     read_header,
-    read_json,
     shortened,
 )
 
 UNET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"       # names of weights files
-TAKES = "this program takes text-to-image models of SD 1.x and 2.x"
+SUPPORTED = "Only text-to-image models of SD 1.x and 2.x are supported."
 SDXL_WIDTHS = {2048: "an SD XL model", 1280: "an SD XL refiner"}
 SD2_TEXT_LAYERS = 23
 IN_CHANNELS_OF = {9: "an in-painting", 8: "an InstructPix2Pix", 7: "an up-scaler", 5: "a depth"}
 
-# Keys of a config.json that would change the graph, with what is implemented of them.
+# Keys of a config.json that would change the graph, with the values that are implemented.
 UNET_FIXED = dict(
     _class_name="UNet2DConditionModel", act_fn="silu", norm_eps=1e-5, downsample_padding=1,
     conv_in_kernel=3, conv_out_kernel=3, class_embed_type=None, num_class_embeds=None,
@@ -53,110 +57,147 @@ VAE_FIXED = dict(
 TEXT_FIXED = dict(max_position_embeddings=77, layer_norm_eps=1e-5)
 SCHEDULE_FIXED = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", trained_betas=None,
                       rescale_betas_zero_snr=False, prediction_type=PREDICTION_TYPES,
-                      timestep_spacing=(None, *SPACINGS), steps_offset=(0, 1))
+                      timestep_spacing=(None, "leading", "trailing", "linspace"),
+                      steps_offset=(0, 1))
 
 
-# ---- refusing ------------------------------------------------------------------------------
+# ---- loading -------------------------------------------------------------------------------
+
+def load_unet(path, dtype=torch.float32, device="cpu"):
+    """Frozen UNet of an SD folder or single .safetensors file."""
+    return read_unet(path).build(UNet, UNetConfig, dtype, device)
+
+
+def load_vae(path, dtype=torch.float32, device="cpu"):
+    """Frozen AutoencoderKL of an SD folder or single file, or of a folder or file of its own.
+
+    fp16 is too narrow for some autoencoders: draw with float32.
+    """
+    return read_vae(path).build(AutoencoderKL, VAEConfig, dtype, device)
+
+
+def load_clip(path, tokenizer_path=None, dtype=torch.float32, device="cpu"):
+    """(Tokenizer, frozen CLIPTextModel) of an SD folder or single .safetensors file.
+
+    tokenizer_path: the folder of a tokenizer, or an SD folder; required for a single file.
+    """
+    checkpoint = read_text(path)
+    folder = find_tokenizer(path, tokenizer_path)
+    tokenizer = load_tokenizer(folder)
+    check_text(checkpoint, folder, tokenizer.vocab)
+    return tokenizer, checkpoint.build(CLIPTextModel, CLIPTextConfig, dtype, device)
+
+
+def load_tokenizer(folder):
+    """Tokenizer of a folder with vocab.json and merges.txt, or with tokenizer.json."""
+    try:
+        return Tokenizer(*read_tokenizer(Path(folder)))
+    except UserError:
+        raise
+    except Exception as error:      # `tokenizers` raises plain Exceptions
+        raise UserError(f"{folder} holds no CLIP tokenizer ({first_line(error)}).") from None
+
+
+# ---- rejecting -----------------------------------------------------------------------------
 
 def as_user_error(read):
-    """Decorates a function that reads a path: content that makes no sense is a UserError too.
+    """Decorate a reader of a path: malformed content raises UserError.
 
-    What is known to occur is refused by name before; this is for the rest, such as a number where
-    a list belongs or a tensor with too few dimensions.
+    The readers reject by name what is known to occur. This covers the rest, such as a number in
+    place of a list or a tensor with too few dimensions.
     """
     @functools.wraps(read)
     def guarded(path, *args):
-        """Reads the path; all errors name it."""
         try:
             return read(path, *args)
-        except SENSELESS as error:
+        except MALFORMED as error:
             raise UserError(f"{path}: its names or sizes are not those of SD 1.x or 2.x "
-                            f"({type(error).__name__}: {first_line(error)}); {TAKES}") from error
+                            f"({type(error).__name__}: {first_line(error)}). {SUPPORTED}"
+                            ) from error
 
     return guarded
 
 
-def refuse_by_name(path, in_channels=None, context_dim=None):
-    """Raises UserError if a U-Net's sizes are those of a known model for another task."""
+def reject_by_name(path, in_channels=None, context_dim=None):
+    """Raise UserError if the sizes of a U-Net are those of a known other kind of model."""
     if context_dim in SDXL_WIDTHS:
-        raise UserError(f"{path}: text states of width {context_dim}, "
-                        f"{SDXL_WIDTHS[context_dim]}; {TAKES}")
+        raise UserError(f"{path} is {SDXL_WIDTHS[context_dim]} with text states of width "
+                        f"{context_dim}. {SUPPORTED}")
     if in_channels in IN_CHANNELS_OF:
-        raise UserError(f"{path}: {in_channels} input channels, {IN_CHANNELS_OF[in_channels]} "
-                        f"model; {TAKES}")
+        raise UserError(f"{path} is {IN_CHANNELS_OF[in_channels]} model with {in_channels} input "
+                        f"channels. {SUPPORTED}")
 
 
 def check_values(config, implemented, file):
-    """Raises UserError if a key has a value that would change the graph; absent keys are right.
+    """Raise UserError if a key of the config has a value that would change the graph.
 
-    implemented: {key: its value, or a tuple of them}. A list must hold nothing else.
+    implemented: {key: its only value, or a tuple of values}; the first is that of an absent key.
+    If the config has a list, each entry is checked.
     """
-    for key, allowed in implemented.items():
-        allowed = allowed if isinstance(allowed, tuple) else (allowed,)
-        value = config.get(key, allowed[0])
-        values = value if isinstance(value, list) else [value]
+    for key, choices in implemented.items():
+        choices = choices if isinstance(choices, tuple) else (choices,)
+        value = config.get(key, choices[0])
         # diffusers writes "off" as false, null or 0
-        if any((entry or None) not in [choice or None for choice in allowed] for entry in values):
-            raise UserError(f"{file}: {key} = {value!r} is not implemented; allowed is "
-                            f"{' or '.join(map(repr, allowed))}")
+        if any((entry or None) not in [choice or None for choice in choices]
+               for entry in (value if isinstance(value, list) else [value])):
+            raise UserError(f"{file}: {key} must be {' or '.join(map(repr, choices))}, got "
+                            f"{value!r}. Nothing else is implemented.")
 
 
 # ---- folders -------------------------------------------------------------------------------
 
 def read_config(file):
-    """Returns the dict of a config.json without the keys that have no value, as if absent."""
+    """Dict of a config.json; null is the same as an absent key."""
     return {key: value for key, value in read_json(file).items() if value is not None}
 
 
 def find_weights(folder, stem):
-    """Returns the weights files of a part's folder: exact name, else shards, fp16, or the only one.
+    """Weights files of a network's folder: the exact name, else shards, fp16, or the only file.
 
-    A name that is not the exact one is warned of. Errors: UserError if there is none, only
-    pickles, or a choice that cannot be made.
+    Warn if the name is not the exact one.
     """
+    exact = f"{stem}.safetensors"
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; a Stable Diffusion folder has unet/, vae/, "
-                        f"text_encoder/ and tokenizer/")
-    if (folder / f"{stem}.safetensors").is_file():
-        return [folder / f"{stem}.safetensors"]
-    exact = f"{stem}.safetensors.index.json"
-    for index in sorted(folder.glob("*.index*.json"),
-                        key=lambda file: (file.name != exact, ".fp16." not in file.name, file)):
-        shards = set(read_json(index).get("weight_map", {}).values())
+        raise UserError(f"{folder} is missing. A Stable Diffusion folder has unet/, vae/, "
+                        f"text_encoder/ and tokenizer/.")
+    if (folder / exact).is_file():
+        return [folder / exact]
+    for index in sorted(folder.glob("*.index*.json"), key=lambda file: (
+            file.name != f"{exact}.index.json", ".fp16." not in file.name, file)):
+        shards = sorted(set(read_json(index).get("weight_map", {}).values()))
         if shards and all(name.endswith(".safetensors") for name in shards):
-            if index.name != exact:
-                warnings.warn(f"{folder}: no {stem}.safetensors; took the shards of {index.name}")
-            return [folder / name for name in sorted(shards)]
+            if index.name != f"{exact}.index.json":
+                warnings.warn(f"{folder}: no {exact}, using the shards of {index.name}")
+            return [folder / name for name in shards]
     files = sorted(folder.glob("*.safetensors"))
-    fp16 = folder / f"{stem}.fp16.safetensors"
-    if fp16 in files or len(files) == 1:
-        file = fp16 if fp16 in files else files[0]
-        warnings.warn(f"{folder}: no {stem}.safetensors; took {file.name}")
-        return [file]
+    candidates = [file for file in files if file.name == f"{stem}.fp16.safetensors"] or files
+    if len(candidates) == 1:
+        warnings.warn(f"{folder}: no {exact}, using {candidates[0].name}")
+        return candidates
     if files:
-        names = ", ".join(file.name for file in files)
-        raise UserError(f"{folder}: which one? {names}; rename one to {stem}.safetensors")
-    pickles = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in PICKLES]
-    if pickles:
-        read_header(pickles[0])         # says why not
-    raise UserError(f"{folder}: no {stem}.safetensors in it")
+        raise UserError(f"{folder} has several weights files: "
+                        f"{', '.join(file.name for file in files)}. Rename one to {exact}.")
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in PICKLES:
+            read_header(file)           # raises, with the reason
+    raise UserError(f"{folder / exact} is missing.")
 
 
 def config_files(*paths):
-    """Returns the files beside the weights in SD folders that say how these are used, sorted."""
+    """Sorted .json and .txt files of SD folders, which say how the weights are used."""
     folders = [Path(path) for path in paths if path and Path(path).is_dir()]
     return sorted({file for folder in folders for pattern in ("*.json", "*.txt")
                    for file in folder.rglob(pattern)})
 
 
 def read_folder(folder, stem, implemented):
-    """Returns (config.json as a dict, {name: Stored}, first file) of one part of an SD folder.
+    """(dict of config.json, {name: Stored}, first weights file) of a network's folder.
 
-    implemented: as for check_values. Errors: UserError.
+    implemented: as for check_values.
     """
     files = find_weights(folder, stem)
     config, state = read_config(folder / "config.json"), {}
-    refuse_by_name(folder, config.get("in_channels"), config.get("cross_attention_dim"))
+    reject_by_name(folder, config.get("in_channels"), config.get("cross_attention_dim"))
     check_values(config, implemented, folder / "config.json")
     for file in files:
         state |= read_header(file)
@@ -168,41 +209,39 @@ def read_folder(folder, stem, implemented):
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 SINGLE_FILE_PARTS = {"model.diffusion_model.": "U-Net", "first_stage_model.": "autoencoder",
                      "cond_stage_model.": "text encoder"}
-# What training left in single files: averages, the noise schedule, the autoencoder's own loss.
+# What training leaves in single files: averages, the noise schedule, the autoencoder's own loss.
 SINGLE_FILE_IGNORED = re.compile(
     r"(first_stage_model\.)?(model_ema|loss)\.|"
     r"(betas|\w*alphas_cumprod\w*|posterior_\w+|logvar|lvlb_weights|scale_factor)$")
 
 
-def read_single_file(path, part):
-    """Returns {name without the part's prefix: Stored} of a single file.
+def read_single_file(path, prefix):
+    """{name without the prefix: Stored} of one network in a single file.
 
-    part: one of SINGLE_FILE_PARTS. Errors: UserError if the part is not there, or the file holds
-    another model or anything that is neither a part nor known to be of no use.
+    prefix: one of SINGLE_FILE_PARTS. All other tensors have to be of another part or ignored.
     """
     state = read_header(path)
+    prefixes = tuple(SINGLE_FILE_PARTS)
     if any(name.startswith("conditioner.embedders.") for name in state):
-        raise UserError(f"{path}: an SD XL model, or another with its names; {TAKES}")
+        raise UserError(f"{path} is an SD XL model, or has the names of one. {SUPPORTED}")
     if CONV_IN in state:
-        refuse_by_name(path, state[CONV_IN].shape[1])
-    if not any(name.startswith(tuple(SINGLE_FILE_PARTS)) for name in state):
-        raise UserError(f"{path}: no tensor of it begins with "
-                        f"{' or '.join(SINGLE_FILE_PARTS)}; it is not a Stable Diffusion file, "
-                        f"but perhaps a LoRA or a part of one")
-    strange = [name for name in state if not name.startswith(tuple(SINGLE_FILE_PARTS))
-               and not SINGLE_FILE_IGNORED.match(name)]
-    if strange:
-        raise UserError(f"{path}: {len(strange)} unexpected tensors: {shortened(strange)}")
-    state = {name.removeprefix(part): stored for name, stored in state.items()
-             if name.startswith(part) and not SINGLE_FILE_IGNORED.match(name)}
+        reject_by_name(path, state[CONV_IN].shape[1])
+    if not any(name.startswith(prefixes) for name in state):
+        raise UserError(f"{path} is no Stable Diffusion checkpoint: no tensor is called "
+                        f"{' or '.join(prefixes)}*. It may be a LoRA or a part of a checkpoint.")
+    kept = [name for name in state if not SINGLE_FILE_IGNORED.match(name)]
+    unexpected = [name for name in kept if not name.startswith(prefixes)]
+    if unexpected:
+        raise UserError(f"{path}: {len(unexpected)} unexpected tensors: {shortened(unexpected)}")
+    state = {name.removeprefix(prefix): state[name] for name in kept if name.startswith(prefix)}
     if not state:
-        supply = "give one with --vae" if part == "first_stage_model." else "give a whole model"
-        raise UserError(f"{path}: holds no {SINGLE_FILE_PARTS[part]}; {supply}")
+        fix = "Add --vae" if prefix == "first_stage_model." else "Give a complete checkpoint"
+        raise UserError(f"{path} has no {SINGLE_FILE_PARTS[prefix]}. {fix}.")
     return state
 
 
 def _count(state, name, first=0):
-    """Returns how many of name.format(first), name.format(first + 1) .. there are without a gap."""
+    """Number of consecutive names name.format(first), name.format(first + 1) .. in the state."""
     number = first
     while name.format(number) in state:
         number += 1
@@ -220,21 +259,21 @@ RES_NAMES = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "ti
 
 
 def unet_folder_name(key, blocks_per_level):
-    """Returns what the folder layout calls a U-Net key of the single-file layout."""
+    """Name in the folder layout of a U-Net key of the single-file layout."""
     for single, folder in UNET_NAMES.items():
         key = re.sub(rf"^{re.escape(single)}\.", f"{folder}.", key)
     match = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.*)", key)
     if match:
         path, block, layer, rest = match.groups()
-        # a level of either path is blocks_per_level + 1 entries; the input path starts at 1
+        # a level of either path has blocks_per_level + 1 entries; the input path starts at 1
         level, i = divmod(int(block) - (path == "input"), blocks_per_level + 1)
-        side = "down_blocks" if path == "input" else "up_blocks"
+        level = f"{'down' if path == 'input' else 'up'}_blocks.{level}"
         if rest.startswith("op."):
-            key = f"{side}.{level}.downsamplers.0.conv.{rest[3:]}"
+            key = f"{level}.downsamplers.0.conv.{rest[3:]}"
         elif rest.startswith("conv."):
-            key = f"{side}.{level}.upsamplers.0.{rest}"
+            key = f"{level}.upsamplers.0.{rest}"
         else:
-            key = f"{side}.{level}.{'resnets' if layer == '0' else 'attentions'}.{i}.{rest}"
+            key = f"{level}.{'resnets' if layer == '0' else 'attentions'}.{i}.{rest}"
     if ".resnets." in key:
         for single, folder in RES_NAMES.items():
             key = key.replace(f".{single}.", f".{folder}.")
@@ -242,26 +281,26 @@ def unet_folder_name(key, blocks_per_level):
 
 
 def unet_config_from_json(config, file):
-    """Returns UNetConfig's arguments from a folder's config.json; absent keys are SD 1.5's."""
+    """Arguments of UNetConfig from a folder's config.json; absent keys are SD 1.5's."""
     channels = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
     down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     up = config.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
     attention = tuple(kind == "CrossAttnDownBlock2D" for kind in down)
     mirrored = ["CrossAttnUpBlock2D" if with_text else "UpBlock2D" for with_text in attention][::-1]
     if set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"} or list(up) != mirrored:
-        raise UserError(f"{file}: block types {down + up}; allowed are (CrossAttn)DownBlock2D "
-                        f"and, mirrored, (CrossAttn)UpBlock2D")
-    # SD's configs say attention_head_dim but mean the number of heads.
+        raise UserError(f"{file}: block types must be (CrossAttn)DownBlock2D and the mirrored "
+                        f"(CrossAttn)UpBlock2D, got {down + up}.")
+    # SD's configs call the number of heads attention_head_dim
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
     heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
     for key in ("layers_per_block", "cross_attention_dim", "norm_num_groups", "sample_size"):
         if not isinstance(config.get(key, 1), int):
-            raise UserError(f"{file}: {key} = {config[key]!r}; allowed is one number")
+            raise UserError(f"{file}: {key} must be one whole number, got {config[key]!r}.")
     groups = config.get("norm_num_groups", 32)
     if not len(heads) == len(channels) == len(attention) or \
             any(c % groups or c % head for c, head in zip(channels, heads)):
-        raise UserError(f"{file}: block_out_channels {list(channels)}, {len(attention)} blocks, "
-                        f"heads {list(heads)} and {groups} norm groups do not go together")
+        raise UserError(f"{file}: {len(attention)} blocks, block_out_channels {list(channels)}, "
+                        f"heads {list(heads)} and {groups} norm groups don't fit together.")
     return dict(channels=channels, attention=attention, heads=heads,
                 blocks_per_level=config.get("layers_per_block", 2),
                 context_dim=config.get("cross_attention_dim", 768),
@@ -272,24 +311,21 @@ def unet_config_from_json(config, file):
 
 
 def unet_config_from_shapes(state, path):
-    """Returns UNetConfig's arguments of a single file, which says nothing of its sizes.
+    """Arguments of UNetConfig from the shapes in a single file, which has no config.
 
-    The width of the text states tells SD 1.x (768), with 8 heads, from SD 2.x (1024), with heads
-    of width 64.
+    The width of the text states tells SD 1.x (768, with 8 heads) from SD 2.x (1024, with heads of
+    width 64).
     """
     ops = [n for n in range(99) if f"input_blocks.{n}.0.op.weight" in state]
     stride = ops[0] if ops else _count(state, "input_blocks.{}.0.in_layers.2.weight", 1) + 1
     levels = [1 + stride * level for level in range(len(ops) + 1)]
-    try:
-        channels = tuple(state[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in levels)
-        context_dim = next(stored.shape[1] for name, stored in state.items()
-                           if name.endswith("attn2.to_k.weight"))
-    except (KeyError, StopIteration):
-        raise UserError(f"{path}: its U-Net's names are not those of SD 1.x or 2.x; "
-                        f"{TAKES}") from None
-    refuse_by_name(path, context_dim=context_dim)
+    channels = tuple(state[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in levels)
+    [context_dim, *_] = [stored.shape[1] for name, stored in state.items()
+                         if name.endswith("attn2.to_k.weight")]
+    reject_by_name(path, context_dim=context_dim)
     if context_dim not in (768, 1024):
-        raise UserError(f"{path}: text states of width {context_dim}, an unknown model; {TAKES}")
+        raise UserError(f"{path} is an unknown model with text states of width {context_dim}. "
+                        f"{SUPPORTED}")
     return dict(channels=channels, context_dim=context_dim, blocks_per_level=stride - 1,
                 attention=tuple(f"input_blocks.{n}.1.norm.weight" in state for n in levels),
                 heads=tuple(8 if context_dim == 768 else c // 64 for c in channels),
@@ -297,25 +333,19 @@ def unet_config_from_shapes(state, path):
                 linear_projection=context_dim == 1024)
 
 
-def find_unet(path):
-    """Returns the files that hold the U-Net of an SD folder or single file."""
-    path = Path(path)
-    return find_weights(path / "unet", UNET_STEM) if path.is_dir() else [path]
-
-
 @as_user_error
 def read_unet(path):
-    """Returns the Checkpoint of the U-Net of an SD folder or single file."""
+    """Checkpoint of the U-Net in an SD folder or single file."""
     path = Path(path)
     if not path.is_dir():
         state = read_single_file(path, "model.diffusion_model.")
         return Checkpoint(unet_config_from_shapes(state, path), state, str, path)
     config, state, file = read_folder(path / "unet", UNET_STEM, UNET_FIXED)
     if "conv_in.weight" in state:
-        refuse_by_name(path, state["conv_in.weight"].shape[1])
+        reject_by_name(path, state["conv_in.weight"].shape[1])
     arguments = unet_config_from_json(config, path / "unet" / "config.json")
-    spelling = functools.partial(unet_folder_name, blocks_per_level=arguments["blocks_per_level"])
-    return Checkpoint(arguments, state, spelling, file)
+    key_map = functools.partial(unet_folder_name, blocks_per_level=arguments["blocks_per_level"])
+    return Checkpoint(arguments, state, key_map, file)
 
 
 # ---- autoencoder ---------------------------------------------------------------------------
@@ -324,20 +354,20 @@ VAE_NAMES = {".block.": ".resnets.", ".nin_shortcut.": ".conv_shortcut.",
              ".downsample.conv.": ".downsamplers.0.conv.", ".upsample.conv.": ".upsamplers.0.conv.",
              ".norm_out.": ".conv_norm_out.", ".mid.block_1.": ".mid_block.resnets.0.",
              ".mid.block_2.": ".mid_block.resnets.1.", ".mid.attn_1.": ".mid_block.attentions.0."}
-# The middle's attention is spelled in three ways, which occur under either of its two names.
+# The attention in the middle has three sets of names, each under both of its own names.
 VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v",
                  "proj_out": "to_out.0", "query": "to_q", "key": "to_k", "value": "to_v",
                  "proj_attn": "to_out.0"}
 
 
 def vae_attention_name(name):
-    """Returns an autoencoder's name with its attention spelled group_norm, to_q .. to_out.0."""
+    """Name of an autoencoder's tensor with its attention called group_norm, to_q .. to_out.0."""
     return re.sub(r"(\.mid\.attn_1|\.mid_block\.attentions\.0)\.(\w+)\.(?=weight|bias)",
                   lambda m: f"{m[1]}.{VAE_ATTENTION.get(m[2], m[2])}.", name)
 
 
 def vae_folder_name(key, levels):
-    """Returns what the folder layout calls an autoencoder key of the single-file layout."""
+    """Name in the folder layout of an autoencoder's key of the single-file layout."""
     key = vae_attention_name(key)
     for single, folder in VAE_NAMES.items():
         key = key.replace(single, folder)
@@ -346,7 +376,7 @@ def vae_folder_name(key, levels):
 
 
 def vae_config_from_json(config):
-    """Returns VAEConfig's arguments from a folder's config.json; absent keys are SD's."""
+    """Arguments of VAEConfig from a folder's config.json; absent keys are SD's."""
     return dict(channels=tuple(config.get("block_out_channels", (128, 256, 512, 512))),
                 blocks_per_level=config.get("layers_per_block", 2),
                 latent_channels=config.get("latent_channels", 4),
@@ -354,12 +384,19 @@ def vae_config_from_json(config):
                 scaling_factor=float(config.get("scaling_factor") or 0.18215))
 
 
+def vae_config_from_shapes(state):
+    """Arguments of VAEConfig from the shapes in a file; SD's if it has the folder layout."""
+    levels = _count(state, "encoder.down.{}.block.0.conv1.weight")
+    if not levels:
+        return vae_config_from_json({})
+    return dict(channels=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0]
+                               for i in range(levels)),
+                blocks_per_level=_count(state, "encoder.down.0.block.{}.conv1.weight"))
+
+
 @as_user_error
 def read_vae(path):
-    """Returns the Checkpoint of an autoencoder, from wherever one may lie.
-
-    path: an SD folder or single file, or an autoencoder's own folder or file.
-    """
+    """Checkpoint of an autoencoder in an SD folder or single file, or in files of its own."""
     path = Path(path)
     if path.is_dir():
         is_vae = (path / "config.json").is_file() and not (path / "vae").is_dir()
@@ -372,21 +409,16 @@ def read_vae(path):
                      if not SINGLE_FILE_IGNORED.match(name)}
         else:
             state = read_single_file(path, "first_stage_model.")
-        levels = _count(state, "encoder.down.{}.block.0.conv1.weight")
-        arguments = dict(
-            channels=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0]
-                           for i in range(levels)),
-            blocks_per_level=_count(state, "encoder.down.0.block.{}.conv1.weight"),
-        ) if levels else vae_config_from_json({})       # a folder's file, without its config.json
+        arguments = vae_config_from_shapes(state)
     state = {vae_attention_name(name): stored for name, stored in state.items()}
+    key_map = vae_attention_name
     if any(".up_blocks." in name for name in state):
-        levels = len(arguments["channels"])
-        return Checkpoint(arguments, state, lambda key: vae_folder_name(key, levels), file)
-    return Checkpoint(arguments, state, vae_attention_name, file)
+        key_map = functools.partial(vae_folder_name, levels=len(arguments["channels"]))
+    return Checkpoint(arguments, state, key_map, file)
 
 
 def vae_factor(path):
-    """Returns f, how many pixels of a side an autoencoder's latent pixel covers."""
+    """Down-sampling factor f of an autoencoder, without loading it."""
     return 2 ** (len(read_vae(path).config["channels"]) - 1)
 
 
@@ -402,14 +434,14 @@ OPENCLIP_NAMES = {"encoder.layers.": "transformer.resblocks.", ".self_attn.": ".
 
 
 def openclip_name(key):
-    """Returns what an SD 2 single file calls a text encoder's key, with in_proj split in three."""
+    """Name of a text encoder's key in an SD 2 single file, where split_in_proj was applied."""
     for name, openclip in OPENCLIP_NAMES.items():
         key = key.replace(name, openclip)
     return key
 
 
 def split_in_proj(state, width):
-    """Returns the state with each in_proj (3 D, ..) of attention as q_proj, k_proj and v_proj."""
+    """The state with each in_proj (3 D, ..) of attention split into q_proj, k_proj and v_proj."""
     split = {}
     for name, stored in state.items():
         if ".attn.in_proj_" not in name:
@@ -424,7 +456,7 @@ def split_in_proj(state, width):
 
 @as_user_error
 def read_text(path):
-    """Returns the Checkpoint of the CLIP text encoder of an SD folder or single file."""
+    """Checkpoint of the CLIP text encoder in an SD folder or single file."""
     path = Path(path)
     config = {}
     if path.is_dir():
@@ -432,26 +464,24 @@ def read_text(path):
     else:
         state, file = read_single_file(path, "cond_stage_model."), path
     state = {name: stored for name, stored in state.items() if not TEXT_IGNORED.search(name)}
-    # whatever stands before the embedding's name is the prefix: text_model., transformer. or more
+    # the prefix is whatever precedes the embedding: text_model., transformer. or several
     embedding = next((name for name in state if name.endswith("token_embedding.weight")), None)
     if embedding is None:
-        raise UserError(f"{file}: holds no CLIP text encoder; give a folder or file with one")
+        raise UserError(f"{file} has no CLIP text encoder. Give a folder or file with one.")
     prefix = embedding.removesuffix("token_embedding.weight").removesuffix("embeddings.")
     vocab_size, width = state[embedding].shape
     state = {name.removeprefix(prefix): stored for name, stored in state.items()}
-    # what a config.json does not say: SD 1's heads are 64 wide, and so are SD 2's
-    arguments = dict(width=width, vocab_size=vocab_size,
-                     heads=config.get("num_attention_heads", width // 64),
-                     activation=config.get("hidden_act",
-                                           "gelu" if width == 1024 else "quick_gelu"))
-    if width % arguments["heads"]:
-        raise UserError(f"{file}: num_attention_heads = {arguments['heads']}, but its width is "
-                        f"{width}; allowed is what divides it")
+    # without a config.json: heads are 64 wide in SD 1 and SD 2
+    heads = config.get("num_attention_heads", width // 64)
+    if width % heads:
+        raise UserError(f"{file}: num_attention_heads must divide the width {width}, got {heads}.")
+    activation = config.get("hidden_act", "gelu" if width == 1024 else "quick_gelu")
+    arguments = dict(width=width, vocab_size=vocab_size, heads=heads, activation=activation)
     layers = _count(state, "encoder.layers.{}.layer_norm1.weight")
     if layers or "embeddings.token_embedding.weight" in state:
         layers = config.get("num_hidden_layers", layers)
         return Checkpoint(arguments | dict(layers=layers), state, str, file)
-    # OpenCLIP: SD 2 reads the states before the last block, which is left out; some files lack it
+    # OpenCLIP: SD 2 reads the states before the last of 24 blocks; some files don't contain it
     blocks = _count(state, "transformer.resblocks.{}.ln_1.weight")
     layers = blocks if blocks == SD2_TEXT_LAYERS else blocks - 1
     state = {name: stored for name, stored in split_in_proj(state, width).items()
@@ -463,146 +493,88 @@ def read_text(path):
 # ---- tokenizer -----------------------------------------------------------------------------
 
 def find_tokenizer(path, tokenizer_path=None):
-    """Returns the folder of a tokenizer: tokenizer_path, else that of an SD folder.
-
-    Errors: UserError for a single file, which holds no tokenizer.
-    """
+    """Folder of the tokenizer: tokenizer_path, else the one in an SD folder."""
     if tokenizer_path is None and not Path(path).is_dir():
-        raise UserError(f"{path}: a single file holds no tokenizer; give --tokenizer, a folder "
-                        f"with vocab.json and merges.txt, or with tokenizer.json")
+        raise UserError(f"{path} is a single file, which has no tokenizer. Add --tokenizer, a "
+                        f"folder with vocab.json and merges.txt, or with tokenizer.json.")
     folder = Path(tokenizer_path or path)
     return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder
 
 
 def read_tokenizer(folder):
-    """Returns (vocabulary, merges, padding token, added tokens) of a tokenizer's folder.
+    """Arguments of Tokenizer from a folder with vocab.json and merges.txt, or tokenizer.json."""
+    def read(name):
+        return read_json(folder / name) if (folder / name).is_file() else {}
 
-    The folder holds vocab.json and merges.txt, or else tokenizer.json. vocabulary: {token: id}.
-    merges: [(left, right)]. padding token: None if the folder names none. added tokens: {token:
-    whether it is looked for after lower-casing}. Errors: UserError names the file at fault.
-    """
-    folder = Path(folder)
     missing = [folder / name for name in ("vocab.json", "merges.txt")
                if not (folder / name).is_file()]
-    names = ["tokenizer_config", "special_tokens_map", "added_tokens"]
-    names += ["tokenizer"] if missing else []
-    files = {name: read_json(folder / f"{name}.json") if (folder / f"{name}.json").is_file() else {}
-             for name in names}
-    if missing and not files["tokenizer"]:
-        raise UserError(f"{missing[0]}: no such file; a tokenizer is vocab.json and merges.txt, or "
-                        f"tokenizer.json")
-    try:
-        if missing:
-            vocab, merges = (files["tokenizer"]["model"][name] for name in ("vocab", "merges"))
-        else:
-            vocab = read_json(folder / "vocab.json")
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-            merges = [line for line in lines if line.strip() and not line.startswith("#version")]
-        merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
-        pad_token = None
-        for name in ("tokenizer_config", "special_tokens_map"):                 # the latter wins
-            entry = files[name].get("pad_token")
-            pad_token = (entry["content"] if isinstance(entry, dict) else entry) or pad_token
-        entries = [dict(content=token, id=number)
-                   for token, number in files["added_tokens"].items()]
-        entries += [entry | dict(id=int(number)) for number, entry in
-                    files["tokenizer_config"].get("added_tokens_decoder", {}).items()]
-        entries += files.get("tokenizer", {}).get("added_tokens", [])
-        vocab = vocab | {entry["content"]: entry["id"] for entry in entries}
-        added = {entry["content"]: bool(entry.get("normalized", True)) for entry in entries}
-        wrong = [token for token, number in vocab.items() if type(number) is not int or number < 0]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} has the id {vocab[wrong[0]]!r}")
-    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{folder}: not a CLIP tokenizer ({error})") from None
+    tokenizer = read("tokenizer.json") if missing else {}
+    if missing and not tokenizer:
+        raise UserError(f"{missing[0]} is missing. A tokenizer is vocab.json and merges.txt, or "
+                        f"tokenizer.json.")
+    if missing:
+        vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    else:
+        vocab = read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+    merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
+    config = read("tokenizer_config.json")
+    pad_token = read("special_tokens_map.json").get("pad_token") or config.get("pad_token") or END
+    pad_token = pad_token["content"] if isinstance(pad_token, dict) else pad_token
+    entries = [dict(content=token, id=number)
+               for token, number in read("added_tokens.json").items()]
+    entries += [entry | dict(id=int(number))
+                for number, entry in config.get("added_tokens_decoder", {}).items()]
+    entries += tokenizer.get("added_tokens", [])
+    vocab = vocab | {entry["content"]: entry["id"] for entry in entries}
+    added = {entry["content"]: bool(entry.get("normalized", True)) for entry in entries}
+    for token, number in vocab.items():
+        if type(number) is not int or number < 0:
+            raise ValueError(f"id of {token!r} is {number!r}")
     return vocab, merges, pad_token, added
 
 
-def check_text(checkpoint, folder, vocab, activations):
-    """Raises UserError if a text encoder does not fit its tokenizer or has another activation.
+def check_text(checkpoint, folder, vocab):
+    """Raise UserError if a text encoder can't be computed or has no embedding for a token.
 
-    vocab: {token: id} of the tokenizer.
+    vocab: {token: id} of the tokenizer in `folder`.
     """
-    activation = checkpoint.config["activation"]
-    if activation not in activations:
-        raise UserError(f"{checkpoint.file}: activation {activation!r}; allowed are "
-                        f"{', '.join(activations)}")
-    vocab_size = checkpoint.config["vocab_size"]
+    activation, vocab_size = (checkpoint.config[key] for key in ("activation", "vocab_size"))
+    if activation not in ACTIVATIONS:
+        raise UserError(f"{checkpoint.file}: activation must be {' or '.join(ACTIVATIONS)}, got "
+                        f"{activation!r}.")
     last = max(vocab, key=vocab.get)
     if vocab[last] >= vocab_size:
         raise UserError(f"{folder}: token {last!r} has id {vocab[last]}, but {checkpoint.file} "
-                        f"knows ids up to {vocab_size - 1}; give the tokenizer of this model")
+                        f"has ids up to {vocab_size - 1}. Give the tokenizer of this model.")
     if vocab[last] + 1 < vocab_size:
-        warnings.warn(f"{folder}: {vocab[last] + 1} tokens, but {checkpoint.file} knows "
-                      f"{vocab_size}; is it this model's?")
+        warnings.warn(f"{folder}: {vocab[last] + 1} tokens, but {checkpoint.file} has "
+                      f"{vocab_size}. Is it the tokenizer of this model?")
 
 
 # ---- noise schedule ------------------------------------------------------------------------
 
 @as_user_error
 def load_schedule(path, prediction_type=None):
-    """Returns the NoiseSchedule of an SD folder; a single file has Stable Diffusion's.
+    """NoiseSchedule of an SD folder; a single file has Stable Diffusion's.
 
-    prediction_type: overrules the folder's. Errors: UserError if scheduler_config.json asks for
-    what is not implemented, or nothing tells what an SD 2 model predicts.
+    prediction_type: overrides the folder's; required for a single file of SD 2.
     """
     file = Path(path) / "scheduler" / "scheduler_config.json"
     config = read_config(file) if file.is_file() else {}
     if prediction_type:
         config["prediction_type"] = prediction_type
     if not config and read_unet(path).config["context_dim"] == 1024:
-        raise UserError(f"{path}: does not say what its SD 2 model predicts; give "
-                        f"--prediction-type epsilon (512 px models) or v_prediction (768 px)")
+        raise UserError(f"{path}: the prediction type of this SD 2 model is unknown. Add "
+                        f"--prediction-type epsilon (512 px models) or v_prediction (768 px).")
     check_values(config, SCHEDULE_FIXED, file)
     beta_start, beta_end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
     if not 0 < beta_start <= beta_end < 1:
-        raise UserError(f"{file}: beta_start = {beta_start} and beta_end = {beta_end}; allowed is "
-                        f"what rises between 0 and 1")
+        raise UserError(f"{file}: need 0 < beta_start <= beta_end < 1, got {beta_start} and "
+                        f"{beta_end}.")
     return NoiseSchedule(beta_start, beta_end,
                          prediction_type=config.get("prediction_type", "epsilon"),
                          spacing=config.get("timestep_spacing"),
                          steps_offset=config.get("steps_offset", 1),
                          set_alpha_to_one=config.get("set_alpha_to_one", False))
-
-
-# ---- BPS -----------------------------------------------------------------------------------
-
-def read_bps(file):
-    """Returns (Checkpoint, metadata) of a file that bps.save_bps wrote. Errors: UserError."""
-    state = read_header(file)
-    try:
-        with safe_open(file, "pt") as f:
-            entries = f.metadata() or {}
-        # version 1 had an entry for each
-        content = json.loads(entries["bps"]) if "bps" in entries else {
-            name: json.loads(entries[name]) for name in ("config", "training")}
-        config = {key: tuple(value) if isinstance(value, list) else value
-                  for key, value in content["config"].items()}
-        if "paths" in config:
-            config, state = migrate_bps(config, state)
-        return Checkpoint(config, state, str, file), dict(content["training"])
-    except SENSELESS:
-        raise UserError(f"{file}: not a BPS file; train.py writes bps.safetensors") from None
-
-
-def migrate_bps(config, state):
-    """Returns config and Stored tensors of a version-1 file as today's files have them.
-
-    Version 1 named the `paths` that are steered, where port weights of 0 leave out the others now,
-    and held ports of all of them.
-    """
-    paths = config.pop("paths")
-    levels = len(config["channels"])
-    middle = f"zero_blocks.{levels * (config['blocks_per_level'] + 1)}."
-    state = {name.replace("light_foot.levels.", "output_blocks."): stored
-             for name, stored in state.items()}
-    if "contracting" not in paths:
-        config["input_weights"] = (0.0,) * levels
-        state = {name: stored for name, stored in state.items()
-                 if name.startswith(middle) or not name.startswith("zero_blocks.")}
-    if "transition" not in paths:
-        config["middle_weight"] = 0.0
-        state = {name: stored for name, stored in state.items() if not name.startswith(middle)}
-    if "expansive" not in paths:
-        config["output_weight"] = 0.0
-    return config, state

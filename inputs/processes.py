@@ -1,4 +1,4 @@
-"""The processes of one training, which torchrun starts: which is this, and what all of them share.
+"""Rank, world size and collectives for torchrun.
 
     torchrun --nproc-per-node 2 train.py --task sketch
 """
@@ -17,64 +17,63 @@ from tqdm import tqdm
 
 from weights import UserError
 
-LONGEST_WAIT = timedelta(days=1)        # while the first process validates
+TIMEOUT = timedelta(days=1)             # the other processes wait while the first one validates
 
 
 class Processes(NamedTuple):
-    """This process and the others; alone without torchrun."""
-    rank: int = 0                       # 0 is the first, the only one that writes
+    """This process among all of one training; the only one without torchrun."""
+    rank: int = 0                       # only rank 0 writes files
     count: int = 1
 
-    def slots(self, batch):
-        """Returns the indices (n,) of this process's part of a batch."""
+    def shard(self, batch):
+        """Indices (n,) of this process's shard of a batch."""
         return torch.arange(batch)[self.rank::self.count]
 
     def wrap(self, module):
-        """Returns a module of the same parameters, whose gradients are the mean over processes."""
+        """Module with the same parameters whose gradients are averaged over processes."""
         return DistributedDataParallel(module) if self.count > 1 else module
 
-    def sharing(self, module, is_last):
-        """Returns the context of a part of a batch: only the last one shares its gradients."""
+    def sync_gradients(self, module, is_last):
+        """Context of a part of a batch; gradients are averaged in the last part only."""
         return contextlib.nullcontext() if self.count == 1 or is_last else module.no_sync()
 
     def mean(self, value):
-        """Returns the mean of a tensor over the processes."""
+        """Mean of a tensor over the processes."""
         if self.count > 1:
             dist.all_reduce(value)
         return value / self.count
 
-    def from_first(self, function):
-        """Returns to all processes what a function without arguments returns in the first one."""
+    def broadcast(self, function):
+        """Result of function() in rank 0, in all processes."""
         values = [function() if self.rank == 0 else None]
         if self.count > 1:
             dist.broadcast_object_list(values)
         return values[0]
 
-    def wait(self):
-        """Returns once every process has come here."""
+    def barrier(self):
+        """Wait for all processes."""
         if self.count > 1:
             dist.barrier()
 
 
 def join_processes(device):
-    """Returns (Processes, this one's device); all but the first are silent from here on.
+    """(Processes, device of this process) from torchrun's environment variables.
 
-    Sources: the environment variables that torchrun sets. Errors: UserError for several on mps
-    or on one GPU.
+    All ranks but 0 print nothing from here on.
     """
     count = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     if count == 1:
         return Processes(), device
     if device.startswith("cuda:"):
-        raise UserError(f"--device {device}: torchrun gives each process a GPU of its own; give "
-                        f"--device cuda")
+        raise UserError(f"--device must be cuda with torchrun, got {device}. Each process gets a "
+                        f"GPU of its own.")
     if device.startswith("mps"):
-        raise UserError("--device mps: has no way to join processes; leave out torchrun, or give "
-                        "--device cpu")
+        raise UserError("--device must be cpu or cuda with torchrun, got mps. Apple's GPU can't "
+                        "connect processes.")
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=LONGEST_WAIT)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=TIMEOUT)
     processes = Processes(dist.get_rank(), count)
     if processes.rank > 0:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
@@ -83,7 +82,7 @@ def join_processes(device):
     return processes, device
 
 
-def ended_elsewhere(error):
-    """Returns whether an error only says that another process is gone."""
-    words = ("closed by peer", "connection reset", "gloo", "nccl", "socket")
-    return dist.is_initialized() and any(word in str(error).lower() for word in words)
+def peer_ended(error):
+    """Whether an error only reports that another process has ended."""
+    signs = ("closed by peer", "connection reset", "gloo", "nccl", "socket")
+    return dist.is_initialized() and any(sign in str(error).lower() for sign in signs)

@@ -1,7 +1,7 @@
-"""The folder of a training: which one it gets, and that no other training is in it.
+"""Output folder of a run: naming and locking.
 
-    facts = run_facts(args, splits)
-    out = choose_out(args.out, facts)
+    record = run_record(args, splits)
+    out = choose_out(args.out, record)
     with lock(out):
         ...
 """
@@ -17,24 +17,23 @@ try:
 except ModuleNotFoundError:             # Windows
     fcntl = None
 
-import weights
-from inputs import checkpoints
+from inputs import checkpoints, files
 from weights import UserError
 
-CHECKPOINT = "checkpoint.safetensors"   # there as long as the training is unfinished
+CHECKPOINT = "checkpoint.safetensors"   # deleted when the training is finished
 FILES = ("args.json", CHECKPOINT, "bps.safetensors", "log.jsonl", "curve.png", "samples.png",
          "condition.png")                       # what a training writes
-CHANGEABLE = {"out", "cache", "accumulate", "checkpointing"}    # arguments it may go on with
+CHANGEABLE = {"out", "cache", "accumulate", "checkpointing"}    # may differ when a run resumes
 
 
-def run_facts(args, splits):
-    """Returns what makes a run this one: arguments, and what its base and its pairs consist of."""
+def run_record(args, splits):
+    """What identifies a run: its arguments, and fingerprints of its base and its pairs."""
     pairs = [(split, pair) for split, pairs in splits.items() for pair in pairs]
     names = [(split, pair.name, pair.prompts) for split, pair in pairs]
     arguments = vars(args) | dict(device=args.device.split(":")[0])
-    fingerprint = functools.cache(weights.fingerprint)          # a single file is asked for thrice
+    fingerprint = functools.cache(files.fingerprint)    # a single file holds all three networks
     return {key: str(arguments[key]) for key in sorted(arguments.keys() - CHANGEABLE)} | dict(
-        base_sha256=fingerprint(*checkpoints.find_unet(args.base)),
+        base_sha256=fingerprint(*checkpoints.read_unet(args.base).files()),
         vae_sha256=fingerprint(*checkpoints.read_vae(args.vae or args.base).files()),
         text_sha256=fingerprint(*checkpoints.read_text(args.base).files()),
         configs_sha256=fingerprint(*checkpoints.config_files(args.base, args.tokenizer, args.vae)),
@@ -43,29 +42,29 @@ def run_facts(args, splits):
                                                    for file in pair.files)))
 
 
-def choose_out(folder, facts):
-    """Returns the run's folder: `folder` if new or an unfinished run of the same facts.
+def choose_out(folder, record):
+    """`folder` if it is new or holds an unfinished run with this record, else folder-2, -3 ..
 
-    Otherwise the first free one of folder-2, folder-3 ..: what is there is never overwritten.
-    facts: what run_facts returns. Errors: UserError for a damaged args.json.
+    Nothing is overwritten.
     """
-    folder = folder if folder.name else folder.resolve()        # "." has no name to count up
+    folder = folder if folder.name else folder.resolve()        # "." has no name to append to
     for number in range(1, 10_000):
         out = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
-        there = [name for name in FILES if (out / name).exists()]
-        if not there:
+        existing = [name for name in FILES if (out / name).exists()]
+        if not existing:
             return out
-        finished = "bps.safetensors" in there and CHECKPOINT not in there
-        if "args.json" in there and not finished and weights.read_json(out / "args.json") == facts:
+        finished = "bps.safetensors" in existing and CHECKPOINT not in existing
+        if "args.json" in existing and not finished \
+                and files.read_json(out / "args.json") == record:
             return out
-    raise UserError(f"{folder}: 10,000 runs beside it; give another --out")
+    raise UserError(f"{folder} and 9,998 numbered folders beside it are taken. Give another --out.")
 
 
 @contextlib.contextmanager
 def lock(folder):
-    """Makes a folder and keeps other trainings out of it; there is no lock on Windows.
+    """Create a folder and lock it against other trainings; Windows has no lock.
 
-    Errors: UserError if another one is in it. The kernel lets go of the lock when a process dies.
+    The kernel releases the lock when the process ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if fcntl is None:
@@ -76,11 +75,11 @@ def lock(folder):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder}: another process trains in it; wait for its end, or give "
-                            f"another --out") from None
-        except OSError as error:            # as some network file systems answer
-            warnings.warn(f"{folder}: cannot be locked ({error.strerror}); start no second "
-                          f"training in it")
+            raise UserError(f"{folder} is in use by another training. Wait until it ends, or give "
+                            f"another --out.") from None
+        except OSError as error:            # some network file systems
+            warnings.warn(f"{folder} can't be locked ({error.strerror}). Don't start a second "
+                          f"training in it.")
         yield
     finally:
         os.close(file)

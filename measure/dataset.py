@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from clip import load_tokenizer
 from data import load_pairs, open_pair, split_names
 from inputs import conditions
-from inputs.checkpoints import find_tokenizer
+from inputs.checkpoints import find_tokenizer, load_tokenizer
 from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
 from measure.report import SHEET_ROWS, contact_sheet
 from weights import UserError
@@ -108,7 +107,7 @@ def check_captions(pairs, tokenizer, default_prompt):
     for pair in [pair for pair in pairs if not pair.prompts][:ENTRIES]:
         print(f"no caption: {pair.image}")
     for place, text in captions:
-        _, rest = tokenizer.fit(text)
+        _, rest = tokenizer.truncate(text)
         if rest:
             print(f"cut: {place}: its caption loses {rest!r}")
 

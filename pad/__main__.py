@@ -213,4 +213,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

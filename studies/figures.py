@@ -133,7 +133,7 @@ def main():
     add("figure", choices=FIGURES)
     add("--bps", type=Path, nargs="+", default=[DEFAULT_BPS], help="trained BPS: one for each row "
         "of tasks, else one of sketch (default: the one that comes with the project)")
-    add("--out", type=Path, default=HERE / "docs" / "figures", help="folder (default: "
+    add("--out", type=Path, default=ROOT / "docs" / "figures", help="folder (default: "
         "docs/figures)")
     args = parser.parse_args()
     parser.check_out(args.out)
@@ -148,4 +148,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

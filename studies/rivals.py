@@ -30,7 +30,8 @@ from bps import build_bps, config_for
 from data import LatentCache, load_pairs
 from inputs import checkpoints
 from inputs.conditions import TASKS, to_x
-from inputs.options import BASE, HERE, Parser, positive, run
+from inputs.files import fingerprint, write_lines
+from inputs.options import BASE, ROOT, Parser, positive, run_script
 from inputs.processes import Processes
 from inputs.run_folder import lock
 from measure.obedience import meter_for
@@ -135,7 +136,7 @@ class RivalTraining(Training):
         if self.best["step"] == self.step:
             weights.save({key: parameter.detach() for key, parameter in self.bps.named_parameters()
                           if parameter.requires_grad}, self.out / "best.safetensors", {})
-        weights.write_lines(self.rows, self.out / "log.jsonl")
+        write_lines(self.rows, self.out / "log.jsonl")
 
     def restore_best(self):
         """Puts the best weights into the network."""
@@ -440,11 +441,11 @@ def main():
     add = parser.add_argument
     add("--task", choices=("sketch", "segmentation"), default="sketch", help="(default: sketch)")
     add("--study", choices=STUDIES, default="methods", help="(default: methods)")
-    add("--record", type=Path, default=HERE / "docs" / "rivals.jsonl", help="file of the results "
+    add("--record", type=Path, default=ROOT / "docs" / "rivals.jsonl", help="file of the results "
         "(default: docs/rivals.jsonl)")
     add("--out", type=Path, default=Path("runs/rivals"), help="folder of the trainings under way "
         "(default: %(default)s)")
-    add("--figures", type=Path, default=HERE / "docs" / "figures", help="folder of the figures "
+    add("--figures", type=Path, default=ROOT / "docs" / "figures", help="folder of the figures "
         "(default: docs/figures)")
     add("--done", action="store_true", help="train nothing: print what is done")
     add("--method", choices=METHODS, help="train this one only, on --pairs for --steps by --seed")
@@ -458,7 +459,7 @@ def main():
         parser.error("--pairs, --steps, --seed: need --method")
     parser.check_out(args.record.parent, option="--record")
     parser.check_out(args.figures, option="--figures")
-    record = Record(args.record, weights.fingerprint(*checkpoints.find_unet(BASE)))
+    record = Record(args.record, fingerprint(*checkpoints.read_unet(BASE).files()))
     if not args.done:
         args.record.parent.mkdir(parents=True, exist_ok=True)       # before the work
         bench = Bench(args.task, load_base(BASE), args.out, record)
@@ -485,4 +486,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

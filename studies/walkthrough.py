@@ -100,4 +100,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -1,12 +1,12 @@
-"""What diffusers and transformers say of random models, recorded for the default tests.
+"""Outputs of diffusers and transformers for random models, recorded for the default tests.
 
-    pip install -r requirements.txt diffusers transformers accelerate   # not where BPS is used
+    pip install -r requirements.txt diffusers transformers accelerate   # in a separate environment
     PYTHONPATH=. python tests/references.py
 
 writes tests/data/references.safetensors (outputs; the versions used are in its metadata) and
 tests/data/references.json.gz (names of tensors, token ids, timesteps). The random weights and the
-inputs come from NumPy's RandomState, whose numbers never change, so they need not be stored.
-test_peers.py makes the same comparisons live, at full size too.
+inputs come from NumPy's RandomState, whose numbers never change, so they aren't stored.
+test_peers.py makes the same comparisons live, also at full size.
 """
 import gzip
 import itertools
@@ -30,9 +30,9 @@ from inputs.options import BASE
 PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
          "text_encoder": "model"}          # folders of a checkpoint and their files' stems
 DATA = Path(__file__).parent / "data"
-TENSORS, FACTS = DATA / "references.safetensors", DATA / "references.json.gz"
+TENSORS, RECORD = DATA / "references.safetensors", DATA / "references.json.gz"
 
-# config.json's of the models: small ones, and Stable Diffusion's own sizes (all other keys absent)
+# config.json of each model: two small ones and Stable Diffusion's own sizes; other keys are absent
 BLOCKS = dict(down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
               up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
 VAE_BLOCKS = dict(down_block_types=["DownEncoderBlock2D"] * 4,
@@ -91,15 +91,15 @@ SCHEDULE = dict(OLD, _class_name="PNDMScheduler")     # of the folders written b
 # ---- what needs neither package ------------------------------------------------------------
 
 def numbers(seed, *shape):
-    """Returns standard normal numbers, float32, that are the same everywhere and for ever."""
+    """Standard normal numbers, float32, the same on every machine."""
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
 def random_weights(module, seed):
-    """Returns a state dict for one of our modules in which no two tensors are alike.
+    """State dict for one of our modules in which no two tensors are equal.
 
-    Weights keep the size of what passes through; norms are near one, biases near zero. All are
-    numbers that fp16 holds exactly.
+    Weights preserve the scale of activations; norms are near 1, biases near 0. fp16 represents all
+    of them exactly.
     """
     state = {}
     for i, (key, tensor) in enumerate(sorted(module.state_dict().items())):
@@ -113,29 +113,28 @@ def random_weights(module, seed):
 
 
 def unet_inputs(config, rows=9, columns=14):
-    """Returns (z_t, t, context): odd and unequal sides, two timesteps, one of them fractional."""
+    """(z_t, t, context): odd and unequal sides, a whole and a fractional timestep."""
     width = config["cross_attention_dim"]
     return (numbers(1, 2, 4, rows, columns), torch.tensor([3.0, 901.5]), numbers(2, 2, 7, width))
 
 
 def vae_inputs():
-    """Returns (x, scaled latent) of H != W."""
+    """(x, scaled latent), H != W."""
     return numbers(3, 2, 3, 24, 40).clamp(-2, 2) / 2, numbers(4, 2, 4, 3, 5)
 
 
 def text_ids(vocab_size):
-    """Returns token ids (2, 77)."""
+    """Token ids (2, 77)."""
     return torch.from_numpy(np.random.RandomState(5).randint(0, vocab_size, (2, 77)))
 
 
 def predict(z, t):
-    """Returns a made-up model's prediction (1, 2, 1, 2), a smooth function of z_t and t."""
+    """Prediction (1, 2, 1, 2) of a made-up model, a smooth function of z_t and t."""
     return torch.tanh(z.flip(3) + t / 1000) + 0.5 * z.flip(1)
 
 
 def texts(count, words):
-    """Returns prompts of every kind: words, contractions, Unicode, control characters, 500 words.
-    """
+    """Prompts of every kind: words, contractions, Unicode, control characters, 500 words."""
     known = ["", " ", "a photo of a cat", "a cat!", "Hello!!! World?!", "\x00\x01 tab\tnew\nline",
              "don't I'll we've he'd I'm you're it's", "<|endoftext|> x", "a<|startoftext|>b",
              "A\u0301 \u00e9 \u00c9 \u00df \u1e9e \u0130stanbul \u01c5", "\u65e5\u672c\u8a9e",
@@ -162,25 +161,25 @@ def texts(count, words):
 
 
 def words_of(vocab):
-    """Returns the vocabulary's whole words in plain letters, in order."""
+    """Complete words in plain letters of a vocabulary, in order."""
     return [token[:-4] for token in vocab if token.endswith("</w>") and token[:-4].isalpha()
             and token.isascii()]
 
 
-def read_facts():
-    """Returns the dict of references.json.gz."""
-    return json.loads(gzip.decompress(FACTS.read_bytes()))
+def read_record():
+    """The dict in references.json.gz."""
+    return json.loads(gzip.decompress(RECORD.read_bytes()))
 
 
 # ---- written checkpoints -------------------------------------------------------------------
 
 def save_file(state, file):
-    """Writes tensors in fp16, which loses nothing of the random ones and halves the work."""
+    """Write tensors in fp16, which is exact for the random ones and halves the work."""
     save_float32({name: tensor.half() for name, tensor in state.items()}, file)
 
 
 def write_zeros(file, shapes):
-    """Writes a sparse fp16 safetensors file of zeros with the given names and shapes."""
+    """Write a sparse fp16 safetensors file of zeros with the given names and shapes."""
     header, end = {}, 0
     for name, shape in shapes.items():
         begin, end = end, end + 2 * torch.Size(shape).numel()
@@ -192,7 +191,7 @@ def write_zeros(file, shapes):
 
 
 def folder_states(states):
-    """Returns {part: {folder name: tensor}}; the autoencoder's attention has today's names."""
+    """{part: {folder name: tensor}}; the autoencoder's attention has today's names."""
     unet, vae, text = states
     return {"unet": {checkpoints.unet_folder_name(key, 2): tensor for key, tensor in unet.items()},
             "vae": {checkpoints.vae_folder_name(key, 4): tensor for key, tensor in vae.items()},
@@ -200,7 +199,7 @@ def folder_states(states):
 
 
 def write_folder(path, name, states):
-    """Writes an SD folder with the embedded base's tokenizer and an old scheduler config."""
+    """Write an SD folder with the embedded base's tokenizer and an old scheduler config."""
     parts, model = folder_states(states), MODELS[name]
     for part, config in (("unet", model["unet"]), ("vae", model["vae"]),
                          ("text_encoder", model["text"]), ("scheduler", SCHEDULE)):
@@ -215,10 +214,9 @@ def write_folder(path, name, states):
 
 
 def write_random_bps(file, task, **metadata):
-    """Writes a BPS file of a task for the embedded base whose ports are random, so that it steers.
-    """
+    """Write a BPS file of a task for the embedded base; random ports make it steer."""
     torch.manual_seed(0)
-    bps = BPS(config_for(unet.load_unet(BASE).config, TASKS[task].channels, factor=4))
+    bps = BPS(config_for(checkpoints.load_unet(BASE).config, TASKS[task].channels, factor=4))
     for port in bps.zero_blocks:
         if port is not None:
             torch.nn.init.normal_(port.weight, std=0.002)
@@ -227,13 +225,13 @@ def write_random_bps(file, task, **metadata):
 
 
 def single_file_of(states):
-    """Returns {name with its prefix: tensor} of our state dicts (U-Net, autoencoder, text)."""
+    """{name with its prefix: tensor} of our state dicts (U-Net, autoencoder, text)."""
     return {f"{prefix}{key}": tensor for prefix, state in zip(PREFIXES, states)
             for key, tensor in state.items()}
 
 
 def single_file(states, text_prefix=PREFIXES[2]):
-    """Returns {name: tensor} of a single file, with what training leaves in one."""
+    """{name: tensor} of a single file, with what training leaves in one."""
     state = single_file_of(states[:2])
     state |= {f"{text_prefix}{key}": tensor for key, tensor in states[2].items()}
     return state | {name: torch.zeros(1) for name in (
@@ -247,7 +245,7 @@ def single_file(states, text_prefix=PREFIXES[2]):
 # ---- what needs them -----------------------------------------------------------------------
 
 def peer_modules(model, meta=False):
-    """Returns diffusers' U-Net and autoencoder and transformers' text encoder of a MODELS entry."""
+    """U-Net and autoencoder of diffusers, text encoder of transformers, for a MODELS entry."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
     with torch.device("meta" if meta else "cpu"):
@@ -257,7 +255,7 @@ def peer_modules(model, meta=False):
 
 
 def to_folder_names(single, model):
-    """Returns the state dicts (U-Net, autoencoder, text) of a single file by diffusers' own rules.
+    """State dicts (U-Net, autoencoder, text) of a single file by diffusers' own rules.
 
     single: {name with its prefix: tensor}; the text encoder may be CLIP's or OpenCLIP's.
     """
@@ -275,7 +273,7 @@ def to_folder_names(single, model):
 
 
 def openclip_names(blocks):
-    """Returns the names of OpenCLIP's text tower, as SD 2 single files have them."""
+    """Names of OpenCLIP's text tower in SD 2 single files."""
     block = ["ln_1.weight", "ln_1.bias", "ln_2.weight", "ln_2.bias", "attn.in_proj_weight",
              "attn.in_proj_bias", "attn.out_proj.weight", "attn.out_proj.bias", "mlp.c_fc.weight",
              "mlp.c_fc.bias", "mlp.c_proj.weight", "mlp.c_proj.bias"]
@@ -285,7 +283,7 @@ def openclip_names(blocks):
 
 
 def name_tables():
-    """Returns {part: {name in a single file: name(s) in a folder}} by diffusers' own rules."""
+    """{part: {name in a single file: name(s) in a folder}} by diffusers' own rules."""
     ours, model = our_modules(MODELS["sd15"], meta=True), MODELS["sd15"]
     single = single_file_of([module.state_dict() for module in ours])
     tagged = {name: torch.tensor(i) for i, name in enumerate(single)}
@@ -307,7 +305,7 @@ def name_tables():
 
 
 def our_modules(model, meta=False):
-    """Returns our U-Net, autoencoder and text encoder of a MODELS entry."""
+    """Our U-Net, autoencoder and text encoder for a MODELS entry."""
     text = model["text"]
     with torch.device("meta" if meta else "cpu"):
         return (unet.UNet(unet.UNetConfig(**checkpoints.unet_config_from_json(model["unet"], ""))),
@@ -318,8 +316,7 @@ def our_modules(model, meta=False):
 
 
 def small_peers(name):
-    """Returns diffusers' and transformers' small models, with random_weights put in by their rules.
-    """
+    """Small models of diffusers and transformers, with random_weights loaded by their rules."""
     model = MODELS[name]
     ours, theirs = our_modules(model, meta=True), peer_modules(model)
     single = single_file_of([random_weights(module, seed) for seed, module in enumerate(ours)])
@@ -331,24 +328,22 @@ def small_peers(name):
 
 @torch.inference_mode()
 def outputs(peers, model):
-    """Returns {what: tensor}: the models' outputs for the inputs above."""
+    """{what: tensor}: outputs of the models for the inputs above."""
     unet, vae, text = peers
     factor = vae.config.scaling_factor
     x, z = vae_inputs()
     latent = vae.encode(x).latent_dist
     ids = text_ids(model["text"]["vocab_size"])
-    states = text(ids, output_hidden_states=True)
-    norm = getattr(text, "text_model", text).final_layer_norm
     return dict(eps=unet(*unet_inputs(model["unet"])).sample, mean=latent.mean * factor,
                 std=latent.std * factor, x=vae.decode(z / factor).sample,
-                context=states.last_hidden_state, context_skip2=norm(states.hidden_states[-2]))
+                context=text(ids).last_hidden_state)
 
 
 def peer_trajectory(config, sampler, steps, start):
-    """Returns (timesteps, every z_t) of diffusers' scheduler of this name; z_t = a z_0 + s eps.
+    """(timesteps, every z_t) of diffusers' scheduler of this name; z_t = a z_0 + s eps.
 
-    start: float64 noise. Where a config is silent it is given Stable Diffusion's own values for
-    latents first, as diffusers' pipelines repair old ones; the spacing stays each scheduler's own.
+    start: float64 noise. Absent keys of a config get Stable Diffusion's own values for latents, as
+    in diffusers' pipelines; the default spacing is each scheduler's own.
     """
     import diffusers
     kinds = {"ddim": "DDIMScheduler", "dpm++2m": "DPMSolverMultistepScheduler",
@@ -368,13 +363,13 @@ def peer_trajectory(config, sampler, steps, start):
 
 
 def main():
-    """Writes both files."""
+    """Write both files."""
     import diffusers
     import transformers
     tensors, timesteps = {}, {}
     for name in ("small1", "small2"):
         for what, value in outputs(small_peers(name), MODELS[name]).items():
-            value = value[:, ::19] if what.startswith("context") else value     # a tenth will do
+            value = value[:, ::19] if what.startswith("context") else value     # every 19th is enough
             tensors[f"{name}.{what}"] = value.contiguous()
     for config, sampler in itertools.product(SCHEDULERS, SAMPLERS):
         steps, trajectory = peer_trajectory(SCHEDULERS[config], sampler, 10,
@@ -392,16 +387,16 @@ def main():
                                 truncation=True).input_ids
     versions = {module.__name__: module.__version__ for module in (torch, diffusers, transformers)}
     save_float32(tensors, TENSORS, versions)
-    # as saved today, with every key; tests hold the official ones, which have fewer
+    # with every key, as saved today; the official configs have fewer
     configs = {name: {part: json.loads(module.to_json_string() if part != "text" else
                                        module.config.to_json_string())
                       for part, module in zip(("unet", "vae", "text"),
                                               peer_modules(MODELS[name], meta=True))}
                for name in ("sd15", "sd21")}
-    facts = dict(names=name_tables(), tokens=tokens, timesteps=timesteps, configs=configs,
-                 versions=versions)
-    FACTS.write_bytes(gzip.compress(json.dumps(facts).encode(), mtime=0))
-    print(TENSORS, FACTS)
+    record = dict(names=name_tables(), tokens=tokens, timesteps=timesteps, configs=configs,
+                  versions=versions)
+    RECORD.write_bytes(gzip.compress(json.dumps(record).encode(), mtime=0))
+    print(TENSORS, RECORD)
 
 
 if __name__ == "__main__":

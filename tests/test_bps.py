@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 
 from bps import BPS, BPSConfig, build_bps, config_for, load_bps, posterior, save_bps
 from inputs import options
+from inputs.checkpoints import load_unet
 from inputs.options import FEET
 from studies.wiring import port_table
 from unet import UNet, UNetConfig, load_unet

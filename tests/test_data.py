@@ -301,10 +301,10 @@ def test_a_cache_on_disk_is_the_one_in_memory_and_is_computed_once(pairs, counti
         cache = LatentCache(pairs, "sketch", 64, counting_base, mirror=True, disk=disk)
         assert counting_base.vae.encoded == encoded and len(cache) == 120
         assert all(map(torch.equal, batches(cache), expected))
-    for others, size, facts in ((pairs, 64, {"vae": "b"}), (pairs[1:], 64, {"vae": "a"}),
-                                (pairs, 48, {"vae": "a"})):
+    for others, size, base_key in ((pairs, 64, {"vae": "b"}), (pairs[1:], 64, {"vae": "a"}),
+                                   (pairs, 48, {"vae": "a"})):
         counting_base.vae.encoded = 0           # another autoencoder, pictures or size
-        LatentCache(others, "sketch", size, counting_base, disk=disk._replace(facts=facts))
+        LatentCache(others, "sketch", size, counting_base, disk=disk._replace(base_key=base_key))
         assert counting_base.vae.encoded == len(others)
 
 

@@ -14,16 +14,12 @@ def test_the_schedule_has_stable_diffusions_known_values():
     sigma = ((1 - abar) / abar).sqrt()
     assert sigma[0].item() == pytest.approx(0.0292, abs=1e-4)
     assert sigma[999].item() == pytest.approx(14.6146, abs=1e-4)
-
-
-def test_the_schedule_is_computed_in_float64():
     betas = np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
-    expected = np.cumprod(1 - betas)
-    np.testing.assert_allclose(NoiseSchedule().alphas_cumprod.numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(abar.numpy(), np.cumprod(1 - betas), rtol=1e-12)
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_target_of_training_is_what_brings_z_0_back(prediction_type):
+def test_the_training_target_gives_z_0_back(prediction_type):
     schedule = NoiseSchedule(prediction_type=prediction_type)
     z, noise = torch.randn(2, 2, 4, 3, 5, dtype=torch.float64)
     t = torch.tensor([700, 700])
@@ -32,20 +28,17 @@ def test_the_target_of_training_is_what_brings_z_0_back(prediction_type):
     torch.testing.assert_close(schedule.clean(z_t, target, a.item(), s.item()), z)
 
 
-def test_leading_steps_never_leave_the_timesteps():
+def test_fifty_steps_of_ddim_are_981_961_to_1():
+    assert spaced_timesteps(50, NoiseSchedule()).tolist() == list(range(981, 0, -20))
+    assert spaced_timesteps(3, NoiseSchedule()).tolist() == [667, 334, 1]
+    with pytest.raises(ValueError, match="must be in 1..999, got 0"):
+        spaced_timesteps(0, NoiseSchedule())
     for sampler in ("ddim", "dpm++2m"):
         steps = spaced_timesteps(999, NoiseSchedule(spacing="leading"), sampler)
         assert steps.max() == 999 and steps.min() >= 1
 
 
-def test_fifty_steps_are_981_961_to_1():
-    assert spaced_timesteps(50, NoiseSchedule()).tolist() == list(range(981, 0, -20))
-    assert spaced_timesteps(3, NoiseSchedule()).tolist() == [667, 334, 1]
-    with pytest.raises(ValueError, match="1 to 999"):
-        spaced_timesteps(0, NoiseSchedule())
-
-
-def test_added_noise_has_each_rows_own_timestep():
+def test_each_row_gets_the_noise_of_its_own_timestep():
     schedule, z, noise = NoiseSchedule(), torch.randn(2, 4, 3, 5), torch.randn(2, 4, 3, 5)
     z_t = schedule.add_noise(z, noise, torch.tensor([10, 900]))
     for row, t in enumerate((10, 900)):
@@ -53,14 +46,14 @@ def test_added_noise_has_each_rows_own_timestep():
         torch.testing.assert_close(z_t[row], abar**0.5 * z[row] + (1 - abar)**0.5 * noise[row])
 
 
-def test_guidance_one_is_none_and_zero_is_the_empty_prompt():
+def test_guidance_1_is_none_and_0_is_the_empty_prompt():
     empty, text = torch.randn(2, 1, 4, 3, 5)
     torch.testing.assert_close(guide(empty, text, 1.0), text)
     assert torch.equal(guide(empty, text, 0.0), empty)
 
 
-def test_ddim_with_the_exact_denoiser_of_one_point_ends_at_that_point():
-    """For a law with all its mass on z_0, eps* = (z_t - sqrt(abar) z_0) / sqrt(1 - abar)."""
+def test_ddim_with_the_denoiser_of_one_point_ends_at_that_point():
+    """If all mass is at z_0, then eps* = (z_t - sqrt(abar) z_0) / sqrt(1 - abar)."""
     schedule, z_0 = NoiseSchedule(), torch.randn(2, 4, 3, 5, dtype=torch.float64)
     abar = schedule.alphas_cumprod
 
@@ -75,8 +68,8 @@ def test_ddim_with_the_exact_denoiser_of_one_point_ends_at_that_point():
     torch.testing.assert_close(steps[-1], expected)
 
 
-def test_ddim_carries_a_normal_law_to_its_own_width():
-    """For z_0 ~ N(0, s^2), eps* is linear in z_t and so is DDIM's exact map."""
+def test_ddim_maps_a_normal_distribution_to_its_own_width():
+    """For z_0 ~ N(0, s^2), eps* is linear in z_t, and so is DDIM's exact map."""
     schedule, s = NoiseSchedule(), 0.3
     abar = schedule.alphas_cumprod
 
@@ -86,7 +79,7 @@ def test_ddim_carries_a_normal_law_to_its_own_width():
     def relative_error(steps):
         *_, end = sample(denoise, torch.ones(1, 1, 1, 1, dtype=torch.float64), schedule, steps)
         first = int(spaced_timesteps(steps, schedule)[0])
-        # the probability flow keeps quantiles: it multiplies by the ratio of standard deviations
+        # the probability flow keeps quantiles, so it scales by the ratio of standard deviations
         width_0, width_first = ((abar[t] * s * s + 1 - abar[t])**0.5 for t in (0, first))
         return abs(end.item() / (width_0 / width_first).item() - 1)
 

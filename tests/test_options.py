@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 import sample
 import train
 from inputs import options, pictures
-from inputs.options import BASE, HERE, MOST_SEEDS, shell_command
+from inputs.options import BASE, ROOT, MAX_SEEDS, shell_command
 from inputs.sample_options import DEFAULT_DRAWING
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
@@ -24,7 +24,7 @@ def run(monkeypatch, short_report):
     """Runs a script with these command-line arguments, in this process."""
     def call(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        options.run(module.main)
+        options.run_script(module.main)
 
     return call
 
@@ -46,13 +46,13 @@ def folder(tmp_path):
 
 @pytest.mark.slow
 def test_a_closed_pipe_ends_a_script_without_a_word_and_after_the_pictures(tmp_path, monkeypatch):
-    process = subprocess.Popen([sys.executable, "bps.py", "--ports"], cwd=HERE,
+    process = subprocess.Popen([sys.executable, "bps.py", "--ports"], cwd=ROOT,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.close()                              # as `| head -1` does
     assert process.stderr.read() == b"" and process.wait() == 1
 
     silent = subprocess.run(f"{shlex.quote(sys.executable)} bps.py --ports >&-", shell=True,
-                            cwd=HERE, stderr=subprocess.PIPE)
+                            cwd=ROOT, stderr=subprocess.PIPE)
     assert silent.stderr == b"" and silent.returncode == 0
 
     def closed(*_):
@@ -67,9 +67,9 @@ def test_a_closed_pipe_ends_a_script_without_a_word_and_after_the_pictures(tmp_p
 def test_memory_that_is_not_there_is_one_line(capsys):
     for fill in (lambda: torch.empty(1 << 50), lambda: bytearray(1 << 60)):
         with pytest.raises(SystemExit) as stop:
-            options.run(fill)
+            options.run_script(fill)
         printed = capsys.readouterr().err
-        assert stop.value.code == 2 and printed.startswith("error: out of memory; a smaller --size")
+        assert stop.value.code == 2 and printed.startswith("error: out of memory. Reduce --size")
         assert printed.count("\n") == 1
 
 
@@ -115,7 +115,7 @@ def test_on_windows_what_cmd_would_split_is_in_double_quotes(monkeypatch):
 
 
 def test_the_last_seeds_picture_can_be_drawn_again(run, tmp_path, capsys):
-    last = MOST_SEEDS - 1
+    last = MAX_SEEDS - 1
     quick = ("--bps", "none", "--steps", "1")
     with pytest.raises(SystemExit):
         run(sample, *quick, "--seed", last, "--n", "2", "--out", tmp_path)
@@ -130,7 +130,7 @@ def test_the_last_seeds_picture_can_be_drawn_again(run, tmp_path, capsys):
 def test_a_console_that_cannot_show_a_prompt_shows_an_escape(tmp_path, encoding):
     done = subprocess.run(
         [sys.executable, "sample.py", "--bps", "none", "--prompt", "grün 苹果", "--steps", "1",
-         "--n", "1", "--out", tmp_path], cwd=HERE, capture_output=True,
+         "--n", "1", "--out", tmp_path], cwd=ROOT, capture_output=True,
         env=os.environ | dict(PYTHONIOENCODING=encoding))
     assert done.returncode == 0, done.stderr
     assert b"\\u82f9\\u679c" in done.stdout
@@ -155,13 +155,13 @@ def test_files_whose_names_are_not_utf8_are_drawn_with_and_trained_on(run, folde
         "--cache", tmp_path / "cache", "--out", tmp_path / "run")
     with pytest.raises(SystemExit):                     # safetensors could not open what it writes
         run(train, "--steps", "1", "--out", out / "run")
-    assert "not UTF-8" in capsys.readouterr().err
+    assert "must be UTF-8, got" in capsys.readouterr().err
 
 
 def test_a_prompt_that_is_not_utf8_is_refused_in_one_line(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run(sample, "--prompt", NOT_UTF8, "--out", tmp_path)
-    assert stop.value.code == 2 and "'caf\\udce9': not UTF-8" in capsys.readouterr().err
+    assert stop.value.code == 2 and "must be UTF-8, got 'caf\\udce9'" in capsys.readouterr().err
 
 
 def test_a_run_whose_pictures_or_base_were_replaced_is_another_run(run, folder, tmp_path,

@@ -212,7 +212,7 @@ def test_a_trained_bps_that_does_not_fit_is_left_out_with_a_note(tmp_path, monke
 @pytest.mark.parametrize("change, words", [
     (dict(steps="abc"), "--steps: invalid int value"), (dict(steps="0"), "--steps 0: allowed are"),
     (dict(sampler="x"), "--sampler: invalid choice"), (dict(task="artistic"), "task artistic: no"),
-    (dict(seed="-1"), "--seed: -1: allowed are"), (dict(strength="1e9"), "--strength 1"),
+    (dict(seed="-1"), "must be in 0..2147483647, got -1"), (dict(strength="1e9"), "--strength 1"),
     (dict(drawing="data:image/png;base64,AAAA"), "drawing: cannot be read as an image"),
     (dict(drawing="nonsense"), "not a data URL"), (dict(drawing="data:,\xe4"), "not a data URL"),
     (dict(number="1"), "number 1: give a whole number"), (dict(task=["sketch"]), "no BPS for it"),

@@ -696,10 +696,10 @@ def test_a_check_of_label_maps_tells_classes_and_palettes_that_differ(check, fol
 @pytest.mark.parametrize("arguments, words", [
     (["--extract"], "--extract: needs --data"), (["--check-data"], "--check-data: needs"),
     (["--data", "x", "--extract", "--task", "layout"], "--extract: makes no conditions for --task"),
-    (["--data", "tests", "--extract", "--out", "tests/x"], "--out tests/x: lies in tests, whose"),
+    (["--data", "tests", "--extract", "--out", "tests/x"], "--out must be outside tests, whose"),
     (["--prompt-drop", "1.5"], "--prompt-drop 1.5: allowed are 0 to 1"),
-    (["--weights", "a,b"], "a,b: allowed are head-heavy, flat"),
-    (["--weights", "0,0"], "0,0: allowed are head-heavy, flat, or numbers from 0 to 10,000, not"),
+    (["--weights", "a,b"], "must be head-heavy, flat or numbers in [0, 10000)"),
+    (["--weights", "0,0"], "not all 0, as in 16,8,4,16,1, got 0,0"),
     (["--paths", "up"], "unrecognized arguments: --paths up"),
     (["--lr", "-1"], "--lr -1.0: allowed is"), (["--task", "nonsense"], "'nonsense' (choose"),
     (["--foot", "none"], "'none'")])

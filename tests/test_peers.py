@@ -19,14 +19,13 @@ from test_references import relative
 import clip
 import diffusion
 from bps import Steering, load_bps
+from inputs.checkpoints import load_clip, load_tokenizer, load_unet, load_vae
 from inputs.conditions import read_condition
 from inputs.options import BASE
 from inputs.sample_options import DEFAULT_BPS, DEFAULT_DRAWING
 from measure.obedience import sketch
 from studies.rival_networks import ControlNet, T2IAdapter
 from sample import draw, load_base
-from unet import load_unet
-from vae import load_vae
 
 DDIM = diffusion.Sampling("ddim", 50, 3.0)
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
@@ -93,12 +92,11 @@ def test_the_networks_are_exact(peers):
     vocab = {token: i for i, token in enumerate(
         [f"t{i}" for i in range(model["text"]["vocab_size"] - 2)] + [clip.BEGIN, clip.END])}
     write_tokenizer(folder / "tokenizer", vocab, [], clip.END)
-    unet, vae, (_, text) = load_unet(folder), load_vae(folder), clip.load_clip(folder)
+    unet, vae, (_, text) = load_unet(folder), load_vae(folder), load_clip(folder)
     x, z = references.vae_inputs()
     latent, ids = vae.encode(x), references.text_ids(model["text"]["vocab_size"])
     outputs = dict(eps=unet(*references.unet_inputs(model["unet"])), mean=latent.mean,
-                   std=latent.std, x=vae.decode(z), context=text(ids),
-                   context_skip2=text(ids, clip_skip=2))
+                   std=latent.std, x=vae.decode(z), context=text(ids))
     differences = {what: relative(value, expected[what]) for what, value in outputs.items()}
     print(f"\n{name}:", ", ".join(f"{what} {value:.1e}" for what, value in differences.items()))
     for what, value in differences.items():
@@ -126,7 +124,7 @@ def test_2000_prompts_of_every_kind_have_the_same_ids(pad, tmp_path):
     from transformers import CLIPTokenizerFast
     vocab, merges = vocabulary()
     write_tokenizer(tmp_path, vocab, merges, pad)
-    ours = clip.load_tokenizer(tmp_path)
+    ours = load_tokenizer(tmp_path)
     start = [49406, 320, 1125, 539, 320, 2368, 49407]
     assert ours(["a photo of a cat"])[0, :7].tolist() == start
     prompts = references.texts(2000, references.words_of(vocab))

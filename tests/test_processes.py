@@ -1,4 +1,4 @@
-"""Several processes, parts of a batch and checkpointing are the same training as the plain one."""
+"""Several processes, parts of a batch and checkpointing give the same training as one process."""
 import argparse
 import os
 import subprocess
@@ -14,17 +14,17 @@ import sample
 import train
 from bps import build_bps, config_for
 from data import LatentCache, load_pairs
-from inputs.options import BASE, DTYPES, HERE, usable_device
+from inputs.options import BASE, DTYPES, ROOT, usable_device
 from inputs.processes import Processes, join_processes
 from weights import UserError
 
-# the rate for SD 1.5: at 1e-3 AdamW's first steps turn rounding into 1 % of a loss in 20 steps
+# the rate for SD 1.5: at 1e-3 AdamW's first steps amplify rounding to 1 % of a loss in 20 steps
 ARGS = dict(steps=20, lr=1e-5, batch=16, seed=0, save_every=1, device="cpu", prompt_drop=0.1,
             accumulate=1, keep="best", dtype="fp32")
 
 
 def trained(processes=Processes(), foot="faithful", checkpointing=False, **changes):
-    """Trains on four embedded pairs; returns (loss of each step, weights (n,))."""
+    """Train on four embedded pairs; return the loss of each step and the weights (n,)."""
     args = SimpleNamespace(**ARGS | changes)
     base = sample.load_base(BASE, dtype=DTYPES[args.dtype])
     cache = LatentCache(load_pairs("sketch", "train")[:4], "sketch", 64, base)
@@ -42,19 +42,19 @@ def trained(processes=Processes(), foot="faithful", checkpointing=False, **chang
 
 @pytest.fixture(scope="module")
 def plain():
-    """The losses and weights of one process."""
+    """Losses and weights of one process."""
     return trained()
 
 
 def assert_same(result, expected, loss_tolerance, weight_tolerance):
-    """Asserts that each loss, and the weights as a whole, are relatively as near as that."""
+    """Assert that each loss and the norm of the weights agree within relative tolerances."""
     (losses, weights), (plain_losses, plain_weights) = result, expected
     assert ((losses - plain_losses).abs() / plain_losses).max() <= loss_tolerance
     assert (weights - plain_weights).norm() / plain_weights.norm() <= weight_tolerance
 
 
 def process(rank, count, port, folder):
-    """What each process of several does; the first one writes its result."""
+    """Train in one of several processes; rank 0 writes its result."""
     torch.set_num_threads(1)
     os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1",
                        MASTER_PORT=str(port), LOCAL_RANK=str(rank))
@@ -66,22 +66,22 @@ def process(rank, count, port, folder):
 
 
 @pytest.mark.parametrize("device, message", [
-    ("mps", "--device mps: has no way to join processes"),
-    ("cuda:0", "--device cuda:0: torchrun gives each process a GPU of its own")])
-def test_several_processes_on_one_gpu_are_refused(device, message, monkeypatch):
+    ("mps", "--device must be cpu or cuda with torchrun, got mps"),
+    ("cuda:0", "--device must be cuda with torchrun, got cuda:0")])
+def test_several_processes_on_one_gpu_are_rejected(device, message, monkeypatch):
     for name, value in dict(RANK="0", WORLD_SIZE="2").items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=message):
         join_processes(device)
 
 
-def test_slots_share_a_batch_even_if_there_are_more_processes():
-    slots = [Processes(rank, 4).slots(6).tolist() for rank in range(4)]
-    assert slots == [[0, 4], [1, 5], [2], [3]]
-    assert [Processes(rank, 4).slots(1).tolist() for rank in range(4)] == [[0], [], [], []]
+@pytest.mark.parametrize("batch, shards", [
+    (6, [[0, 4], [1, 5], [2], [3]]), (1, [[0], [], [], []])])
+def test_shards_partition_a_batch(batch, shards):
+    assert [Processes(rank, 4).shard(batch).tolist() for rank in range(4)] == shards
 
 
-def test_a_process_asks_for_the_gpu_that_torchrun_gives_it(monkeypatch):
+def test_each_process_uses_its_own_gpu(monkeypatch):
     asked = []
 
     def zeros(_, device):
@@ -90,15 +90,15 @@ def test_a_process_asks_for_the_gpu_that_torchrun_gives_it(monkeypatch):
 
     monkeypatch.setenv("LOCAL_RANK", "3")
     monkeypatch.setattr(torch, "zeros", zeros)
-    with pytest.raises(argparse.ArgumentTypeError, match="cuda:3 cannot be used .invalid device"):
+    with pytest.raises(argparse.ArgumentTypeError, match="cuda:3 can't be used .invalid device"):
         usable_device("cuda")
     assert asked == ["cuda:3"]
 
 
-# AdamW turns a rounded gradient of nearly 0 into a step of either sign: hence not 1e-6
+# not 1e-6: AdamW turns a rounded gradient of nearly 0 into a step of either sign
 @pytest.mark.slow
 @pytest.mark.parametrize("count, weight_tolerance", [(2, 1e-5), (4, 2e-5)])
-def test_several_processes_are_the_same_training(plain, count, weight_tolerance, tmp_path):
+def test_several_processes_give_the_same_training(plain, count, weight_tolerance, tmp_path):
     port = 29_500 + os.getpid() % 1000 + count
     torch.multiprocessing.spawn(process, (count, port, tmp_path), count)
     result = torch.load(tmp_path / "result.pt", weights_only=True)
@@ -113,13 +113,13 @@ def test_checkpointing_gives_the_same_gradients(foot):
 
 
 @pytest.mark.slow
-def test_a_batch_in_parts_is_the_same_batch(plain):
+def test_a_batch_in_parts_gives_the_same_training(plain):
     assert_same(trained(accumulate=3), plain, 2e-5, 5e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_a_base_in_a_narrow_dtype_trains_nearly_alike(dtype):
+def test_a_base_in_half_precision_gives_nearly_the_same_losses(dtype):
     losses, _ = trained(dtype=dtype, steps=3, batch=4)
     plain_losses, _ = trained(steps=3, batch=4)
     assert losses.tolist() == pytest.approx(plain_losses.tolist(), rel=0.03)
@@ -132,19 +132,19 @@ def pairs(tmp_path):
 
 
 def torchrun(count, *arguments):
-    """Returns the finished run of train.py in several processes of this machine."""
+    """Run train.py in several processes of this machine."""
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-         str(count), "train.py", *map(str, arguments)], cwd=HERE, capture_output=True, text=True,
+         str(count), "train.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_goes_on_in_two_and_one_process_writes(tmp_path, pairs):
+def test_a_run_of_one_process_resumes_in_two(tmp_path, pairs):
     arguments = ["--steps", "4", "--save-every", "2", "--batch", "4", "--data", pairs,
                  "--cache", tmp_path / "cache"]
     whole = subprocess.run([sys.executable, "train.py", *arguments, "--out", tmp_path / "whole"],
-                           cwd=HERE, capture_output=True, text=True)
+                           cwd=ROOT, capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     halves, script = tmp_path / "halves", """
 import train
@@ -157,7 +157,7 @@ def save_and_stop(self, *arguments):
 train.Run.save = save_and_stop
 train.main()
 """
-    subprocess.run([sys.executable, "-c", script, *arguments, "--out", halves], cwd=HERE,
+    subprocess.run([sys.executable, "-c", script, *arguments, "--out", halves], cwd=ROOT,
                    capture_output=True)
     assert (halves / "checkpoint.safetensors").exists()
     done = torchrun(2, *arguments, "--out", halves)
@@ -171,7 +171,7 @@ train.main()
 
 
 @pytest.mark.slow
-def test_what_all_processes_meet_is_told(tmp_path):
+def test_an_error_in_all_processes_is_printed(tmp_path):
     done = torchrun(2, "--batch", "1", "--out", tmp_path / "run")
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert set(lines) == {"error: --batch 1: 2 processes that --accumulate 1 parts each need at "

@@ -9,6 +9,8 @@ import torch
 import weights
 from data import load_pairs
 from diffusion import Sampling
+from inputs.checkpoints import load_unet
+from inputs.files import fingerprint
 from inputs.options import BASE
 from measure import report, rivals
 from studies.quality import distance_and_error, kernel_distance
@@ -163,7 +165,7 @@ def test_a_study_goes_on_where_it_stopped_and_prints_its_table(tmp_path, monkeyp
 
 def test_what_is_done_is_printed_without_training_and_nothing_is_an_error(tmp_path, monkeypatch,
                                                                           capsys):
-    sha256 = weights.fingerprint(*rivals.checkpoints.find_unet(BASE))
+    sha256 = fingerprint(*rivals.checkpoints.read_unet(BASE).files())
     record = rivals.Record(tmp_path / "rivals.jsonl", sha256)
     numbers = dict(gain=[0.1, 0.01], gains=[0.1, 0.2], distance=[0.2, 0.02], minutes=1.0,
                    obedience={"line F1": 0.5})

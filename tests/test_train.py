@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 import diffusion
 import sample
 import train
-import weights
 from bps import BPS, config_for, load_bps, save_bps
 from data import LatentCache, load_pairs
 from inputs import options
+from inputs.files import write_json
 from inputs.processes import Processes
-from inputs.run_folder import choose_out, run_facts
+from inputs.run_folder import choose_out, run_record
 from measure import report
 from weights import UserError
 
@@ -181,7 +181,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(tmp_path, monkeypatch):
     file = out / "checkpoint.safetensors"
     file.write_bytes(file.read_bytes()[:-1000])
     monkeypatch.setattr(train, "report", finish)
-    with pytest.raises(UserError, match="checkpoint.safetensors: damaged .* delete it"):
+    with pytest.raises(UserError, match="checkpoint is corrupt .*Delete the run"):
         run(train, monkeypatch, *SHORT, "--out", out)
 
 
@@ -190,9 +190,9 @@ def test_other_pairs_are_another_run(monkeypatch):
     args = train.parse_args("")
     six, five = ({split: load_pairs("sketch", split)[:count] for split in train.SPLITS}
                  for count in (6, 5))
-    facts = run_facts(args, six)
-    assert facts == run_facts(args, six)
-    assert run_facts(args, five)["pairs_sha256"] != facts["pairs_sha256"]
+    facts = run_record(args, six)
+    assert facts == run_record(args, six)
+    assert run_record(args, five)["pairs_sha256"] != facts["pairs_sha256"]
 
 
 def test_the_learning_rate_falls_linearly_to_zero(tmp_path, monkeypatch):
@@ -212,7 +212,7 @@ def test_a_finished_run_is_never_overwritten(tmp_path):
     wanted = tmp_path / "run"
     assert choose_out(wanted, facts) == wanted
     wanted.mkdir()
-    weights.write_json(facts, wanted / "args.json")
+    write_json(facts, wanted / "args.json")
     assert choose_out(wanted, facts) == wanted                    # unfinished: goes on
     assert choose_out(wanted, dict(task="other")) == tmp_path / "run-2"
     (wanted / "bps.safetensors").touch()
@@ -261,16 +261,16 @@ def test_the_sheet_shows_its_columns_in_order(tmp_path):
     (sample, ["--cond", "README.md"], "README.md: cannot be read as an image"),
     (sample, ["--bps", "tiny"], "tiny: a folder"),
     (train, ["--data", "tests"], "tests: no pairs; allowed are"),
-    (train, ["--base", "nowhere.safetensors"], "nowhere.safetensors: no such file"),
+    (train, ["--base", "nowhere.safetensors"], "nowhere.safetensors is missing"),
     (train, ["--size", "60"], "multiples of 16"),
     (sample, ["--cond", "nowhere.png"], "nowhere.png"),
-    (sample, ["--bps", "README.md"], "README.md: not a safetensors file"),
+    (sample, ["--bps", "README.md"], "README.md can't be read as a safetensors file"),
 ])
 def test_bad_input_is_named_and_nothing_is_written(module, arguments, message, tmp_path,
                                                    monkeypatch, bps_file):
     if module is sample and "--bps" not in arguments:
         arguments = ["--bps", bps_file, *arguments]
-    monkeypatch.chdir(options.HERE)
+    monkeypatch.chdir(options.ROOT)
     with pytest.raises(UserError, match=message):
         run(module, monkeypatch, *arguments, "--out", tmp_path / "x")
     assert not (tmp_path / "x").exists()
@@ -282,7 +282,7 @@ def test_bad_input_is_named_and_nothing_is_written(module, arguments, message, t
 ])
 def test_a_user_error_is_one_line_with_exit_code_2(arguments, message, tmp_path):
     done = subprocess.run([sys.executable, *arguments, "--out", tmp_path / "x"],
-                          cwd=options.HERE, capture_output=True, text=True)
+                          cwd=options.ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert message in done.stderr and len(done.stderr.splitlines()) == 1
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 import train
 import weights
 from bps import load_bps
-from inputs.options import HERE
+from inputs.options import ROOT
 from inputs.run_folder import lock
 from measure import curve
 from weights import UserError
@@ -64,7 +64,7 @@ def start(pairs, out, phase="none", count=1, moment="before"):
     """Starts a training in a process of its own, on one thread, which rounds in one way."""
     return subprocess.Popen(
         [sys.executable, "-c", KILLED, phase, str(count), moment, *OPTIONS, "--data", pairs,
-         "--cache", out.parent / "cache", "--out", out], cwd=HERE, text=True,
+         "--cache", out.parent / "cache", "--out", out], cwd=ROOT, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
@@ -126,7 +126,7 @@ def test_a_second_training_in_a_folder_ends_in_one_line(run, tmp_path):
     (tmp_path / "run").mkdir()
     other = os.open(tmp_path / "run", os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
-    with pytest.raises(UserError, match="run: another process trains in it; wait for its end"):
+    with pytest.raises(UserError, match="run is in use by another training. Wait until it ends"):
         run(tmp_path / "run")
     assert not list((tmp_path / "run").iterdir())
     os.close(other)                                     # as the kernel does when its owner dies
@@ -141,7 +141,7 @@ def test_where_folders_cannot_be_locked_a_warning_says_so(tmp_path, monkeypatch)
         raise OSError(errno.EBADF, "Bad file descriptor")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.warns(UserWarning, match="run: cannot be locked"), lock(tmp_path / "run"):
+    with pytest.warns(UserWarning, match="run can't be locked"), lock(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
 
 
@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_line_and_older_files_stay_whole(run, tmp_path, monke
     monkeypatch.setattr(owner, function, full)
     monkeypatch.setattr(sys, "argv", [])
     with pytest.raises(SystemExit) as stop:
-        train.run(lambda: run(out))
+        train.run_script(lambda: run(out))
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert stop.value.code == 2 and len(lines) == 1 and "No space left" in lines[0]
     for file in out.iterdir():

@@ -1,4 +1,4 @@
-"""The U-Net's parts against PyTorch's own functions, and its sizes."""
+"""The U-Net's layers against PyTorch's own functions, its sizes, and its shapes."""
 import math
 
 import pytest
@@ -6,28 +6,16 @@ import torch
 import torch.nn.functional as F
 
 from clip import CLIPTextConfig, CLIPTextModel
-from unet import (
-    GEGLU,
-    CrossAttention,
-    SpatialTransformer,
-    UNet,
-    UNetConfig,
-    timestep_embedding,
-)
+from unet import GEGLU, CrossAttention, UNet, UNetConfig, timestep_embedding
 from vae import AutoencoderKL, VAEConfig
 
 
 def test_timestep_embedding_is_the_closed_form_cosines_first():
-    emb = timestep_embedding(torch.tensor([0, 7, 999]), 6)
-    for row, t in zip(emb, (0, 7, 999)):
+    timesteps = (0, 7, 7.5, 999)
+    for row, t in zip(timestep_embedding(torch.tensor(timesteps), 6), timesteps):
         angles = [t * 10_000 ** (-i / 3) for i in range(3)]
         expected = [math.cos(a) for a in angles] + [math.sin(a) for a in angles]
         torch.testing.assert_close(row, torch.tensor(expected), atol=1e-4, rtol=0)
-
-
-def test_a_fractional_timestep_is_not_rounded():
-    whole, fraction = timestep_embedding(torch.tensor([10.0, 10.5]), 8)
-    assert not torch.allclose(whole, fraction)
 
 
 def test_cross_attention_equals_torch_multi_head_attention():
@@ -53,7 +41,7 @@ def test_geglu_gates_with_the_exact_gelu():
 
 @pytest.mark.parametrize("linear_projection", [False, True])
 @pytest.mark.parametrize("size", [(8, 12), (9, 7)])
-def test_any_size_comes_back_odd_ones_too(size, linear_projection):
+def test_eps_has_the_size_of_the_latent_even_if_odd(size, linear_projection):
     unet = UNet(UNetConfig(channels=(32, 64), attention=(False, True), heads=(2, 4),
                            blocks_per_level=1, context_dim=24,
                            linear_projection=linear_projection)).eval()
@@ -62,33 +50,15 @@ def test_any_size_comes_back_odd_ones_too(size, linear_projection):
     assert eps.shape == (3, 4, *size) and eps.std() > 0
 
 
-def test_sd15_has_the_checkpoints_686_tensors():
-    with torch.device("meta"):
-        keys = UNet(UNetConfig()).state_dict().keys()
-    assert len(keys) == 686
-    assert {"input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight", "out.2.bias",
-            "output_blocks.5.2.conv.weight", "input_blocks.3.0.op.weight"} <= keys
-
-
-def test_a_wrong_number_of_residuals_is_refused():
+def test_a_wrong_number_of_residuals_is_rejected():
     unet = UNet(UNetConfig(channels=(32,), attention=(False,), heads=(1,), blocks_per_level=1))
-    with pytest.raises(ValueError, match="1 residuals for a U-Net of 5 blocks"):
+    with pytest.raises(ValueError, match="residuals must have 5 entries.* got 1"):
         unet(torch.randn(1, 4, 4, 4), torch.tensor([1]), torch.randn(1, 2, 768), [None])
-
-
-def test_a_transformer_norms_with_the_checkpoints_own_eps():
-    layer = SpatialTransformer(64, 8, 2, 32, linear_projection=True).eval()
-    layer.transformer_blocks = torch.nn.ModuleList()
-    layer.proj_in = layer.proj_out = torch.nn.Linear(64, 64, bias=False)
-    torch.nn.init.eye_(layer.proj_in.weight)
-    h = torch.randn(2, 64, 3, 5) * 1e-3         # so small that eps decides
-    expected = h + F.group_norm(h, 32, eps=1e-6)
-    torch.testing.assert_close(layer(h, None), expected)
 
 
 @torch.inference_mode()
 def test_attention_in_fp16_survives_products_beyond_its_range():
-    """SD 2.1 at 768 px has such: a softmax in fp16 would see infinities and answer nan."""
+    """SD 2.1 at 768 px has such products: a softmax in fp16 would overflow to nan."""
     torch.manual_seed(0)
     attention = CrossAttention(dim=64, context_dim=64, heads=1)
     for layer in (attention.to_q, attention.to_k):
@@ -108,9 +78,9 @@ def test_every_norm_has_the_checkpoints_own_eps():
     for model in models:
         for name, layer in model.named_modules():
             if isinstance(layer, (torch.nn.GroupNorm, torch.nn.LayerNorm)):
-                inside = isinstance(layer, torch.nn.GroupNorm) and name.endswith(".1.norm")
-                fine = inside or isinstance(model, AutoencoderKL)
-                assert layer.eps == (1e-6 if fine else 1e-5), name
+                in_transformer = isinstance(layer, torch.nn.GroupNorm) and name.endswith(".1.norm")
+                is_small = in_transformer or isinstance(model, AutoencoderKL)
+                assert layer.eps == (1e-6 if is_small else 1e-5), name
                 counts[type(model), layer.eps] = counts.get((type(model), layer.eps), 0) + 1
     assert counts == {(UNet, 1e-5): 2 * 22 + 1 + 3 * 16, (UNet, 1e-6): 16,
                       (AutoencoderKL, 1e-6): 2 * 24 + 4, (CLIPTextModel, 1e-5): 2 * 12 + 1}

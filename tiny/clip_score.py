@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import weights
-from clip import load_clip
 from inputs import checkpoints
 from inputs.options import BASE
 from tiny import world

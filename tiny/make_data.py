@@ -28,10 +28,11 @@ import numpy as np
 from PIL import Image, ImageFilter
 from tqdm import tqdm
 
-from inputs.options import BASE, Parser, positive, run
+from inputs.files import write_lines
+from inputs.options import BASE, Parser, positive, run_script
 from tiny import world
 from tiny.tasks import CLASSES
-from weights import UserError, replacing, write_lines
+from weights import UserError, replacing
 
 PACKAGES = ("@dicebear/core@9.4.3", "@dicebear/collection@9.4.3")
 LARGE = 256                     # px at which figures are drawn
@@ -364,4 +365,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

@@ -30,8 +30,10 @@ import weights
 from bps import make_denoiser
 from diffusion import NoiseSchedule, draw_noise, sample
 from inputs import checkpoints
+from inputs.checkpoints import load_clip, load_tokenizer, load_unet, load_vae
 from inputs.conditions import to_x
-from inputs.options import BASE, Parser, positive, run, seed_number
+from inputs.files import fingerprint, write_json, write_text
+from inputs.options import BASE, Parser, positive, run_script, seed_number
 from measure.report import contact_sheet
 from tiny import world
 from tiny.clip_score import BATCH, CLIPScore, save_score
@@ -192,10 +194,10 @@ def train_tokenizer(captions, folder):
     tokens = alphabet + [token + "</w>" for token in alphabet] + list(map("".join, merges))
     tokens = [*dict.fromkeys(tokens), clip.BEGIN, clip.END]
     folder.mkdir(parents=True, exist_ok=True)
-    weights.write_json({token: i for i, token in enumerate(tokens)}, folder / "vocab.json")
-    weights.write_text("#version: 0.2\n" + "".join(
+    write_json({token: i for i, token in enumerate(tokens)}, folder / "vocab.json")
+    write_text("#version: 0.2\n" + "".join(
         f"{left} {right}\n" for left, right in merges), folder / "merges.txt")
-    weights.write_json(dict(
+    write_json(dict(
         tokenizer_class="CLIPTokenizer", model_max_length=clip.CONTEXT_LENGTH,
         add_prefix_space=False, do_lower_case=True, errors="replace", bos_token=clip.BEGIN,
         eos_token=clip.END, unk_token=clip.END, pad_token=clip.END),
@@ -218,7 +220,7 @@ class CLIPStage:
         self.held_out, held_out_rows = held_out_pictures("test")
         if not (args.out / "tokenizer" / "vocab.json").exists():
             train_tokenizer(map(world.full_caption, self.rows), args.out / "tokenizer")
-        self.tokenizer = clip.load_tokenizer(args.out / "tokenizer")
+        self.tokenizer = load_tokenizer(args.out / "tokenizer")
         self.held_out_ids = self.tokenizer(list(map(world.full_caption, held_out_rows)))
         self.styles = torch.tensor([list(world.STYLES).index(row["style"])
                                     for row in held_out_rows])
@@ -291,7 +293,7 @@ class UNetStage:
         self.schedule = NoiseSchedule()
         self.loss_weights = min_snr_weights(self.schedule, gamma=5.0)
         self.vae = load_vae(args.out, device=args.device)
-        self.tokenizer, self.text_model = clip.load_clip(args.out, device=args.device)
+        self.tokenizer, self.text_model = load_clip(args.out, device=args.device)
         pictures, self.rows = load_pool(args.work)
         self.mean, self.std = self.encode_pool(pictures)
         x, self.held_out_rows = held_out_pictures()
@@ -307,7 +309,7 @@ class UNetStage:
     def encode_pool(self, pictures):
         """Mean and std of all latents, (N, 4, 16, 16) fp16 each, computed once and kept in work."""
         file = next((self.args.out / "vae").glob("*.safetensors"))
-        cache = self.args.work / f"latents-{len(pictures)}-{weights.fingerprint(file)}.npz"
+        cache = self.args.work / f"latents-{len(pictures)}-{fingerprint(file)}.npz"
         if not cache.is_file():
             latents = [self.vae.encode(to_batch(pictures[i:i + BATCH], self.args.device))
                        for i in tqdm(range(0, len(pictures), BATCH), desc="latents")]
@@ -377,7 +379,7 @@ class UNetStage:
                          beta_start=self.schedule.beta_start, beta_end=self.schedule.beta_end,
                          num_train_timesteps=self.schedule.timesteps, steps_offset=1,
                          clip_sample=False, set_alpha_to_one=False, prediction_type="epsilon")
-        weights.write_json(scheduler, self.args.out / "scheduler" / "scheduler_config.json")
+        write_json(scheduler, self.args.out / "scheduler" / "scheduler_config.json")
         index = dict(_class_name="StableDiffusionPipeline", _diffusers_version="0.30.0",
                      unet=["diffusers", "UNet2DConditionModel"],
                      vae=["diffusers", "AutoencoderKL"],
@@ -386,7 +388,7 @@ class UNetStage:
                      scheduler=["diffusers", "DDIMScheduler"], safety_checker=[None, None],
                      feature_extractor=[None, None], image_encoder=[None, None],
                      requires_safety_checker=False)
-        weights.write_json(index, self.args.out / "model_index.json")
+        write_json(index, self.args.out / "model_index.json")
 
 
 def save_part(model, folder, folder_name, config, dtype=torch.float16,
@@ -398,7 +400,7 @@ def save_part(model, folder, folder_name, config, dtype=torch.float16,
     tensors = {name: tensor.flatten(1) if re.search(r"\.to_\w+(\.0)?\.weight", name) else tensor
                for name, tensor in tensors.items()}
     weights.save(tensors, folder / f"{stem}.safetensors", dict(format="pt"))
-    weights.write_json(config, folder / "config.json")
+    write_json(config, folder / "config.json")
 
 
 def save_text_encoder(text_model, folder, dtype=torch.float16):
@@ -529,4 +531,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main, interrupted="interrupted; the same command goes on from the last checkpoint")
+    run_script(main, interrupted="interrupted; the same command goes on from the last checkpoint")
