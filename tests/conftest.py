@@ -78,15 +78,21 @@ def random_states():
 
 @pytest.fixture(scope="session")
 def sd_folder(random_states, tmp_path_factory):
-    """A function of a small model's name: its SD folder, which tests only read."""
+    """A function of a small model's name: its SD folder; tests only read it."""
     path = tmp_path_factory.mktemp("folders")
     return functools.cache(lambda name: references.write_folder(path / name, name,
                                                                 random_states(name)))
 
 
+@pytest.fixture
+def copied(sd_folder, tmp_path):
+    """A function of a small model's name: a copy of its SD folder that a test may change."""
+    return lambda name="small1": shutil.copytree(sd_folder(name), tmp_path / "sd", symlinks=True)
+
+
 @pytest.fixture(scope="session")
 def sd_file(random_states, tmp_path_factory):
-    """A function of a small model's name: its single file, which tests only read."""
+    """A function of a small model's name: its single file; tests only read it."""
     @functools.cache
     def file(name):
         path = tmp_path_factory.mktemp("files") / f"{name}.safetensors"
