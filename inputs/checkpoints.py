@@ -227,8 +227,8 @@ def read_single_file(path, prefix):
     if CONV_IN in state:
         reject_by_name(path, state[CONV_IN].shape[1])
     if not any(name.startswith(prefixes) for name in state):
-        raise UserError(f"{path} is no Stable Diffusion checkpoint: no tensor is called "
-                        f"{' or '.join(prefixes)}*. It may be a LoRA or a part of a checkpoint.")
+        raise UserError(f"{path} is not a Stable Diffusion checkpoint: no name of a tensor starts "
+                        f"with {' or '.join(prefixes)}. It may be a LoRA or one network alone.")
     kept = [name for name in state if not SINGLE_FILE_IGNORED.match(name)]
     unexpected = [name for name in kept if not name.startswith(prefixes)]
     if unexpected:

@@ -48,9 +48,14 @@ def fingerprint(*files):
     size = sum(os.path.getsize(file) for file in files)
     with tqdm(total=size, unit="B", unit_scale=True, desc="fingerprint", delay=2,
               leave=False) as bar:
-        for file in files:
-            with open(file, "rb") as f:
-                while chunk := f.read(1 << 20):
-                    digest.update(chunk)
-                    bar.update(len(chunk))
+        for chunk in read_chunks(files):
+            digest.update(chunk)
+            bar.update(len(chunk))
     return digest.hexdigest()[:16]
+
+
+def read_chunks(files):
+    """Yield the bytes of the files, 1 MiB at a time."""
+    for file in files:
+        with open(file, "rb") as f:
+            yield from iter(lambda: f.read(1 << 20), b"")

@@ -55,13 +55,11 @@ class Parser(argparse.ArgumentParser):
         for source in sources:
             if source.is_dir() and out.resolve().is_relative_to(source.resolve()):
                 self.error(f"{option} must be outside {source}, whose images are read, got {out}.")
-        for folder in (out, *out.absolute().parents):
-            if folder.is_file():
-                self.error(f"{option} must be a folder, got {out}. {folder} is a file.")
-            if folder.exists():
-                if not os.access(folder, os.W_OK):
-                    self.error(f"{option} must be writable, got {out}. {folder} is protected.")
-                return
+        existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+        if existing.is_file():
+            self.error(f"{option} must be a folder, got {out}. {existing} is a file.")
+        if not os.access(existing, os.W_OK):
+            self.error(f"{option} must be writable, got {out}. {existing} is protected.")
 
     def add_device(self):
         """Add --device: by default NVIDIA's or Apple's GPU if available, else the CPU."""

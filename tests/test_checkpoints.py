@@ -145,21 +145,7 @@ def test_a_file_is_reopened_after_sixteen_conversions(random_states, tmp_path, m
     assert len(opened) > 3 + 686 / 16
 
 
-# as in the official repositories
-OFFICIAL = dict(
-    unet=dict(references.MODELS["sd15"]["unet"], _class_name="UNet2DConditionModel",
-              _diffusers_version="0.6.0", act_fn="silu", center_input_sample=False,
-              downsample_padding=1, flip_sin_to_cos=True, freq_shift=0, in_channels=4,
-              layers_per_block=2, mid_block_scale_factor=1, norm_eps=1e-05, norm_num_groups=32,
-              out_channels=4, sample_size=64),
-    vae=dict(references.MODELS["sd15"]["vae"], _class_name="AutoencoderKL",
-             _diffusers_version="0.6.0", act_fn="silu", in_channels=3, norm_num_groups=32,
-             out_channels=3, sample_size=512),
-    text=CONFIGS["sd15"]["text"])
-
-
-@pytest.mark.parametrize("configs", [OFFICIAL, CONFIGS["sd15"], CONFIGS["sd21"]],
-                         ids=["official", "sd15", "sd21"])
+@pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS)
 def test_configs_with_every_key_are_read(configs, tmp_path):
     for part, config in configs.items():
         write_json(config, tmp_path / part)
@@ -173,19 +159,18 @@ def test_configs_with_every_key_are_read(configs, tmp_path):
             assert checkpoints.vae_config_from_json(config)["scaling_factor"] == 0.18215
 
 
-ATTENTION_NAMES = {"old": ("norm", "q", "k", "v", "proj_out"),
-             "first folders": ("group_norm", "query", "key", "value", "proj_attn"),
-             "today's": ("group_norm", "to_q", "to_k", "to_v", "to_out.0"),
-             "mixture": ("norm", "to_q", "key", "v", "to_out.0"),
-             "another": ("group_norm", "q", "k", "value", "proj_attn")}
+SINGLE_FILE_NAMES = ("norm", "q", "k", "v", "proj_out")
 
 
 @pytest.mark.parametrize("rank", [2, 3, 4])
-@pytest.mark.parametrize("names", ATTENTION_NAMES)
+@pytest.mark.parametrize("names", [
+    SINGLE_FILE_NAMES, ("group_norm", "query", "key", "value", "proj_attn"),
+    ("group_norm", "to_q", "to_k", "to_v", "to_out.0"), ("norm", "to_q", "key", "v", "to_out.0"),
+    ("group_norm", "q", "k", "value", "proj_attn")], ids=" ".join)
 def test_the_autoencoders_attention_loads_under_all_names(names, rank, random_states, tmp_path):
     vae, renamed = random_states("small1")[1], {}
     for key, tensor in vae.items():
-        for old, new in zip(ATTENTION_NAMES["old"], ATTENTION_NAMES[names]):
+        for old, new in zip(SINGLE_FILE_NAMES, names):
             if f".attn_1.{old}." in key:
                 if old != "norm" and key.endswith("weight"):
                     tensor = tensor.reshape(*tensor.shape[:2], *[1] * (rank - 2))
@@ -200,8 +185,7 @@ def test_the_autoencoders_attention_loads_under_all_names(names, rank, random_st
     folder = tmp_path / "vae"
     folder.mkdir()
     write_json(references.MODELS["small1"]["vae"], folder / "config.json")
-    save_file({checkpoints.vae_folder_name(key, 4): tensor
-               for key, tensor in renamed.items()},
+    save_file({checkpoints.vae_folder_name(key, 4): tensor for key, tensor in renamed.items()},
               folder / "diffusion_pytorch_model.safetensors")
     assert_same(load_vae(folder), vae)
     assert_same(load_vae(tmp_path), vae)

@@ -299,13 +299,13 @@ def test_a_picture_is_opened_as_a_condition_with_the_guards_of_inputs(server, as
 
 @pytest.mark.parametrize("arguments, words", [
     (["--port", "99999"], "--port 99999: allowed are"), (["--bps", "nowhere"], "nowhere"),
-    (["--out", "README.md"], "README.md is a file"),
+    (["--out", "README.md"], "must be a folder, got README.md"),
     (["--base", "README.md"], "--bps")])
 def test_a_wrong_option_is_one_line_and_exit_code_2(arguments, words, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["pad", *arguments])
     with pytest.raises(SystemExit) as stop:
-        pad.run(pad.main)
+        pad.run_script(pad.main)
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and words in printed and printed.count("\n") == 1
 

@@ -622,7 +622,7 @@ def check(folder, tmp_path, monkeypatch):
 
 
 def test_a_check_asks_for_a_tokenizer_before_it_looks_at_pictures(check, sd_file, capsys):
-    with pytest.raises(UserError, match="a single file holds no tokenizer; give --tokenizer"):
+    with pytest.raises(UserError, match="a single file, which has no tokenizer. Add --tokenizer"):
         check("--base", str(sd_file("small1")))
     assert capsys.readouterr().out == ""
     assert check("--base", str(sd_file("small1")), "--tokenizer", str(BASE)).exists()

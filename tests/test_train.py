@@ -257,9 +257,9 @@ def test_the_sheet_shows_its_columns_in_order(tmp_path):
 
 @pytest.mark.parametrize("module, arguments, message", [
     (train, ["--base", "tests"], "tests: no model_index.json in it"),
-    (train, ["--base", "model.ckpt"], "model.ckpt: a .ckpt file is a pickle"),
+    (train, ["--base", "model.ckpt"], "model.ckpt is a pickle"),
     (sample, ["--cond", "README.md"], "README.md: cannot be read as an image"),
-    (sample, ["--bps", "tiny"], "tiny: a folder"),
+    (sample, ["--bps", "tiny"], "tiny is a folder"),
     (train, ["--data", "tests"], "tests: no pairs; allowed are"),
     (train, ["--base", "nowhere.safetensors"], "nowhere.safetensors is missing"),
     (train, ["--size", "60"], "multiples of 16"),
