@@ -42,7 +42,6 @@ from torch import nn
 
 import weights
 from diffusion import guide
-from inputs import checkpoints
 from unet import Downsample, Upsample, run_block
 
 NARROW = 4                              # LightBPS: its expansive layers are so much narrower
@@ -376,25 +375,19 @@ def make_denoiser(unet, context, context_empty, guidance_scale, conditions=()):
 # ---- files ---------------------------------------------------------------------------------
 
 def save_bps(bps, file, metadata):
-    """Writes the network in fp16 as safetensors, its config and `metadata` (a dict) beside it.
-
-    Errors: weights.UserError if a weight is not finite, or too large for fp16.
-    """
+    """Write the network in fp16 as safetensors, with its config and `metadata` (a dict)."""
     tensors = {key: tensor.half() for key, tensor in bps.state_dict().items()}
     for key, tensor in tensors.items():
         if not tensor.isfinite().all():
-            raise weights.UserError(f"{file}: not written, as {key} is not finite or too large; "
-                                    f"train with a smaller --lr")
+            raise weights.UserError(f"{file} wasn't written: {key} overflows fp16. Train with a "
+                                    f"smaller --lr.")
     # one entry, because safetensors writes several in any order: the same run gives the same bytes
     header = dict(config=asdict(bps.config), training=metadata)
     weights.save(tensors, file, dict(bps=json.dumps(header)))
 
 
 def load_bps(file, dtype=torch.float32, device="cpu"):
-    """Returns the BPS of a file that save_bps wrote, ready to steer; `.metadata` is what was given.
-
-    Errors: weights.UserError names the file and what is wrong with it.
-    """
+    """The BPS of a file that save_bps wrote, frozen, with its `.metadata`."""
     state = weights.read_header(file)
     try:
         with safe_open(file, "pt") as f:

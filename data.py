@@ -22,6 +22,7 @@ from tqdm import tqdm
 import weights
 from inputs.conditions import (TASKS, class_colours, crop, images_at_a_time, is_blank, open_image,
                                palette_fault, to_x)
+from inputs.files import fingerprint, hash_module
 from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
 from inputs.processes import Processes
 from tiny.tasks import embedded_pairs
@@ -122,14 +123,14 @@ class LatentCache:
         self.palettes, self.blank, self.base = {}, [], base
         self.flips = (False, True) if mirror else (False,)
         folder.mkdir(parents=True, exist_ok=True)
-        vae = weights.hash_module(base.vae)
+        vae = hash_module(base.vae)
         parts = [(pairs[i:i + PART], flip) for flip in self.flips
                  for i in range(0, len(pairs), PART)]
         self.files = [folder / f"{self.key(vae, *part)}.safetensors" for part in parts]
-        for i in tqdm(processes.slots(len(parts)).tolist(), desc="latents", leave=False):
+        for i in tqdm(processes.shard(len(parts)).tolist(), desc="latents", leave=False):
             if not self.files[i].is_file():
                 weights.save(*self.make_part(*parts[i]), self.files[i])
-        processes.wait()                                # for the parts of the others
+        processes.barrier()                                # for the parts of the others
         for file, (part, flip) in zip(self.files, parts):
             metadata = self.read(file, lambda f: f.metadata())
             self.blank += [part[row].name for row in json.loads(metadata["blank"]) if not flip]
@@ -142,7 +143,7 @@ class LatentCache:
 
     def key(self, vae, pairs, flip):
         """The name of a part's file: a hash of all that its content depends on."""
-        files = weights.fingerprint(*dict.fromkeys(file for pair in pairs for file in pair.files))
+        files = fingerprint(*dict.fromkeys(file for pair in pairs for file in pair.files))
         content = [CACHE_VERSION, vae, self.task, self.size, self.extract, flip, files,
                    [pair.name for pair in pairs]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]

@@ -25,18 +25,19 @@ from tqdm import tqdm
 
 import diffusion
 from bps import Condition, load_bps, make_denoiser
-from clip import CLIPTextModel, Tokenizer, load_clip
+from clip import CLIPTextModel, Tokenizer
 from inputs import checkpoints
 from inputs.conditions import (TASKS, crop, images_at_a_time, open_image, read_condition,
                                read_mask, to_image, to_x)
-from inputs.options import (BASE, DEFAULT_BPS, DEFAULT_DRAWING, DTYPES, MOST_SEEDS, NONE, Parser,
-                            check_pixels, in_range, positive, run, seed_number, to_argv,
+from inputs.files import fingerprint
+from inputs.options import (BASE, DEFAULT_BPS, DEFAULT_DRAWING, DTYPES, MAX_SEEDS, NONE, Parser,
+                            check_pixels, in_range, positive, run_script, seed_number, to_argv,
                             unicode_text)
 from inputs.pairs import list_files, read_captions
 from inputs.pictures import find_drawn, fingerprints, png_fields, read_stored, write_new
-from unet import UNet, load_unet
-from vae import AutoencoderKL, load_vae
-from weights import UserError, fingerprint, is_finite
+from unet import UNet
+from vae import AutoencoderKL
+from weights import UserError, is_finite
 
 DEFAULT_PROMPT = "person, purple hair, light skin, blue clothes, toon style, on white"
 DEFAULTS = diffusion.Sampling()
@@ -91,9 +92,9 @@ def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_
         raise UserError(f"{path} must be a Stable Diffusion folder with a model_index.json, or a "
                         f".safetensors file.")
     schedule = checkpoints.load_schedule(path, prediction_type)
-    tokenizer, text_model = load_clip(path, tokenizer_path, dtype, device)
-    vae = load_vae(vae_path or path, device=device)
-    unet = load_unet(path, dtype, device)
+    tokenizer, text_model = checkpoints.load_clip(path, tokenizer_path, dtype, device)
+    vae = checkpoints.load_vae(vae_path or path, device=device)
+    unet = checkpoints.load_unet(path, dtype, device)
     for name, given, taken in (
             ("text states of width", text_model.config.width, unet.config.context_dim),
             ("latent channels", vae.config.latent_channels, unet.config.latent_channels)):
@@ -220,8 +221,8 @@ def parse_args(argv, parser=None):
     args.conditions = join_conditions(parser, args, is_embedded)
     if args.guidance is None:
         args.guidance = DEFAULTS.guidance_scale if is_embedded else SD_GUIDANCE
-    if args.seed + args.n > MOST_SEEDS:
-        parser.error(f"--seed plus --n must be at most {MOST_SEEDS}, got {args.seed + args.n}.")
+    if args.seed + args.n > MAX_SEEDS:
+        parser.error(f"--seed plus --n must be at most {MAX_SEEDS}, got {args.seed + args.n}.")
     if args.guidance == 1 and args.negative_prompt:
         parser.error("--guidance must not be 1 with a --negative-prompt, which it ignores.")
     args.start = args.steps - max(1, round(args.denoise * args.steps)) if args.init else 0

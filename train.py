@@ -22,11 +22,12 @@ import weights
 from bps import build_bps, config_for, load_bps, save_bps
 from data import CACHE, LatentCache, check_conditions, load_pairs
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
+from inputs.files import write_json, write_lines
 from inputs.options import (BASE, DTYPES, Parser, add_port_options, check_pixels, in_range,
-                            positive, run, seed_number, shell_command, unicode_path, unicode_text)
+                            positive, run_script, seed_number, shell_command, unicode_path, unicode_text)
 from inputs.pairs import warn_of_losses
 from inputs.processes import join_processes
-from inputs.run_folder import CHECKPOINT, choose_out, lock, run_facts
+from inputs.run_folder import CHECKPOINT, choose_out, lock, run_record
 from measure.curve import draw_curve
 from measure.dataset import check_data
 from measure.obedience import meter_for
@@ -111,7 +112,7 @@ def train(training, base, cache, args, on_save):
     """
     device, schedule, processes = args.device, base.schedule, training.processes
     bps, average = processes.wrap(training.bps), training.train_loss
-    shard = processes.slots(args.batch)
+    shard = processes.shard(args.batch)
     bar = tqdm(range(training.step, args.steps), initial=training.step, total=args.steps,
                desc="train")
     for step in bar:
@@ -182,10 +183,10 @@ class Training:
         self.step, self.train_loss, self.rows = 0, None, []
         self.best = dict(step=0, loss=float("inf"))
 
-    def start_or_resume(self, facts):
+    def start_or_resume(self, record):
         """Write args.json, or resume from the checkpoint."""
         if self.processes.rank == 0:
-            write_json(facts, self.out / "args.json")
+            write_json(record, self.out / "args.json")
         self.processes.barrier()
         checkpoint = self.out / CHECKPOINT
         if checkpoint.exists():
@@ -222,13 +223,13 @@ class Training:
         self.bps.load_state_dict(load_bps(self.out / "bps.safetensors").state_dict())
 
 
-def bps_metadata(args, facts, base, cache):
+def bps_metadata(args, record, base, cache):
     """What a sampler has to know of a trained BPS, apart from its sizes (a dict)."""
     numbers = {colour: number for classes in cache.palettes for colour, number in classes}
     names = class_names(numbers)            # those of grey maps are numbers,
     if not args.data:                       # those of the embedded maps are words
         names = {colour: word for word, colour in CLASSES.items() if colour in numbers}
-    return dict(task=args.task, base=facts["base_sha256"],
+    return dict(task=args.task, base=record["base_sha256"],
                 context_dim=base.unet.config.context_dim,
                 prediction_type=base.schedule.prediction_type, size=args.size, steps=args.steps,
                 batch=args.batch, lr=args.lr, seed=args.seed, extracted=args.extract,
@@ -268,15 +269,15 @@ def main():
               for split in SPLITS}
     if args.data:
         warn_of_losses(args.data, args.extract, args.default_prompt)
-    facts = processes.from_first(lambda: run_facts(args, splits))
-    out = processes.from_first(lambda: choose_out(args.out, facts))
+    record = processes.broadcast(lambda: run_record(args, splits))
+    out = processes.broadcast(lambda: choose_out(args.out, record))
     is_renamed = out.resolve() != args.out.resolve()
     print(f"run: {out} ({args.out} is taken)" if is_renamed else f"run: {out}")
     with lock(out) if processes.rank == 0 else contextlib.nullcontext():
-        train_in(out, args, facts, base, splits, processes)
+        train_in(out, args, record, base, splits, processes)
 
 
-def train_in(out, args, facts, base, splits, processes):
+def train_in(out, args, record, base, splits, processes):
     """Train and measure in a run's folder."""
     started = time.monotonic()
     config = config_for(base.unet.config, TASKS[args.task].channels, base.vae.factor, args.weights,
@@ -290,8 +291,8 @@ def train_in(out, args, facts, base, splits, processes):
     torch.manual_seed(args.seed)
     bps = build_bps(config).to(args.device, memory_format=torch.channels_last)
     base.unet.checkpointing = bps.checkpointing = args.checkpointing
-    training = Training(out, bps, args, processes, bps_metadata(args, facts, base, cache))
-    training.start_or_resume(facts)
+    training = Training(out, bps, args, processes, bps_metadata(args, record, base, cache))
+    training.start_or_resume(record)
     base_loss = paired_errors(base, val_cache).mean()
     if not base_loss.isfinite():
         raise UserError(f"{args.base}: the validation loss of the frozen base is not finite. Use "
@@ -326,4 +327,4 @@ def train_in(out, args, facts, base, splits, processes):
 
 
 if __name__ == "__main__":
-    run(main, interrupted="interrupted; the same command resumes from the last checkpoint")
+    run_script(main, interrupted="interrupted; the same command resumes from the last checkpoint")

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from weights import UserError, replacing
@@ -51,6 +52,14 @@ def fingerprint(*files):
         for chunk in read_chunks(files):
             digest.update(chunk)
             bar.update(len(chunk))
+    return digest.hexdigest()[:16]
+
+
+def hash_module(module):
+    """First 16 hex digits of the SHA-256 of a module's config and weights."""
+    digest = hashlib.sha256(repr(module.config).encode())
+    for tensor in module.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

@@ -16,12 +16,12 @@ from inputs.processes import peer_ended
 from weights import UserError, first_line
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
-MOST_PIXELS = 4096**2
-MOST_SEEDS = 2**31
-HERE = Path(__file__).parent.parent
-BASE = HERE / "tiny" / "model"
-DEFAULT_BPS = HERE / "tiny" / "bps_sketch.safetensors"      # for the embedded base
-DEFAULT_DRAWING = HERE / "tiny" / "drawing.png"
+MAX_PIXELS = 4096**2
+MAX_SEEDS = 2**31
+ROOT = Path(__file__).parent.parent
+BASE = ROOT / "tiny" / "model"
+DEFAULT_BPS = ROOT / "tiny" / "bps_sketch.safetensors"      # for the embedded base
+DEFAULT_DRAWING = ROOT / "tiny" / "drawing.png"
 NONE = Path("none")             # for --bps and --mask
 TEXT_OPTIONS = ("--prompt", "--negative-prompt", "--default-prompt")
 PORT_WEIGHTS = ("head-heavy", "flat")
@@ -168,7 +168,7 @@ def shell_command(argv):
 
 
 def to_argv(options):
-    """The command line's words that give these options (a dict)."""
+    """The arguments that give these options (a dict) on a command line."""
     argv = []
     for name, value in options.items():
         option = f"--{name.replace('_', '-')}"
@@ -177,7 +177,7 @@ def to_argv(options):
 
 
 def in_range(kind, low, high):
-    """An argparse type: an int or float (`kind`) from low to high."""
+    """argparse type: an int or float (`kind`) from low to high."""
     def convert(text):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:

@@ -12,8 +12,9 @@ from PIL import PngImagePlugin
 
 from inputs import checkpoints
 from inputs.conditions import load_image
+from inputs.files import fingerprint
 from inputs.options import BASE, DEFAULT_BPS, DEFAULT_DRAWING, NONE, shell_command, to_argv
-from weights import UserError, fingerprint, replacing
+from weights import UserError, replacing
 
 # Options that a picture stores. Where files are written is never among them.
 STORED = ("prompt", "negative_prompt", "sampler", "steps", "guidance", "dtype", "denoise", "seed",
@@ -43,7 +44,7 @@ def stored_options(args, job, seed, size, base):
 
 def fingerprints(args, conditions, hash_files=fingerprint):
     """{role: fingerprint} of the files that a picture depends on."""
-    files = dict(base=checkpoints.find_unet(args.base),
+    files = dict(base=checkpoints.read_unet(args.base).files(),
                  vae=checkpoints.read_vae(args.vae or args.base).files(),
                  text=checkpoints.read_text(args.base).files())
     if args.init:

@@ -17,7 +17,7 @@ import webbrowser
 from pathlib import Path
 
 from inputs.conditions import TASKS
-from inputs.options import BASE, DEFAULT_BPS, DTYPES, Parser, run
+from inputs.options import BASE, DEFAULT_BPS, DTYPES, Parser, run_script
 from inputs.run_folder import CHECKPOINT
 from pad.studio import Studio
 from weights import UserError, first_line

@@ -20,10 +20,11 @@ import diffusion
 from bps import Condition, load_bps
 from data import load_pairs
 from inputs.conditions import TASKS, open_condition, read_condition, to_image
+from inputs.files import fingerprint
 from inputs.options import BASE, DTYPES, shell_command
 from inputs.pictures import fingerprints, png_fields, write_new
 from sample import Job, check_fit, draw, load_base, make_parser, parse_args
-from weights import UserError, fingerprint
+from weights import UserError
 
 PREVIEW_STEPS = 5
 CANVAS_SIDE = 256                       # least side of the page's canvas, pixels

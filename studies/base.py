@@ -19,7 +19,7 @@ from tqdm import tqdm
 from bps import Condition
 from data import LatentCache, load_pairs
 from inputs.conditions import cond_to_x, to_x
-from inputs.options import BASE, Parser, run, seed_number
+from inputs.options import BASE, Parser, run_script, seed_number
 from measure.obedience import colour_fidelity, meter_for, prompt_fidelity
 from measure.report import contact_sheet, draw_pairs, load_fitting, ratio
 from sample import draw, load_base
@@ -182,4 +182,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

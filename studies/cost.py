@@ -28,7 +28,7 @@ import torch
 import diffusion
 from bps import Condition, build_bps, config_for, make_denoiser
 from inputs import checkpoints
-from inputs.options import BASE, DTYPES, FEET, Parser, positive, run
+from inputs.options import BASE, DTYPES, FEET, Parser, positive, run_script
 from measure.report import peak_memory
 from unet import UNet, UNetConfig
 
@@ -258,4 +258,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

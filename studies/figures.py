@@ -16,7 +16,7 @@ import torch
 from bps import Condition
 from data import LatentCache, load_pairs
 from inputs.conditions import cond_to_x, drawing_to_cond
-from inputs.options import BASE, DEFAULT_BPS, HERE, Parser, run
+from inputs.options import BASE, DEFAULT_BPS, ROOT, Parser, run_script
 from measure.report import contact_sheet, draw_pairs, load_fitting
 from sample import draw, load_base
 from tiny import world

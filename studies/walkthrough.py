@@ -9,7 +9,7 @@ from bps import BPS, Condition, config_for, load_bps, make_denoiser
 from data import LatentCache, load_pairs
 from diffusion import Sampling, draw_noise, sample, sampler_steps
 from inputs.conditions import read_condition
-from inputs.options import BASE, DEFAULT_BPS, DEFAULT_DRAWING, Parser, run
+from inputs.options import BASE, DEFAULT_BPS, DEFAULT_DRAWING, Parser, run_script
 from sample import DEFAULT_PROMPT, load_base
 from studies.wiring import port_table
 from tiny import world

@@ -9,7 +9,7 @@ import torch
 
 from bps import build_bps, config_for
 from inputs import checkpoints
-from inputs.options import HERE, Parser, add_port_options, run
+from inputs.options import ROOT, Parser, add_port_options, run_script
 from measure.plots import COLORS, Sheet
 from unet import ResBlock, SpatialTransformer, UNet, UNetConfig
 
@@ -140,7 +140,7 @@ def main():
     add("--cond-channels", type=int, choices=(1, 3, 4), default=1, help="of the table: 1 for "
         "sketch, 3 for segmentation and layout, 4 for artistic (default: %(default)s)")
     add_port_options(parser)
-    add("--out", type=Path, default=HERE / "docs" / "figures", help="folder (default: "
+    add("--out", type=Path, default=ROOT / "docs" / "figures", help="folder (default: "
         "docs/figures)")
     args = parser.parse_args()
     if not args.table:
@@ -157,4 +157,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

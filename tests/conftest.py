@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 import functools
 import itertools
+import shutil
 import sys
 
 import numpy as np
@@ -27,7 +28,7 @@ def run_script(monkeypatch):
     """A function that runs a script's module with arguments, as the command line does."""
     def run(module, *arguments):
         monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
-        options.run(module.main)
+        options.run_script(module.main)
 
     return run
 

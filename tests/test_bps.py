@@ -12,7 +12,7 @@ from inputs import options
 from inputs.checkpoints import load_unet
 from inputs.options import FEET
 from studies.wiring import port_table
-from unet import UNet, UNetConfig, load_unet
+from unet import UNet, UNetConfig
 from weights import UserError
 
 SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,

@@ -15,7 +15,7 @@ from inputs.options import BASE
 from measure import report, rivals
 from studies.quality import distance_and_error, kernel_distance
 from studies.rival_networks import ControlNet, FineTuned, LoRA, RivalUNet, T2IAdapter, predict_with
-from unet import UNet, UNetConfig, load_unet
+from unet import UNet, UNetConfig
 
 SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,
                    context_dim=24, norm_groups=16)

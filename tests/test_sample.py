@@ -200,7 +200,7 @@ def test_a_png_stores_how_it_was_drawn(draw, bps_file):
         assert files.pop(key) == hashlib.sha256(source.read_bytes()).hexdigest()[:16]
     assert not files
     included = Image.open(draw("--n", 1, bps=DEFAULT_BPS) / "0000.png").text
-    assert str(options.HERE) not in included["command"]     # so the project's folder may move
+    assert str(options.ROOT) not in included["command"]     # so the project's folder may move
 
 
 def test_a_picture_is_drawn_again_from_itself(draw, pixels, other, mask, bps_file, capsys):

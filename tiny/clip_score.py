@@ -15,6 +15,7 @@ from torch import nn
 
 import weights
 from inputs import checkpoints
+from inputs.checkpoints import load_clip
 from inputs.options import BASE
 from tiny import world
 

@@ -37,8 +37,8 @@ from inputs.options import BASE, Parser, positive, run_script, seed_number
 from measure.report import contact_sheet
 from tiny import world
 from tiny.clip_score import BATCH, CLIPScore, save_score
-from unet import ResBlock, SpatialTransformer, UNet, UNetConfig, load_unet
-from vae import AutoencoderKL, VAEConfig, load_vae
+from unet import ResBlock, SpatialTransformer, UNet, UNetConfig
+from vae import AutoencoderKL, VAEConfig
 
 EMA_DECAY = 0.9995
 WARM_UP_STEPS = 200
@@ -455,20 +455,20 @@ def train(stage, args):
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.rate, betas=(0.9, 0.99),
                                   weight_decay=0.01, fused=True)
-    facts = dict(step=0, seconds=0.0)
+    progress = dict(step=0, seconds=0.0)
     modules = dict(model=model, ema=ema)
     checkpoint = folder / "checkpoint.safetensors"
     if checkpoint.exists():
-        facts = weights.load_training(checkpoint, modules, "model", optimizer)
-        print(f"resumed at step {facts['step']}, after {facts['seconds'] / 60:.1f} min")
-    step = facts["step"]
+        progress = weights.load_training(checkpoint, modules, "model", optimizer)
+        print(f"resumed at step {progress['step']}, after {progress['seconds'] / 60:.1f} min")
+    step = progress["step"]
     budget = args.minutes * 60
     start = last_save = last_sheet = time.monotonic()
     average = None
     bar = tqdm(desc=args.stage, initial=step, unit="step", mininterval=5)
 
     def seconds():
-        return facts["seconds"] + time.monotonic() - start
+        return progress["seconds"] + time.monotonic() - start
 
     def save_and_log():
         weights.save_training(checkpoint, modules, "model", optimizer,
