@@ -215,18 +215,21 @@ def run_script(main, interrupted="interrupted"):
     except BrokenPipeError:                     # such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
-            print("error: out of memory. Reduce --size or --batch, or try --dtype fp16 or, with a "
-                  "GPU, --device cpu.", file=sys.stderr)
-        elif peer_ended(error):
-            print("error: another process of this training has ended", file=sys.stderr)
-        else:
-            raise
-        sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{interrupted}", file=sys.stderr)
         sys.exit(130)
+    except (UserError, OSError) as error:
+        message = str(error)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
+            message = ("out of memory. Reduce --size or --batch, or try --dtype fp16 or, with a GPU, "
+                       "--device cpu.")
+        elif peer_ended(error):
+            message = "another process of this training has ended"
+        else:
+            raise
+    else:
+        return
+    # one write, newline included, because torchrun's processes share the console
+    print(f"error: {message}\n", end="", file=sys.stderr)
+    sys.exit(2)
