@@ -23,7 +23,7 @@ CONVERTED_AT_A_TIME = 16        # tensors converted before their file is reopene
 MAX_HEADER = 100_000_000        # bytes; the limit of the format
 MAX_SIZE = 1 << 20              # more channels, layers or tokens than any model has
 MAX_NAMES = 8                   # tensor names in an error message
-# what code that reads a file's names, numbers or shapes raises if they make no sense
+# errors while reading names, numbers or shapes that make no sense
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 

@@ -103,7 +103,7 @@ def load_tokenizer(folder):
 def as_user_error(read):
     """Decorate a reader of a path: malformed content raises UserError.
 
-    The readers reject by name what is known to occur. This covers the rest, such as a number in
+    The readers themselves name the known problems. This covers all others, such as a number in
     place of a list or a tensor with too few dimensions.
     """
     @functools.wraps(read)

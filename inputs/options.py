@@ -222,8 +222,8 @@ def run_script(main, interrupted="interrupted"):
         message = str(error)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, MemoryError) or any(sign in str(error) for sign in OUT_OF_MEMORY):
-            message = ("out of memory. Reduce --size or --batch, or try --dtype fp16 or, with a GPU, "
-                       "--device cpu.")
+            message = ("out of memory. Reduce --size or --batch, or try --dtype fp16 or, with a "
+                       "GPU, --device cpu.")
         elif peer_ended(error):
             message = "another process of this training has ended"
         else:

@@ -88,7 +88,7 @@ SCHEDULERS = {
 SCHEDULE = dict(OLD, _class_name="PNDMScheduler")     # of the folders written below
 
 
-# ---- what needs neither package ------------------------------------------------------------
+# ---- without diffusers and transformers ----------------------------------------------------
 
 def numbers(seed, *shape):
     """Standard normal numbers, float32, the same on every machine."""
@@ -242,7 +242,7 @@ def single_file(states, text_prefix=PREFIXES[2]):
         "first_stage_model.model_ema.decay", f"{text_prefix}embeddings.position_ids")}
 
 
-# ---- what needs them -----------------------------------------------------------------------
+# ---- with diffusers and transformers -------------------------------------------------------
 
 def peer_modules(model, meta=False):
     """U-Net and autoencoder of diffusers, text encoder of transformers, for a MODELS entry."""

@@ -1,7 +1,6 @@
-"""The authors' network, as recorded numbers, is reproduced through the public names.
+"""Recorded outputs of the authors' network are reproduced through the public names.
 
-Computed in float64: the maps reach 108, and in float32 rounding adds up to about 1e-4, more or less
-by machine.
+In float64, because the maps reach 108 and float32 would round by about 1e-4.
 """
 import json
 from pathlib import Path
