@@ -113,15 +113,16 @@ class LatentCache:
     nothing.
     """
 
-    def __init__(self, pairs, task, size, base, mirror=False, extract=False, folder=CACHE,
+    def __init__(self, pairs, task, size, base, mirror=False, extract=False, folder=None,
                  processes=Processes()):
         """size: side in pixels to which pairs are scaled and cropped. base: StableDiffusion.
 
-        extract: make conditions from the images' own lines.
+        extract: make conditions from the images' own lines. folder: of the parts, CACHE if None.
         """
         self.pairs, self.task, self.size, self.extract = pairs, task, size, extract
         self.palettes, self.blank, self.base = {}, [], base
         self.flips = (False, True) if mirror else (False,)
+        folder = folder or CACHE
         folder.mkdir(parents=True, exist_ok=True)
         vae = hash_module(base.vae)
         parts = [(pairs[i:i + PART], flip) for flip in self.flips

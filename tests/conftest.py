@@ -9,10 +9,22 @@ import pytest
 import references
 from PIL import Image
 
+import data
 import sample
+import train
 from diffusion import Sampling
 from inputs import options
 from measure import report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """One folder of cached latents for all tests."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (data, train):
+            patch.setattr(module, "CACHE", folder)
+        yield folder
 
 
 @pytest.fixture

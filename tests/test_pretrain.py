@@ -211,7 +211,7 @@ def test_a_trained_tokenizer_keeps_frequent_words_whole(tmp_path):
     captions = ["person, purple hair"] * 9 + ["person, teal robot"]
     pretrain.train_tokenizer(captions, tmp_path)
     tokenizer = clip.load_tokenizer(tmp_path)
-    ids, dropped = tokenizer.fit("person, purple zebra")
+    ids, dropped = tokenizer.truncate("person, purple zebra")
     words = [word for word, i in tokenizer.vocab.items() if i in ids[:3]]
     assert {"person</w>", "purple</w>"} < {*words, ",</w>"} | set(words) and not dropped
     assert len(ids) > 4                                     # an unknown word is spelled in letters

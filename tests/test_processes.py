@@ -19,8 +19,8 @@ from inputs.processes import Processes, join_processes
 from weights import UserError
 
 # the rate for SD 1.5: at 1e-3 AdamW's first steps amplify rounding to 1 % of a loss in 20 steps
-ARGS = dict(steps=20, lr=1e-5, batch=16, seed=0, save_every=1, device="cpu", prompt_drop=0.1,
-            accumulate=1, keep="best", dtype="fp32")
+ARGS = dict(steps=20, lr=1e-5, batch=16, seed=0, save_every=1, device="cpu",
+            accumulate=1, dtype="fp32")
 
 
 def trained(processes=Processes(), foot="faithful", checkpointing=False, **changes):

@@ -14,9 +14,7 @@ ALONE = ("weights", "diffusion", "unet", "vae", "clip")
 # A module may import those of its own line, without cycles, and those of lines above it.
 FLOORS = [ALONE, ("bps",), ("inputs",), ("measure.plots", "measure.bits", "tiny", "toy2d"),
           ("data",), ("sample",), ("measure", "pad", "tiny.pretrain"), ("train",),
-          ("studies", "measure.rivals")]
-# `python bps.py --ports`, as long as it isn't a study
-EXCEPTIONS = {("bps", "inputs.options"), ("bps", "inputs.checkpoints")}
+          ("studies",)]
 RELIED_ON = ["bps.posterior", "bps.BPS", "bps.BPSConfig", "bps.config_for", "bps.load_bps",
              "bps.save_bps", "unet.UNet", "unet.UNetConfig", "diffusion.NoiseSchedule",
              "diffusion.sample", "inputs.checkpoints.load_unet", "inputs.checkpoints.load_vae",
@@ -54,9 +52,7 @@ def test_a_model_or_schedule_imports_nothing_of_ours(module):
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_point_down_and_stand_at_the_top_of_a_file(module):
-    above = {name for name in GRAPH[module] if floor(name) > floor(module)
-             and (module, name) not in EXCEPTIONS}
-    assert not above
+    assert not {name for name in GRAPH[module] if floor(name) > floor(module)}
     assert all(node in TREES[module].body for node, _ in our_imports(TREES[module]))
 
 
