@@ -78,6 +78,7 @@ class Line(NamedTuple):
     band: np.ndarray
     name: str
     log_y: bool
+    color: str
 
 
 class Axes:
@@ -94,11 +95,15 @@ class Axes:
         """Adds vectors (n, 2) at points (n, 2) in the plane."""
         self.layers.append(("arrows", np.asarray(points), np.asarray(vectors)))
 
-    def line(self, x, y, name, log_y=False, band=0.0):
-        """Adds a line with a band around it; x is logarithmic unless it starts at 0."""
+    def line(self, x, y, name, log_y=False, band=0.0, color=None):
+        """Add a line with a band around it; x is logarithmic unless it starts at 0.
+
+        color: an index of COLORS; the default is the number of lines before this one.
+        """
+        color = len(self.layers) if color is None else color
         y = np.asarray(y, float)
         edges = y + np.multiply.outer((-1, 1), np.broadcast_to(band, y.shape))
-        self.layers.append(Line(np.asarray(x), y, edges, name, log_y))
+        self.layers.append(Line(np.asarray(x), y, edges, name, log_y, COLORS[color]))
 
     def range(self):
         """Returns the least and the greatest value of its lines and bands."""
@@ -186,16 +191,16 @@ class Axes:
             self.text(EDGE - 4, ends[0][1], f"{10.0**tick if log_y else tick:.3g}", 11, "rm")
         for tick, value in zip(x, ticks):
             self.text(to_panel(tick, low)[0], SIDE - 8, f"{value:g}", 11, "mm")
-        for line, color in zip(self.layers, COLORS):
-            x = to_x(line.x)
+        for line in self.layers:
+            color, x = line.color, to_x(line.x)
             lower, upper = (self.at(to_panel(x, edge)) for edge in scaled(line.band))
             self.sheet.polygon(lower + upper[::-1], (*ImageColor.getrgb(color), BAND_ALPHA))
             self.sheet.line(self.at(to_panel(x, scaled(line.y))), color, 2)
             self.discs(to_panel(x, scaled(line.y)), 3, color)
         last = scaled([line.y[-1] for line in self.layers])
         ends = to_panel(np.full(len(last), x_high), last)                   # (lines, 2)
-        for line, end, height, color in zip(self.layers, ends, spread(ends[:, 1], 12), COLORS):
-            self.text(end[0] + 4, height, line.name, 11, "lm", color)
+        for line, end, height in zip(self.layers, ends, spread(ends[:, 1], 12)):
+            self.text(end[0] + 4, height, line.name, 11, "lm", line.color)
 
     def paint_bars(self):
         """Draws a bar, its error and its value for each label."""
@@ -207,7 +212,7 @@ class Axes:
             self.text(name_width - 6, y, labels[i], 12, "rm", "black")
             tip, error = name_width + max(value, 0) * scale, error * scale
             self.sheet.rectangle(self.at([(name_width, y - height / 3), (tip, y + height / 3)]),
-                                 COLORS[3])
+                                 COLORS[1])
             self.sheet.line(self.at([(tip - error, y), (tip + error, y)]), "black")
             self.text(tip + error + 4, y, f"{value:.2f}", 11, "lm")
 

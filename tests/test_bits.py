@@ -9,9 +9,10 @@ from bps import BPS, config_for
 from data import LatentCache, load_pairs
 from diffusion import NoiseSchedule
 from inputs.options import BASE
-from measure import report, toy
+from measure import report
 from measure.bits import calibrated_strength, condition_bits, log_snr
 from sample import load_base
+from studies import toy
 
 SCHEDULE = NoiseSchedule()
 
@@ -31,12 +32,12 @@ def test_the_bits_of_a_reading_of_a_gaussian_are_the_known_ones(r):
     assert bits.item() == pytest.approx(math.log2(1 + 1 / r**2) / 2, rel=0.03)
 
 
-@pytest.mark.parametrize("kind", toy2d.KINDS)
+@pytest.mark.parametrize("kind", toy.KINDS)
 def test_the_bits_of_exact_denoisers_in_the_plane_are_the_mutual_information(kind):
     world = toy2d.pinwheel()
     z_0, cond = world.draw_labelled(2000, torch.Generator().manual_seed(0))
     exact = toy.exact_bits(world, z_0, cond, kind)
-    posterior = world.denoiser(world.log_p_cond(cond, kind))
+    posterior = world.denoiser(toy.log_p_cond(world, cond, kind))
     estimate = toy.denoisers_bits(range(0, 1000, 10), z_0, world.denoiser(), posterior, seed=0)
     difference, error = report.mean_and_error(estimate - exact)
     assert error < 0.05

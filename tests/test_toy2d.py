@@ -1,18 +1,24 @@
-"""The toy's closed forms, its networks at the start, its measurements, and short runs of it."""
+"""The plane: closed forms, networks at the start, measurements, and very short runs."""
 import functools
+import json
+import math
 import sys
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import toy2d
 from bps import posterior
-from measure import plots, toy
-from toy2d import KINDS, World, energy_distance, signal_and_noise, sliced_wasserstein
+from measure import plots
+from studies import toy
+from toy2d import World, energy_distance, signal_and_noise
+from unet import timestep_embedding
 
 B, T = 7, (5, 300, 700)
+
+
+def in_float64(world):
+    return World(world.means.double(), world.arms, world.places.double())
 
 
 @pytest.fixture
@@ -21,13 +27,13 @@ def world():
     return in_float64(toy2d.pinwheel())
 
 
-def in_float64(world):
-    """Returns the world with float64 numbers."""
-    return World(world.means.double(), world.arms, world.places.double())
+@pytest.fixture(scope="module")
+def held_out():
+    return toy2d.HeldOut(toy2d.pinwheel(), 0)
 
 
-def some_points(world, t):
-    """Returns z_t (B, 2), a and s (1, 1) at t, and log_p_cond (B, K) of B conditions."""
+def noisy_points(world, t):
+    """z_t (B, 2), alpha and sigma (1, 1) at t, and log_p_cond (B, K) of B conditions."""
     generator = torch.Generator().manual_seed(t)
     z_0, cond = world.draw_labelled(B, generator)
     alpha, sigma = signal_and_noise(t, z_0)
@@ -35,10 +41,12 @@ def some_points(world, t):
     return z_t, alpha, sigma, world.log_p_cond(cond)
 
 
+# ---- the world -----------------------------------------------------------------------------
+
 @pytest.mark.parametrize("t", T)
 @pytest.mark.parametrize("conditional", (False, True))
 def test_the_exact_denoiser_is_the_gradient_of_the_log_density(world, t, conditional):
-    z_t, alpha, sigma, log_p_cond = some_points(world, t)
+    z_t, alpha, sigma, log_p_cond = noisy_points(world, t)
     log_p_cond = log_p_cond if conditional else 0.0
     z_t.requires_grad_()
     score, = torch.autograd.grad(world.log_p(z_t, alpha, sigma, log_p_cond).sum(), z_t)
@@ -53,18 +61,13 @@ def test_the_density_integrates_to_one(world):
 
 
 @pytest.mark.parametrize("t", T)
-def test_steering_is_the_posterior_minus_the_prior_and_w_has_mean_one(world, t):
-    z_t, alpha, sigma, log_p_cond = some_points(world, t)
+def test_steering_is_the_posterior_minus_the_prior(world, t):
+    z_t, alpha, sigma, log_p_cond = noisy_points(world, t)
     difference = world.eps(z_t, alpha, sigma, log_p_cond) - world.eps(z_t, alpha, sigma)
     torch.testing.assert_close(world.steering(z_t, alpha, sigma, log_p_cond), difference)
-    # w_k = p(c_add | k) / p_t(c_add | z_t)
-    log_p_c = world.log_p(z_t, alpha, sigma, log_p_cond) - world.log_p(z_t, alpha, sigma)
-    w = (log_p_cond - log_p_c[:, None]).exp()
-    p_k = world.log_components(z_t, alpha, sigma).softmax(1)
-    torch.testing.assert_close((p_k * w).sum(1), torch.ones(B).double())
 
 
-def test_steering_is_finite_in_float32_where_one_component_is_all_that_is_left():
+def test_steering_is_finite_in_float32_far_from_the_arm():
     world = toy2d.pinwheel()
     points = torch.cartesian_prod(*2 * [torch.linspace(-2.2, 2.2, 19)])
     alpha, sigma = signal_and_noise(5, points)
@@ -75,9 +78,9 @@ def test_steering_is_finite_in_float32_where_one_component_is_all_that_is_left()
 
 
 @pytest.mark.slow
-def test_steering_is_the_covariance_of_the_noise_and_w_by_monte_carlo(world):
-    # z_0 given z_t, by importance from the large space; what c_add says is decided by z_0 alone
-    z_t, alpha, sigma, log_p_cond = some_points(world, 700)
+def test_steering_is_the_covariance_of_noise_and_w_by_monte_carlo(world):
+    # z_0 given z_t, by importance from the large space
+    z_t, alpha, sigma, log_p_cond = noisy_points(world, 700)
     z_0, _ = world.draw(200_000, torch.Generator().manual_seed(0))
     clean = [value.double() for value in toy2d.CLEAN]
     for i in range(3):
@@ -90,98 +93,152 @@ def test_steering_is_the_covariance_of_the_noise_and_w_by_monte_carlo(world):
         torch.testing.assert_close(covariance, exact, atol=0.01, rtol=0.02)
 
 
-@pytest.mark.parametrize("t", T)
-def test_a_condition_that_says_nothing_steers_nothing(world, t):
-    z_t, alpha, sigma, log_p_cond = some_points(world, t)
-    nothing = torch.full_like(log_p_cond, -0.7)
-    torch.testing.assert_close(world.steering(z_t, alpha, sigma, nothing),
+def test_a_condition_without_information_steers_nothing(world):
+    z_t, alpha, sigma, log_p_cond = noisy_points(world, 300)
+    uniform = torch.full_like(log_p_cond, -0.7)
+    torch.testing.assert_close(world.steering(z_t, alpha, sigma, uniform),
                                torch.zeros(B, 2).double())
-    assert world.steering(z_t, alpha, sigma, log_p_cond).abs().max() > 0.01
 
 
-def test_ddim_with_the_exact_denoiser_reaches_the_floor():
-    world = toy2d.pinwheel()
-    generator = torch.Generator().manual_seed(1)
-    (x, _), (y, _) = world.draw(4000, generator), world.draw(4000, generator)
+def test_ddim_with_the_exact_denoiser_draws_the_large_space():
+    world, generator = toy2d.pinwheel(), torch.Generator().manual_seed(1)
+    true, _ = world.draw(4000, generator)
     drawn = toy2d.draw(world.denoiser(), 4000, seed=2)
-    assert abs(energy_distance(x, y)) < 1e-3
-    assert abs(energy_distance(drawn, y)) < 1e-3
-    assert energy_distance(drawn + 0.1, y) > 5e-3           # what a shift by a component would be
+    assert abs(energy_distance(drawn, true)) < 1e-3
+    assert energy_distance(drawn + 0.1, true) > 5e-3        # about one component's width
 
 
-def test_the_bayes_classifier_names_the_arm_a_point_was_drawn_from():
-    world = toy2d.pinwheel()
-    z_0, k = world.draw(2000, torch.Generator().manual_seed(0))
-    assert (world.classify(z_0) == world.arms[k]).float().mean() > 0.995
-
-
-def test_a_reading_of_the_place_errs_by_as_much_as_its_likelihood_says(world):
+def test_a_reading_of_the_place_errs_as_its_likelihood_says(world):
     k = torch.arange(20_000) % len(world.means)
     cond = world.label(k, torch.Generator().manual_seed(0))
-    error = cond[:, 5] - world.places[k]
-    assert error.std().item() == pytest.approx(toy2d.PLACE_ERROR, rel=0.03)
-    log_normal = torch.distributions.Normal(world.places, toy2d.PLACE_ERROR).log_prob(cond[:, 5:])
-    log_p_cond = world.log_p_cond(cond, "place")
-    torch.testing.assert_close(log_p_cond.softmax(1), log_normal.softmax(1))
-    assert torch.equal(cond[:, :5].argmax(1), world.arms[k])
+    assert (cond[:, 5] - world.places[k]).std().item() == pytest.approx(0.2, rel=0.03)
+    normal = torch.distributions.Normal(world.places, 0.2).log_prob(cond[:, 5:])
+    right_arm = torch.nn.functional.one_hot(cond[:, :5].argmax(1), 5)[:, world.arms] > 0
+    expected = normal.masked_fill(~right_arm, -math.inf).softmax(1)
+    torch.testing.assert_close(world.log_p_cond(cond).softmax(1), expected)
 
 
-def test_a_bps_sees_only_its_own_part_of_a_condition():
-    torch.manual_seed(0)
-    cond, t_emb = torch.rand(B, 6), torch.randn(B, 2 * toy2d.TIME_DIM)
-    for kind, unseen in (("arm", slice(5, 6)), ("place", slice(0, 5))):
-        bps = toy2d.ToyBPS(kind)
-        torch.nn.init.normal_(bps.ports[0].weight)
-        changed, other = cond.clone(), cond.clone()
-        changed[:, unseen] += 1
-        other[:, toy2d.KINDS[kind]] += 1
-        same, different = (bps(each, t_emb)[0] for each in (changed, other))
-        assert torch.equal(same, bps(cond, t_emb)[0]) and not torch.equal(different, same)
+@pytest.mark.parametrize("independent", (True, False))
+def test_composition_is_exact_only_for_independent_coordinates(world, independent):
+    if independent:                                 # columns for arms, rows for places
+        columns, rows = torch.cartesian_prod(torch.arange(5), torch.arange(5)).double().unbind(1)
+        world = World(torch.stack([columns, rows], 1) * 0.8, columns.long(), rows / 4)
+    z_0, cond = world.draw_labelled(B, torch.Generator().manual_seed(0))
+    alpha, sigma = signal_and_noise(500, z_0)
+    eps = {kind: world.eps(z_0, alpha, sigma, toy.log_p_cond(world, cond, kind))
+           for kind in toy.KINDS}
+    composed = posterior(world.eps(z_0, alpha, sigma), [eps["arm"], eps["place"]], [1.0, 1.0])
+    difference = (composed - eps["both"]).abs().max()
+    assert difference < 1e-12 if independent else difference > 0.01
 
 
-def test_composition_is_exact_where_the_conditions_speak_of_independent_coordinates(world):
-    apart = []
-    for each in (in_float64(toy.grid()), world):
-        generator = torch.Generator().manual_seed(0)
-        z_0, cond = each.draw_labelled(B, generator)
-        alpha, sigma = signal_and_noise(500, z_0)
-        z_t = alpha * z_0 + sigma
-        eps = {kind: each.eps(z_t, alpha, sigma, each.log_p_cond(cond, kind)) for kind in KINDS}
-        composed = posterior(each.eps(z_t, alpha, sigma), [eps["arm"], eps["place"]], [1.0, 1.0])
-        apart.append((composed - eps["both"]).abs().max().item())
-    assert apart[0] < 1e-12 and apart[1] > 0.01
+# ---- the likelihood ------------------------------------------------------------------------
+
+def exact_likelihood(world):
+    """What toy2d.likelihood returns, with the first two moments of the exact p(c | z)."""
+    def fitted(z):
+        p_k = world.log_components(z, *toy2d.CLEAN).softmax(1)
+        place = p_k @ world.places
+        error = (p_k @ world.places**2 - place**2 + toy2d.PLACE_ERROR**2).sqrt()
+        return p_k @ torch.nn.functional.one_hot(world.arms, 5).to(z), place, error
+    return fitted
 
 
-@pytest.mark.slow
-def test_a_tempered_law_is_the_large_space_at_0_and_the_small_one_at_1():
+def test_draws_with_exact_conditions_have_the_law_of_labels(monkeypatch):
+    world, n = toy2d.pinwheel(), 20_000
+    monkeypatch.setattr(toy2d, "likelihood", lambda *labels: exact_likelihood(world))
+    z_0, cond = toy2d.draw_and_label(world.denoiser(), (None, None), 0, n)
+    for arm in range(5):
+        drawn = torch.cat([z_0, cond[:, 5:]], 1)[cond[:, arm] == 1]
+        k = world.arms == arm
+        known = torch.cat([world.means[k], world.places[k, None]], 1)       # a component each
+        noise = torch.tensor([world.std, world.std, toy2d.PLACE_ERROR]).square().diag()
+        assert len(drawn) / n == pytest.approx(0.2, abs=0.012)
+        torch.testing.assert_close(drawn.mean(0), known.mean(0), atol=0.03, rtol=0)
+        torch.testing.assert_close(drawn.T.cov(), known.T.cov(correction=0) + noise, atol=0.02,
+                                   rtol=0)
+
+
+def test_the_fitted_likelihood_converges_to_the_exact_one():
+    world = toy2d.pinwheel()
+    z_0, cond = world.draw_labelled(1000, torch.Generator().manual_seed(1))
+    exact = toy.exact_bits(world, z_0, cond, "both") - math.log2(toy2d.PLACE_ERROR)
+    normal = world.log_p_cond(cond).logsumexp(1) - math.log(len(world.means))     # log p(c)
+    exact = exact + (normal / math.log(2)) - math.log2(math.sqrt(2 * math.pi))
+    bits = []
+    for n in (50, 400, 3000):
+        fitted = toy2d.likelihood(*toy2d.draw_labels(world, n, 0))
+        log_p = torch.stack([toy.log_likelihood(fitted, z[None], c)[0] for z, c in zip(z_0, cond)])
+        bits.append((exact - log_p / math.log(2)).mean().item())
+    assert bits[0] > bits[1] > bits[2] > 0
+    assert bits[2] < 0.03
+
+
+def test_the_bound_with_an_exact_likelihood_loses_nothing(monkeypatch, held_out):
+    monkeypatch.setattr(toy2d, "likelihood", lambda *labels: exact_likelihood(held_out.world))
+    points, bits = toy.bound(held_out, (None, None))
+    assert held_out.scores(points)["energy"] == pytest.approx(0, abs=2e-3)
+    assert bits == pytest.approx(0, abs=0.02)
+
+
+def test_a_kernel_density_of_more_labels_is_closer():
     world = toy2d.pinwheel()
     held_out = toy2d.HeldOut(world, 0)
-    laws = toy.Laws(held_out)
-    large, _ = world.draw(2000, torch.Generator().manual_seed(5))
-    assert energy_distance(laws.draw(dict(both=0.0)), large).abs().max() < 0.03
-    assert energy_distance(laws.draw(dict(both=1.0)), held_out.true).abs().mean() < 0.003
-    # the square root of a normal likelihood is one of sqrt(2) times the error
-    reading = torch.distributions.Normal(world.places, toy2d.PLACE_ERROR * 2**0.5)
-    for i, points in enumerate(laws.draw(dict(place=0.5))[:5]):
-        wide, _ = world.draw(4000, torch.Generator().manual_seed(i),
-                             reading.log_prob(held_out.cond[i, 5]))
-        assert abs(energy_distance(points, wide)) < 4e-3
+    few, many = (toy.density(held_out, toy2d.draw_labels(world, n, 0)) for n in (12, 1000))
+    energies = [held_out.scores(points)["energy"] for points, _ in (few, many)]
+    assert energies[0] > 10 * energies[1] > 0 and few[1] > 4 * many[1] > 0
 
 
-def test_strength_0_draws_the_prior_and_strength_1_the_posterior(monkeypatch):
-    monkeypatch.setattr(toy2d, "STEPS", 5)
-    held_out = toy2d.HeldOut(toy2d.pinwheel(), 0)
-    prior, posteriors = denoisers = toy.exact_denoisers(held_out)
-    for s, denoise in ((0.0, prior), (1.0, posteriors["arm"])):
-        expected = held_out.draw(lambda z_t, t, _: denoise(z_t, t))
-        torch.testing.assert_close(toy.draw_law(held_out, denoisers, dict(arm=s)), expected,
-                                   atol=1e-4, rtol=1e-3)
+# ---- bits lost -----------------------------------------------------------------------------
+
+def test_the_exact_steering_loses_no_bits(held_out):
+    world, log_p_cond = held_out.world, held_out.log_p_cond[held_out.rows]
+
+    def eps(z_t, t, cond):
+        level = signal_and_noise(t, z_t)
+        return world.eps(z_t, *level) + world.steering(z_t, *level, log_p_cond)
+
+    assert held_out.bits_lost(eps) == pytest.approx([0] * 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("place_error", (None, 0.4))
+def test_bits_lost_integrate_to_the_divergence_of_densities(held_out, place_error):
+    """The prior alone loses the mutual information, a wrong likelihood its own divergence."""
+    world = held_out.world
+    log_p_cond = torch.zeros(len(held_out.cond), len(world.means))
+    if place_error:
+        log_p_cond = toy.log_p_cond(world, held_out.cond, "arm") + torch.distributions.Normal(
+            world.places, place_error).log_prob(held_out.cond[:, 5:])
+    log_p_c = log_p_cond.logsumexp(1) - math.log(len(world.means))
+    log_density = torch.stack([world.log_p(points, *toy2d.CLEAN, row)
+                               for points, row in zip(held_out.true, log_p_cond)])
+    known = toy.excess_bits(held_out, log_density - log_p_c[:, None])
+    denoise = world.denoiser(log_p_cond[held_out.rows])
+    lost = held_out.bits_lost(lambda z_t, t, _: denoise(z_t, t)).sum().item()
+    assert known > 0.05 and lost == pytest.approx(known, rel=0.03)
+
+
+def test_the_prior_alone_loses_the_mutual_information(held_out):
+    world = held_out.world
+    z_0, rows = held_out.fresh.view(-1, 2), held_out.rows
+    known = toy.exact_bits(world, z_0, held_out.cond[rows], "both").mean().item()
+    denoise = world.denoiser()
+    lost = held_out.bits_lost(lambda z_t, t, _: denoise(z_t, t)).sum().item()
+    assert lost == pytest.approx(known, rel=0.02) and lost == pytest.approx(3.2, abs=0.4)
+
+
+# ---- the networks --------------------------------------------------------------------------
+
+def test_the_time_embedding_is_the_big_models():
+    unet, t = toy2d.ToyUNet(), torch.tensor([0, 1, 500, 999])
+    expected = unet.time_embed(timestep_embedding(t, toy2d.TIME_DIM))
+    torch.testing.assert_close(unet.time_embedding(t), expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("port_weights", toy.MODES.values())
 def test_a_steered_network_is_the_prior_until_it_is_trained(port_weights):
     torch.manual_seed(0)
-    unet, bps = toy2d.ToyUNet(), toy2d.ToyBPS(port_weights=port_weights)
+    unet, bps = toy2d.ToyUNet(), toy2d.ToyBPS(port_weights)
     z_t, t, cond = torch.randn(B, 2), torch.arange(B) * 100, torch.rand(B, 6)
     eps = toy2d.steer(unet, bps)(z_t, t, cond)
     assert torch.equal(eps, unet(z_t, t))
@@ -192,88 +249,50 @@ def test_a_steered_network_is_the_prior_until_it_is_trained(port_weights):
     assert not torch.equal(toy2d.steer(unet, bps)(z_t, t, cond), eps)
 
 
-def test_a_time_blind_steering_gives_the_same_residuals_at_all_times():
+@pytest.mark.parametrize("make_bps, blind", ((toy2d.ToyBPS, False), (toy.TimeBlindBPS, True)))
+def test_only_a_time_blind_bps_is_the_same_at_all_times(make_bps, blind):
     torch.manual_seed(0)
-    for blind in (False, True):
-        bps = toy2d.ToyBPS(time_blind=blind)
-        for port in bps.ports:
-            torch.nn.init.normal_(port.weight)
-        cond = torch.full((1, 6), 0.5)
-        early, late = (bps(cond, t_emb)[0] for t_emb in torch.randn(2, 1, 64))
-        assert torch.equal(early, late) == blind
+    bps = make_bps()
+    for port in bps.ports:
+        torch.nn.init.normal_(port.weight)
+    early, late = (bps(torch.full((1, 6), 0.5), t_emb)[0] for t_emb in torch.randn(2, 1, 64))
+    assert torch.equal(early, late) == blind
 
 
-def test_a_line_is_drawn_where_its_numbers_are_and_no_name_on_another():
-    figure = plots.Figure(1, [""])
-    for y, name in (((1.0, 0.5), "falls"), ((0.0, 0.5), "rises")):
-        figure.axes[0].line((1, 10), y, name)
-    sheet, left, top = NotedSheet(), 16, plots.TOP
-    figure.axes[0].paint(sheet, left, top)
-    high, low, middle = (sheet.dots[i][1] for i in (0, 2, 1))
-    assert high < middle == sheet.dots[3][1] < low
-    assert middle == pytest.approx((high + low) / 2)
-    (x, y), (other_x, other_y) = sheet.words["falls"], sheet.words["rises"]
-    assert x == other_x > sheet.dots[1][0] and abs(y - other_y) >= 11
+@pytest.mark.parametrize("blind", (True, False))
+def test_an_output_term_starts_at_zero_and_sees_z_t_unless_blind(blind):
+    torch.manual_seed(0)
+    term, t_emb, cond = toy.OutputTerm(blind), torch.randn(B, 64), torch.rand(B, 6)
+    z_t, other = torch.randn(2, B, 2)
+    assert not term(z_t, t_emb, cond).any()
+    torch.nn.init.normal_(term.out.weight)
+    assert torch.equal(term(z_t, t_emb, cond), term(other, t_emb, cond)) == blind
 
 
-def test_panels_with_shared_limits_draw_one_number_at_one_height_and_bands_around_it():
-    figure, sheet = plots.Figure(2, ["", ""]), NotedSheet()
-    figure.axes[0].line((1, 10), (1.0, 2.0), "small", band=0.5)
-    figure.axes[1].line((1, 10), (1.0, 8.0), "large")
-    figure.axes[1].line((1,), (1.0,), "short")
-    figure.share_limits((0, 1))
-    for axes in figure.axes:
-        axes.paint(sheet, 0, 0)
-    small, _, large, _, short = (y for _, y in sheet.dots)
-    assert small == large == short
-    band, flat, _ = sheet.polygons
-    (_, lower), (_, upper) = band[0], band[-1]
-    assert lower > small > upper and lower - small == pytest.approx(small - upper)
-    assert flat[0] == flat[-1]
-    assert "8" in sheet.words and "0" in sheet.words
+@pytest.mark.parametrize("method", ("scratch", "labels", "draws", "tuned", "CP", "output"))
+def test_only_scratch_is_new_and_only_tuned_changes_a_copy(monkeypatch, method):
+    world, seen = toy2d.pinwheel(), {}
+    torch.manual_seed(5)
+    prior = toy2d.ToyUNet().requires_grad_(False)
+
+    def spy(eps, parameters, points, steps, *rest):
+        seen.update(shapes={p.shape for p in parameters}, parameters=parameters, points=points)
+
+    monkeypatch.setattr(toy2d, "train", spy)
+    monkeypatch.setattr(toy2d, "DRAWS", 40)
+    labels = toy2d.draw_labels(world, 5, 0)
+    eps = toy.learn(toy.Run(method, 5, 1, 1e-3, 0), prior, labels)
+    z_t, t = torch.randn(B, 2), torch.arange(B) * 100
+    assert torch.equal(eps(z_t, t, labels[1][:1].expand(B, 6)), prior(z_t, t)) == (method != "scratch")
+    trains_a_unet = torch.Size([2, 96]) in seen["shapes"] and method != "output"
+    assert trains_a_unet == (method in ("scratch", "tuned"))
+    assert not any(p is q for p in seen["parameters"] for q in prior.parameters())
+    assert len(seen["points"][0]) == (40 if method == "draws" else 5)
 
 
-@pytest.mark.parametrize("extent", (0.0071, 1.0, 1.3, 2.1, 3.9, 7.0, 9.9))
-def test_a_step_between_ticks_is_round_and_goes_three_to_eight_times_into_an_extent(extent):
-    step = plots.round_step(extent)
-    assert 3 <= extent / step <= 8
-    assert f"{step:e}"[0] in "125"
+# ---- measurements --------------------------------------------------------------------------
 
-
-def test_dots_and_arrows_lie_where_their_coordinates_say():
-    figure, sheet = plots.Figure(1, [""]), NotedSheet()
-    figure.axes[0].dots({0: [[0.0, 0.0], [1.3, 0.0], [0.0, 1.3], [3.0, 0.0]]})
-    figure.axes[0].arrows([[0.0, 0.0]], [[0.0, 1.3]])
-    figure.axes[0].paint(sheet, 0, 0)
-    quarter = plots.SIDE / 4
-    assert sheet.dots == [(2 * quarter, 2 * quarter), (3 * quarter, 2 * quarter),
-                        (2 * quarter, quarter)]        # up is up; what is outside is not drawn
-    assert sheet.lines == [[(2 * quarter, 2 * quarter), (2 * quarter, quarter)]]
-
-
-class NotedSheet(plots.Sheet):
-    """Notes what it is told to draw."""
-
-    def __init__(self):
-        self.dots, self.words, self.lines, self.polygons = [], {}, [], []
-
-    def disc(self, x, y, radius, color):
-        self.dots.append((x, y))
-
-    def text(self, x, y, words, *style):
-        self.words[words] = x, y
-
-    def line(self, points, color, width=1):
-        self.lines.append(points)
-
-    def polygon(self, points, color):
-        self.polygons.append(points)
-
-    def rectangle(self, *_, **__):
-        pass
-
-
-def test_energy_and_sliced_wasserstein_distance_match_what_is_known():
+def test_energy_distance_is_its_definition():
     generator = torch.Generator().manual_seed(0)
     x, y = torch.randn(6, 2, generator=generator), torch.randn(4, 2, generator=generator)
 
@@ -282,67 +301,16 @@ def test_energy_and_sliced_wasserstein_distance_match_what_is_known():
 
     expected = 2 * mean(x, y, 24) - mean(x, x, 30) - mean(y, y, 12)
     assert energy_distance(x, y).item() == pytest.approx(expected.item(), rel=1e-5)
-    # a shift by d moves every projection by |d . u|, on average over directions 2 |d| / pi
-    shift = sliced_wasserstein(x, x + torch.tensor([0.6, 0.8])).item()
-    assert shift == pytest.approx(2 / torch.pi, rel=1e-3)
 
 
-def test_true_points_get_full_scores_and_the_exact_steering_no_error():
-    world, held_out = toy2d.pinwheel(), toy2d.HeldOut(toy2d.pinwheel(), 0)
+def test_true_points_get_full_scores_and_other_arms_none(held_out):
     scores = held_out.scores(held_out.fresh)
     assert scores["accuracy"] > 0.99 and abs(scores["energy"]) < 2e-3
     assert scores["spread"] == pytest.approx(1, abs=0.05)
     assert held_out.scores(held_out.fresh.roll(1, 0))["accuracy"] < 0.01     # the arms go in turn
 
-    def prior(z_t, t):
-        return world.eps(z_t, *signal_and_noise(t, z_t))
 
-    def steered(strength):
-        def eps(z_t, t, cond):
-            exact = world.eps(z_t, *signal_and_noise(t, z_t), world.log_p_cond(cond))
-            return posterior(prior(z_t, t), [exact], [strength])
-        return held_out.steering_error(eps, prior)
-
-    assert steered(1.0) == pytest.approx([0] * 4, abs=1e-3)
-    assert steered(0.0) == pytest.approx([1] * 4, abs=1e-3)
-    assert steered(1.5) == pytest.approx([0.5] * 4, abs=1e-3)
-
-
-def test_only_what_a_method_learns_is_changed_and_only_scratch_starts_anew(monkeypatch):
-    world, seen = toy2d.pinwheel(), {}
-    torch.manual_seed(5)
-    prior = toy2d.ToyUNet().requires_grad_(False)
-
-    def spy(eps, parameters, *_):
-        seen["values"] = [p.clone() for p in parameters]
-        seen["trained"] = [p.requires_grad for p in parameters]
-
-    monkeypatch.setattr(toy2d, "train", spy)
-    of_prior = list(prior.parameters())
-    for method, settings in toy2d.METHODS.items():
-        toy2d.train_method(settings, prior, toy2d.labelled_points(world, 5, 0), 0)
-        from_prior = all(torch.equal(p, q) for p, q in zip(seen["values"], of_prior))
-        assert from_prior == (method in ("steered", "tuned")), method
-        assert all(seen["trained"][len(of_prior):])
-        assert all(seen["trained"][:len(of_prior)]) == (method != "steered"), method
-        assert any(seen["trained"][:len(of_prior)]) == (method != "steered"), method
-
-
-def test_the_rate_that_is_chosen_has_the_least_energy_distance_on_another_seed(monkeypatch):
-    seen = []
-
-    def scores(held_out, method, prior, n, effort):
-        seen.append(held_out.seed)
-        return dict(energy=abs(method.lr - toy.RATES[2]))
-
-    monkeypatch.setattr(toy, "train_and_score", scores)
-    args = SimpleNamespace(seed=1, effort=1.0)
-    method = toy.best_rate(toy2d.METHODS["tuned"], toy2d.pinwheel(), None, 12, args)
-    assert method == replace(toy2d.METHODS["tuned"], lr=toy.RATES[2])
-    assert len(seen) == len(toy.RATES) and set(seen) == {1 + toy.RATE_SEED}
-
-
-def test_a_gaussian_is_drawn_as_its_closed_form_says_and_wanted_only_where_that_is_exact():
+def test_a_gaussian_is_drawn_as_its_closed_form_says():
     for row in toy.gaussian_rows():
         assert row["drawn"] == pytest.approx(row["closed form"], rel=0.04), row
         exact = row["Gaussian"] in ("one reading, s = 0", "one reading, s = 1",
@@ -351,120 +319,137 @@ def test_a_gaussian_is_drawn_as_its_closed_form_says_and_wanted_only_where_that_
 
 
 @pytest.mark.slow
-def test_a_short_training_steers_and_leaves_the_prior_as_it_was():
-    world = toy2d.pinwheel()
-    short_prior, held_out = toy2d.train_prior(world, 0, samples=50_000), toy2d.HeldOut(world, 0)
-    before = [p.clone() for p in short_prior.parameters()]
-    points = toy2d.labelled_points(world, 100, 0)
-    eps = toy2d.train_method(toy2d.METHODS["steered"], short_prior, points, 0, effort=0.5)
-    assert all(torch.equal(p, q) for p, q in zip(short_prior.parameters(), before))
-    steered, prior = (held_out.scores(held_out.draw(denoise))
-                      for denoise in (eps, lambda z_t, t, _: short_prior(z_t, t)))
-    assert prior["accuracy"] < 0.3 and prior["energy"] > 1
-    assert steered["accuracy"] > 0.85 and steered["energy"] < 0.2
-    assert all(error < 1 for error in held_out.steering_error(eps, short_prior)[:3])
+def test_a_tempered_law_is_the_small_space_at_strength_1(held_out):
+    points = toy.law_points(held_out, dict(both=1.0))
+    assert energy_distance(points, held_out.true).abs().mean() < 0.003
+    # the square root of a normal likelihood is one of sqrt(2) times the error
+    reading = torch.distributions.Normal(held_out.world.places, toy2d.PLACE_ERROR * 2**0.5)
+    for i, points in enumerate(toy.law_points(held_out, dict(place=0.5))[:5]):
+        wide, _ = held_out.world.draw(4000, torch.Generator().manual_seed(i),
+                                      reading.log_prob(held_out.cond[i, 5]))
+        assert abs(energy_distance(points, wide)) < 4e-3
 
 
-def test_repeated_is_one_for_the_training_points_and_a_twentieth_for_true_ones():
-    held_out = toy2d.HeldOut(toy2d.pinwheel(), 0)
-    z_0, _ = toy2d.labelled_points(held_out.world, 100, 0)
-    again = z_0[torch.arange(held_out.fresh.shape[0] * held_out.fresh.shape[1]) % 100]
-    assert held_out.repeated(again.view_as(held_out.fresh), z_0) == 1
-    assert held_out.repeated(held_out.fresh, z_0) == pytest.approx(0.05, abs=0.015)
+@pytest.mark.parametrize("strength", (0.0, 1.0))
+def test_strength_0_draws_the_prior_and_1_the_posterior(monkeypatch, held_out, strength):
+    monkeypatch.setattr(toy2d, "STEPS", 5)
+    prior, posteriors = denoisers = toy.exact_denoisers(held_out)
+    denoise = posteriors["arm"] if strength else prior
+    expected = held_out.draw(lambda z_t, t, _: denoise(z_t, t))
+    drawn = toy.draw_law(held_out, denoisers, dict(arm=strength))
+    torch.testing.assert_close(drawn, expected, atol=1e-4, rtol=1e-3)
 
 
-@pytest.fixture(scope="module")
-def run_toy(tmp_path_factory):
-    """A function of arguments that runs the toy in a very short form; returns its folder.
-
-    The first argument is a study's name or "compare". The prior of a seed is trained once.
-    """
-    with pytest.MonkeyPatch.context() as patch:
-        for module, name, value in ((toy2d, "SAMPLES", 20), (toy2d, "STEPS", 5),
-                                    (toy2d, "CONDITIONS", 5), (toy, "SIZES", (12, 25)),
-                                    (toy, "EPOCHS", (50, 500)), (toy, "MODES_SEEDS", 2),
-                                    (toy, "RATES_SEEDS", 2), (toy, "ROBUSTNESS_SEEDS", 2),
-                                    (toy, "RATES", (3e-4, 1e-3)), (toy, "BITS_POINTS", 50),
-                                    (toy, "ALL_T", range(0, 1000, 200)),
-                                    (toy2d, "train_prior", functools.cache(toy2d.train_prior))):
-            patch.setattr(module, name, value)
-        world = toy2d.pinwheel()
-        patch.setattr(toy2d, "pinwheel", lambda: world)
-
-        def run_it(study, *arguments):
-            out, script = tmp_path_factory.mktemp(study), [study]
-            main = toy.main
-            if study == "compare":
-                script, main = [], toy2d.main
-            patch.setattr(sys, "argv", ["toy", *script, "--effort", "0.004", "--out", str(out),
-                                        *arguments])
-            main()
-            return out
-
-        yield run_it
-
-
-@pytest.fixture(scope="module")
-def compared(run_toy):
-    """The folder of the comparison by seed 1."""
-    return run_toy("compare", "--seed", "1")
-
-
-@pytest.fixture(scope="module")
-def modes_run(run_toy):
-    """The folder of the study of modes, and the (port weights, time_blind) that it trained."""
-    seen, learn = set(), toy2d.train_method
-
-    def spy(*arguments, port_weights, time_blind):
-        seen.add((port_weights, time_blind))
-        return learn(*arguments, port_weights=port_weights, time_blind=time_blind)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(toy2d, "train_method", spy)
-        return run_toy("modes"), seen
-
-
-def test_the_mode_named_time_blind_is_the_only_one_that_is(modes_run):
-    folder, seen = modes_run
-    table = (folder / "modes.md").read_text()
-    assert [port_weights for port_weights, blind in seen if blind] == [toy2d.HEAD_HEAVY]
-    assert {port_weights for port_weights, blind in seen if not blind} == {
-        port_weights for name, port_weights in toy.MODES.items() if name != "time-blind"}
-    assert "+0.000 +- 0.000" in table.split("| CP+TP+EP |")[1].split("\n")[0]
+@pytest.mark.parametrize("drawn, words", ((1 / 200, "as with 200 "), (1e-5, "at least 1600 ")))
+def test_worth_reads_the_number_of_labels_off_the_line_of_scratch(drawn, words):
+    scratch = 1 / torch.tensor(toy.SIZES)
+    assert words in toy.worth("energy", torch.tensor(drawn), scratch)
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_table_and_another_seed_another(compared, run_toy):
-    toy2d.train_prior.cache_clear()             # so that it is trained again
-    text = (compared / "toy2d.md").read_text()
-    again, other = ((run_toy("compare", "--seed", seed) / "toy2d.md").read_text()
-                    for seed in ("1", "2"))
-    assert text == again != other
-    for name in ("true", "exact", "prior", "steered", "scratch", "scratch, short", "tuned"):
-        assert f"| {name} |" in text
+def test_a_short_training_steers():
+    world = toy2d.pinwheel()
+    prior, held_out = toy2d.train_prior(world, 0, effort=0.1), toy2d.HeldOut(world, 0)
+    eps = toy2d.learn("labels", prior, toy2d.draw_labels(world, 100, 0), 0, 310, 3e-4)
+    steered, alone = (held_out.scores(held_out.draw(denoise))
+                      for denoise in (eps, lambda z_t, t, _: prior(z_t, t)))
+    assert alone["accuracy"] < 0.3 and alone["energy"] > 1
+    assert steered["accuracy"] > 0.85 and steered["energy"] < 0.2
 
 
-@pytest.mark.parametrize("study, names", (
-    ("compare", ["toy2d.md", "toy2d.png", "steering.png"]), ("modes", ["modes.md", "modes.png"]),
-    ("robustness", ["robustness.md", "robustness.png"]),
-    pytest.param("rates", ["rates.md"], marks=pytest.mark.slow), ("bits", ["bits.md"]),
-    ("algebra", ["algebra.md", "algebra.png", "gaussian.md"])))
-def test_a_run_writes_its_table_and_its_figures(study, names, run_toy, compared, modes_run):
-    out = dict(compare=compared, modes=modes_run[0]).get(study) or run_toy(study)
-    assert sorted(file.name for file in out.iterdir()) == sorted(names)
-    assert "nan" not in (out / names[0]).read_text()
+# ---- runs ----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def short():
+    """Very short runs, which share the prior of each seed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, value in (
+                (toy2d, "SAMPLES", 20), (toy2d, "STEPS", 5), (toy2d, "CONDITIONS", 5),
+                (toy2d, "DRAWS", 50), (toy2d, "BITS_T", torch.tensor([0, 200, 400, 600, 999])),
+                (toy2d, "PRIOR_SAMPLES", 1000), (toy, "SIZES", (12, 100)),
+                (toy, "ROBUSTNESS_SIZES", (12, 25)), (toy, "MODES_SIZES", (12,)),
+                (toy, "MODES_SEEDS", (0, 1)), (toy, "SEEDS", (0, 1)), (toy, "RATES", (3e-4, 1e-3)),
+                (toy, "BITS_POINTS", 50), (toy, "GAUSSIAN_STEPS", 10)):
+            patch.setattr(module, name, value)
+        patch.setattr(toy2d, "train_prior", functools.cache(
+            lambda world, seed, effort, learn=toy2d.train_prior: learn(world, seed, effort)))
+        world = toy2d.pinwheel()
+        patch.setattr(toy2d, "pinwheel", lambda: world)
+        yield
+
+
+def run(module, out, *arguments):
+    """Run a script's main in a very short form."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["toy", *arguments, "--effort", "0.001", "--out", str(out)])
+        module.main()
+
+
+@pytest.mark.parametrize("arguments, names", (
+    ((), {"toy2d.md", "toy2d.png"}), (("prior",), {"prior.md", "prior.png", "runs.jsonl"}),
+    (("modes",), {"modes.md", "modes.png", "runs.jsonl"}),
+    (("robustness",), {"robustness.md", "robustness.png", "runs.jsonl"}),
+    (("bits",), {"bits.md", "sources.md", "steering.png"}),
+    (("algebra",), {"algebra.md", "algebra.png", "gaussian.md"})))
+def test_a_run_writes_its_tables_and_figures(short, tmp_path, arguments, names):
+    run(toy if arguments else toy2d, tmp_path, *arguments)
+    assert {file.name for file in tmp_path.iterdir()} == names
+    assert not any("nan" in file.read_text() for file in tmp_path.glob("*.md"))
+
+
+def test_a_study_resumes_from_its_record(short, tmp_path, monkeypatch):
+    run(toy, tmp_path, "robustness")
+    record, table = tmp_path / "runs.jsonl", (tmp_path / "robustness.md").read_text()
+    *kept, last = record.read_text().splitlines()
+    record.write_text("".join(f"{line}\n" for line in kept))
+    measured = []
+    measure = toy.Lab.measure
+    monkeypatch.setattr(toy.Lab, "measure", lambda lab, run: measured.append(run) or measure(
+        lab, run))
+    run(toy, tmp_path, "robustness")
+    assert [each._asdict().items() <= json.loads(last).items() for each in measured] == [True]
+    assert (tmp_path / "robustness.md").read_text() == table
+
+
+def test_a_record_of_another_effort_is_not_used(short, tmp_path):
+    line = dict(method="labels", n=12, steps=160, lr=3e-4, seed=0, effort=0.5, scores={})
+    (tmp_path / "runs.jsonl").write_text(json.dumps(line))
+    assert len(toy.Lab(tmp_path, 0.5).record) == 1 and not toy.Lab(tmp_path, 1.0).record
+
+
+def test_the_best_run_has_the_least_score_on_a_seed_of_its_own(tmp_path, monkeypatch):
+    lab = toy.Lab(tmp_path, 1.0)
+    monkeypatch.setattr(lab, "scores", lambda run: dict(energy=(run.seed != toy.GRID_SEED) + abs(
+        run.lr - 1e-3) + abs(run.steps - 625)))
+    assert lab.best("energy", "tuned", 12) == toy.Run("tuned", 12, 625, 1e-3, toy.GRID_SEED)
+
+
+@pytest.mark.slow
+def test_the_same_seed_prints_the_same_table_and_another_does_not(short, tmp_path):
+    tables = []
+    for i, seed in enumerate(("1", "1", "2")):
+        run(toy2d, tmp_path / str(i), "--seed", seed)
+        tables.append((tmp_path / str(i) / "toy2d.md").read_text())
+    assert tables[0] == tables[1] != tables[2]
+
+
+@pytest.mark.parametrize("extent", (0.0071, 1.0, 1.3, 2.1, 3.9, 7.0, 9.9))
+def test_a_step_between_ticks_is_round(extent):
+    step = plots.round_step(extent)
+    assert 3 <= extent / step <= 8
+    assert f"{step:e}"[0] in "125"
 
 
 @pytest.mark.parametrize("main, arguments, words", (
     (toy.main, ["all"], "study"), (toy.main, [], "study"), (toy2d.main, ["rates"], "rates"),
-    (toy2d.main, ["--effort", "0"], "--effort 0"),
-    (toy2d.main, ["--effort", "1.5"], "--effort 1.5"),
-    (toy2d.main, ["--seed", "-1"], "-1"), (toy2d.main, ["--out", __file__], "a file"),
-    (toy2d.main, ["--out", f"{__file__}/inside"], "a file")))
+    (toy.main, ["bits", "--effort", "0"], "(0, 1], got 0.0"),
+    (toy2d.main, ["--effort", "1.5"], "--effort must be in (0, 1], got 1.5"),
+    (toy2d.main, ["--seed", "a"], "--seed"), (toy2d.main, ["--out", __file__], "a folder"),
+    (toy2d.main, ["--out", f"{__file__}/inside"], "a folder")))
 def test_a_wrong_option_is_one_line_and_exit_code_2(main, arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["toy", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("error: ") and printed.count("\n") == 1 and words in printed
+    assert "error: " in printed and printed.count("\n") == 1 and words in printed
