@@ -28,7 +28,7 @@ from bps import posterior
 from inputs.options import Parser, run
 from measure.bits import condition_bits, log_snr
 from measure.plots import Figure
-from measure.report import mean_and_error
+from measure.report import VALIDATION_T, mean_and_error
 from weights import write_text
 
 RATES, STEPS = (1e-4, 3e-4, 1e-3, 3e-3), (160, 625, 2500)   # the grid of every method
@@ -364,14 +364,15 @@ def bits(lab):
     """Bits of each kind of condition, exact and from denoisers; then where bits are lost."""
     rows, learned = [], {kind: learn_kind(lab, kind) for kind in KINDS}
     z_0, cond = lab.world.draw_labelled(BITS_POINTS, torch.Generator().manual_seed(0))
-    timesteps = toy2d.BITS_T.tolist()
+    all_t = toy2d.BITS_T.tolist()
     for kind, eps in learned.items():
-        exact = lab.world.denoiser(log_p_cond(lab.world, cond, kind))
+        exact = lab.world.denoiser(), lab.world.denoiser(log_p_cond(lab.world, cond, kind))
+        networks = lab.prior(0), functools.partial(eps, cond=cond)
         estimates = {
             "exact": exact_bits(lab.world, z_0, cond, kind),
-            "exact denoisers": denoisers_bits(timesteps, z_0, lab.world.denoiser(), exact, 0),
-            "learned denoisers": denoisers_bits(timesteps, z_0, lab.prior(0), functools.partial(
-                eps, cond=cond), 0)}
+            "exact denoisers": denoisers_bits(all_t, z_0, *exact, seed=0),
+            "exact denoisers, 8 t": denoisers_bits(VALIDATION_T, z_0, *exact, seed=0),
+            "learned denoisers": denoisers_bits(all_t, z_0, *networks, seed=0)}
         rows.append(dict(condition=kind) | {
             name: "{:.2f} +- {:.2f}".format(*mean_and_error(values))
             for name, values in estimates.items()})
