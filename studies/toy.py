@@ -33,7 +33,7 @@ from weights import write_text
 
 RATES, STEPS = (1e-4, 3e-4, 1e-3, 3e-3), (160, 625, 2500)   # the grid of every method
 SIZES, SEEDS = (12, 25, 100, 400, 1600), (0, 1, 2)
-GRID_SEED = 100                 # the seed that chooses from the grid, so that it is not measured on
+GRID_SEED = 7                   # the seed that chooses from the grid, so that it is not measured on
 LINES = ("density", "scratch", "labels", "draws", "bound")
 NO_NETWORK = ("density", "bound")
 COLORS = dict(scratch=0, labels=1, draws=2, tuned=3, density=4, bound=5)
