@@ -16,13 +16,13 @@ import torch
 
 
 def log_snr(schedule, timesteps):
-    """Returns log(alpha_t^2 / sigma_t^2) (T,) float64 at timesteps, whole numbers."""
+    """log(alpha_t^2 / sigma_t^2) (T,) float64 at timesteps, whole numbers."""
     abar = schedule.alphas_cumprod[list(timesteps)]
     return (abar / (1 - abar)).log()
 
 
 def condition_bits(gains, log_snrs):
-    """Returns the bits (n,) that each condition says, between the first and the last noise level.
+    """The bits (n,) that each condition says, between the first and the last noise level.
 
     gains: (n, T), of eps, summed over its dimensions. log_snrs: (T,), falling. The integral is the
     trapezoidal rule's.
@@ -32,14 +32,14 @@ def condition_bits(gains, log_snrs):
 
 
 def calibrated_strength(gains, steerings):
-    """Returns the strength of the lowest loss, and its standard error by the jackknife over pairs.
+    """The strength of the lowest loss, and its standard error by the jackknife over pairs.
 
     gains: (n,). steerings: |M_hat|^2 (n,). The loss at strength s is L(s) = L(0)
     - s (gain + |M_hat|^2) + s^2 |M_hat|^2 (derived here). 1 is calibrated; below 1 the steering is
     too strong on held-out pairs, as after over-fitting. It is nan if there is no steering.
     """
     def best(gain, steering):
-        """Returns the vertex of the parabola."""
+        """The vertex of the parabola."""
         return (gain + steering) / (2 * steering)
 
     n = len(gains)

@@ -11,7 +11,7 @@ TICKS = 4
 
 
 def draw_curve(rows, file):
-    """Writes the losses of a log's rows over their steps as PNG."""
+    """Write the losses of a log's rows over their steps as PNG."""
     steps = np.array([row["step"] for row in rows], float)
     losses = {key: np.array([row[key] for row in rows], float) for key in LINES}
     low, high = min(map(np.min, losses.values())), max(map(np.max, losses.values()))
@@ -20,7 +20,7 @@ def draw_curve(rows, file):
     right = WIDTH - RIGHT
 
     def pixels(x, y):
-        """Returns [(x, y)] in the picture of steps and losses."""
+        """[(x, y)] in the picture of steps and losses."""
         across = LEFT + np.asarray(x) / steps[-1] * (right - LEFT)
         down = HEIGHT - BOTTOM - (np.asarray(y) - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
         return [tuple(point) for point in np.stack([across, down], axis=-1)]

@@ -17,13 +17,13 @@ GREYS = dict(light=LIGHT, dark="#555555")
 
 
 def round_step(extent):
-    """Returns a round number that goes three to eight times into an extent."""
+    """A round number that goes three to eight times into an extent."""
     unit = 10.0 ** math.floor(math.log10(extent))
     return next(unit * share for share in (0.2, 0.5, 1, 2) if extent / unit <= 8 * share)
 
 
 def spread(heights, gap):
-    """Returns heights (n,) moved downwards, from the top on, so that a gap lies between any two."""
+    """Heights (n,) moved downwards, from the top on, so that a gap lies between any two."""
     result, free = np.array(heights, float), -math.inf
     for i in result.argsort():
         result[i] = max(result[i], free)
@@ -40,32 +40,32 @@ class Sheet:
         self.pen = ImageDraw.Draw(self.image, "RGBA")
 
     def line(self, points, color, width=1):
-        """Draws a line through points [(x, y)]."""
+        """Draw a line through points [(x, y)]."""
         self.pen.line(self.zoomed(points), color, width * ZOOM)
 
     def polygon(self, points, color):
-        """Fills the polygon of points."""
+        """Fill the polygon of points."""
         self.pen.polygon(self.zoomed(points), color)
 
     def rectangle(self, corners, fill=None, outline=None):
-        """Draws the rectangle of its upper left and lower right corner."""
+        """Draw the rectangle of its upper left and lower right corner."""
         self.pen.rectangle(self.zoomed(corners), fill, outline, ZOOM)
 
     def disc(self, x, y, radius, color):
-        """Draws a disc around (x, y)."""
+        """Draw a disc around (x, y)."""
         self.pen.ellipse(self.zoomed([(x - radius, y - radius), (x + radius, y + radius)]), color)
 
     def text(self, x, y, words, size, anchor, color=GREY):
-        """Writes words, of which Pillow's anchor stands at (x, y)."""
+        """Write words, of which Pillow's anchor stands at (x, y)."""
         self.pen.text((x * ZOOM, y * ZOOM), words, color, ImageFont.load_default(size * ZOOM),
                       anchor)
 
     def zoomed(self, points):
-        """Returns points of the enlarged picture."""
+        """Points of the enlarged picture."""
         return [(x * ZOOM, y * ZOOM) for x, y in points]
 
     def save(self, file):
-        """Writes the picture as PNG at its own size."""
+        """Write the picture as PNG at its own size."""
         with replacing(file) as temporary:
             self.image.resize(self.size, Image.Resampling.LANCZOS).quantize(128).save(
                 temporary, optimize=True)
@@ -88,11 +88,11 @@ class Axes:
         self.title, self.layers, self.limits = title, [], None
 
     def dots(self, clouds):
-        """Adds {color: points (n, 2) in the plane}; a color is a number, "light" or "dark"."""
+        """Add {color: points (n, 2) in the plane}; a color is a number, "light" or "dark"."""
         self.layers += [("dots", np.asarray(points), color) for color, points in clouds.items()]
 
     def arrows(self, points, vectors):
-        """Adds vectors (n, 2) at points (n, 2) in the plane."""
+        """Add vectors (n, 2) at points (n, 2) in the plane."""
         self.layers.append(("arrows", np.asarray(points), np.asarray(vectors)))
 
     def line(self, x, y, name, log_y=False, band=0.0, color=None):
@@ -106,16 +106,16 @@ class Axes:
         self.layers.append(Line(np.asarray(x), y, edges, name, log_y, COLORS[color]))
 
     def range(self):
-        """Returns the least and the greatest value of its lines and bands."""
+        """The least and the greatest value of its lines and bands."""
         bands = np.concatenate([line.band.ravel() for line in self.layers])
         return bands.min(), bands.max()
 
     def bars(self, labels, values, errors):
-        """Adds a horizontal bar for each label, with its error."""
+        """Add a horizontal bar for each label, with its error."""
         self.layers.append(("bars", labels, np.asarray(values), np.asarray(errors)))
 
     def paint(self, sheet, left, top):
-        """Draws the panel with its upper left corner at (left, top)."""
+        """Draw the panel with its upper left corner at (left, top)."""
         self.sheet, self.left, self.top = sheet, left, top
         self.text(SIDE / 2, -TOP / 2, self.title, 15, "mm", "black")
         if isinstance(self.layers[0], Line):
@@ -126,22 +126,22 @@ class Axes:
             self.paint_plane()
 
     def at(self, xy):
-        """Returns [(x, y)] in the sheet for pixels xy (n, 2) of the panel."""
+        """[(x, y)] in the sheet for pixels xy (n, 2) of the panel."""
         return [(self.left + x, self.top + y) for x, y in xy]
 
     def text(self, x, y, words, size, anchor, color=GREY):
-        """Writes words at (x, y), in pixels of the panel."""
+        """Write words at (x, y), in pixels of the panel."""
         self.sheet.text(self.left + x, self.top + y, words, size, anchor, color)
 
     def discs(self, xy, radius, color):
-        """Draws a disc at each of the pixels xy (n, 2) of the panel."""
+        """Draw a disc at each of the pixels xy (n, 2) of the panel."""
         for x, y in self.at(xy):
             self.sheet.disc(x, y, radius, color)
 
     def paint_plane(self):
-        """Draws dots and arrows over [-2.6, 2.6] squared, y upwards."""
+        """Draw dots and arrows over [-2.6, 2.6] squared, y upwards."""
         def to_panel(points):
-            """Returns pixels (n, 2) of the panel for points in the plane."""
+            """Pixels (n, 2) of the panel for points in the plane."""
             return (np.array([1, -1]) * points / 5.2 + 0.5) * SIDE
 
         for kind, points, extra in self.layers:
@@ -154,7 +154,7 @@ class Axes:
         self.sheet.rectangle(self.at([(0, 0), (SIDE, SIDE)]), outline=LIGHT)
 
     def arrow(self, tail, tip):
-        """Draws an arrow between two points of the sheet."""
+        """Draw an arrow between two points of the sheet."""
         self.sheet.line([tail, tip], COLORS[3])
         turn = math.atan2(tip[1] - tail[1], tip[0] - tail[0])
         head = min(4, 0.5 * math.dist(tail, tip))
@@ -163,7 +163,7 @@ class Axes:
                                    for side in (-0.45, 0.45))], COLORS[3])
 
     def paint_lines(self):
-        """Draws lines with ticks at their points, and their names at their ends.
+        """Draw lines with ticks at their points, and their names at their ends.
 
         A logarithmic axis starts at 1e-4 or above; smaller and negative values are drawn at 1e-4.
         """
@@ -181,7 +181,7 @@ class Axes:
         x_low, x_high = x[0] - 0.1, x[-1] + 0.1
 
         def to_panel(x, y):
-            """Returns pixels (.., 2) of the panel for values on the axes."""
+            """Pixels (.., 2) of the panel for values on the axes."""
             x = EDGE + (x - x_low) / (x_high - x_low) * (SIDE - EDGE - NAMES)
             return np.stack([x, SIDE - 20 - (y - low) / (high - low) * (SIDE - 30)], axis=-1)
 
@@ -203,7 +203,7 @@ class Axes:
             self.text(end[0] + 4, height, line.name, 11, "lm", line.color)
 
     def paint_bars(self):
-        """Draws a bar, its error and its value for each label."""
+        """Draw a bar, its error and its value for each label."""
         _, labels, values, errors = self.layers[0]
         name_width, height = 84, SIDE / len(values)
         scale = (SIDE - name_width - 44) / (values + errors).max()
@@ -225,13 +225,13 @@ class Figure:
         self.axes = [Axes(title) for title in titles]
 
     def share_limits(self, panels):
-        """Gives the panels of lines, indices of `axes`, the same range."""
+        """Give the panels of lines, indices of `axes`, the same range."""
         ranges = [self.axes[i].range() for i in panels]
         for i in panels:
             self.axes[i].limits = min(low for low, _ in ranges), max(high for _, high in ranges)
 
     def save(self, file):
-        """Writes the figure as PNG and prints its path."""
+        """Write the figure as PNG and print its path."""
         rows = math.ceil(len(self.axes) / self.columns)
         sheet = Sheet(self.columns * (SIDE + GAP) + GAP, rows * (SIDE + TOP) + GAP)
         for i, axes in enumerate(self.axes):

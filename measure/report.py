@@ -1,4 +1,4 @@
-"""Is it learning? Held-out losses, obedience, and a sheet of pictures, against the frozen base.
+"""Is it learning? Held-out losses, obedience and a sheet of pictures, against the frozen base.
 
 Shapes: B batch, C channels, H W rows and columns, of the latent or of the picture.
 """
@@ -24,7 +24,7 @@ SAMPLING = Sampling()
 
 
 def peak_memory(device):
-    """Returns the most memory that the process has held so far, in GB; with CUDA, the GPU's.
+    """The most memory that the process has held so far, in GB; with CUDA, the GPU's.
 
     It is nan if the system does not tell (Windows).
     """
@@ -41,7 +41,7 @@ def peak_memory(device):
 # ---- losses on held-out pairs --------------------------------------------------------------
 
 def held_out(base, cache, bps):
-    """Yields (k, i, target, predict) for the k-th of VALIDATION_T and each part i of the pairs.
+    """Yield (k, i, target, predict) for the k-th of VALIDATION_T and each part i of the pairs.
 
     predict(rows) is the prediction for pairs i with the conditions of rows; for None it is the
     frozen base's. The noise is the same for every model.
@@ -69,13 +69,13 @@ def held_out(base, cache, bps):
 
 
 def mean_square(x):
-    """Returns the mean square (n,) of each row of x (n, C, H, W)."""
+    """The mean square (n,) of each row of x (n, C, H, W)."""
     return x.square().mean(dim=(1, 2, 3))
 
 
 @torch.inference_mode()
 def paired_errors(base, cache, bps=None):
-    """Returns the squared error (n,) of eps (or v) for each pair, the mean over VALIDATION_T.
+    """The squared error (n,) of eps (or v) for each pair, the mean over VALIDATION_T.
 
     bps None is the frozen base.
     """
@@ -86,18 +86,18 @@ def paired_errors(base, cache, bps=None):
 
 
 def mean_and_error(values):
-    """Returns the mean of values (n,), of which there are two or more, and its standard error."""
+    """The mean of values (n,), of which there are two or more, and its standard error."""
     return values.mean().item(), values.std().item() / len(values) ** 0.5
 
 
 def ratio(value, unit):
-    """Returns value / unit, or nan if the unit is zero."""
+    """value / unit, or nan if the unit is zero."""
     return value / unit if unit else float("nan")
 
 
 @torch.inference_mode()
 def paired_squares(base, cache, bps):
-    """Returns squares (4, n, T) of each pair at each of VALIDATION_T, means over dimensions.
+    """Squares (4, n, T) of each pair at each of VALIDATION_T, means over dimensions.
 
     They are the errors of the frozen base, of the steered one, of the one with shuffled conditions,
     each pair's being that of the pair before it; and the steering's own square.
@@ -113,7 +113,7 @@ def paired_squares(base, cache, bps):
 
 
 def summarize(squares, schedule, dimensions):
-    """Returns the losses that paired_squares say, and with standard errors what follows from them.
+    """The mean losses of paired_squares, and with standard errors what follows from them.
 
     gain: loss of the frozen base minus that of the steered one. For exact denoisers it is the mean
     square of the steering, E|noise - eps*|^2 - E|noise - eps_bar*|^2 = E|M|^2 (Pythagoras). gap:
@@ -133,14 +133,14 @@ def summarize(squares, schedule, dimensions):
 
 
 def validate(base, cache, bps):
-    """Returns the losses on held-out pairs, and what follows from them, as summarize does."""
+    """The losses on held-out pairs, and what follows from them, as summarize does."""
     return summarize(paired_squares(base, cache, bps), base.schedule,
                      cache.rows("mean", [0]).numel())
 
 
 @torch.inference_mode()
 def draw_pairs(base, cache, bps, count, seed, sampling=None, strength=1.0, prompts=None):
-    """Returns pictures x (count, 3, H, W) for the first pairs' prompts and conditions, on the CPU.
+    """Pictures x (count, 3, H, W) for the first pairs' prompts and conditions, on the CPU.
 
     bps None is the frozen base; the noise of pair i is that of seed + i either way. sampling:
     SAMPLING if None. prompts: other ones, of those that occur in the cache.
@@ -161,17 +161,16 @@ def draw_pairs(base, cache, bps, count, seed, sampling=None, strength=1.0, promp
 
 
 def load_fitting(file, base, task=None, device="cpu"):
-    """Returns a BPS for the embedded base, and for this task if one is named. Errors: UserError."""
+    """A BPS for the embedded base, and for this task if one is named."""
     bps = load_bps(file, device=device)
     check_fit(bps, file, base)
     if task not in (None, bps.metadata["task"]):
-        raise UserError(f"{file}: for {bps.metadata['task']}; a BPS for {task} is wanted")
+        raise UserError(f"{file} must be a BPS for {task}, got one for {bps.metadata['task']}.")
     return bps
 
 
 def contact_sheet(columns, titles, names, file, groups=3):
-    """Writes one picture with a row per name, in groups side by side; in one if they do not share
-    the names equally.
+    """Write one picture with a row per name, in groups side by side if they divide the names.
 
     columns: one x (n or more, 3, H, W) for each of the titles.
     """
@@ -199,29 +198,28 @@ def contact_sheet(columns, titles, names, file, groups=3):
 
 
 def print_losses(numbers):
-    """Prints the numbers that validate returns."""
+    """Print the numbers that validate returns."""
     (gain, gain_error), (gap, gap_error) = numbers["gain"], numbers["gap"]
     print(f"held-out loss over {numbers['pairs']} test pairs: frozen base {numbers['base']:.4f}, "
           f"steered {numbers['steered']:.4f}, shuffled conditions {numbers['shuffled']:.4f}")
     print(f"gain {gain:.4f} +- {gain_error:.4f} ({ratio(gain, gain_error):.1f} standard errors), "
           f"shuffled-condition gap {gap:.4f} +- {gap_error:.4f} ({ratio(gap, gap_error):.1f})")
-    print("a condition says {:.0f} +- {:.0f} bits that its prompt does not (an estimate)".format(
-        *numbers["bits"]) + "; the strength of the lowest loss is {:.2f} +- {:.2f}".format(
-        *numbers["strength"]))
+    print("information beyond the prompt: {:.0f} +- {:.0f} bits (estimate); best strength by loss: "
+          "{:.2f} +- {:.2f}".format(*numbers["bits"], *numbers["strength"]))
     if gain < 0:
-        print("worse than the frozen base: with few pairs train for fewer steps, else for more, or "
-              "with a smaller --lr")
+        print("Worse than the frozen base. Train for fewer steps with few pairs, else for more, or "
+              "with a smaller --lr.")
     if numbers["pairs"] < FEW_PAIRS:
-        print(f"(these are {numbers['pairs']} pairs only: other pairs would give other numbers)")
+        print(f"(only {numbers['pairs']} test pairs; expect large variation)")
 
 
 def measure_obedience(meter, conds, names, prior, steered, round_trip):
-    """Prints and returns {measure: its value for each kind of picture, and the share of the way}.
+    """Print and return {measure: its value for each kind of picture, and the share of the way}.
 
     The round trip of the true pictures through the autoencoder is the upper bound of steering.
     """
     if meter is None:
-        print("obedience: not measured; nothing here reads the classes of your pictures again")
+        print("obedience: not measured, because nothing here can read your classes from pictures")
         return {}
     scores = [meter(pictures, conds, names) for pictures in (prior, steered, round_trip)]
     obedience = {}

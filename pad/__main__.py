@@ -34,15 +34,15 @@ HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers the page; the server has a `studio`."""
+    """Answer the page; the server has a `studio`."""
     timeout = 60                # seconds without a byte
     started = False             # whether the head of the answer is sent
 
     def log_message(self, *_):
-        """Prints nothing of a request that went well."""
+        """Print nothing of a request that went well."""
 
     def do_GET(self):
-        """Sends the page, or what it has to know."""
+        """Send the page, or what it has to know."""
         self.guard(self.get)
 
     def do_POST(self):
@@ -50,7 +50,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.guard(self.post)
 
     def guard(self, respond):
-        """Answers with respond(); an error is one line, and harms no other request."""
+        """Answer with respond(); an error is one line, and harms no other request."""
         try:
             if self.is_own():
                 respond()
@@ -66,7 +66,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_error_line(message)
 
     def get(self):
-        """Answers a GET."""
+        """Answer a GET."""
         if self.path == "/":
             self.answer(200, "text/html; charset=utf-8", PAGE.read_bytes())
         elif self.path == "/setup":
@@ -75,7 +75,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer_json(404, dict(error=f"{self.path}: not here"))
 
     def post(self):
-        """Answers a POST."""
+        """Answer a POST."""
         request, studio = self.read_request(), self.server.studio
         if self.path == "/draw":
             self.connection.settimeout(DRAW_TIMEOUT)
@@ -89,7 +89,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.answer_json(404, dict(error=f"{self.path}: not here"))
 
     def is_own(self):
-        """Returns whether a request is from the pad's own page, or from a program on this computer.
+        """Whether a request is from the pad's own page, or from a program on this computer.
 
         Another site's page is told by Origin or Sec-Fetch-Site, and by Host if its own name leads
         here.
@@ -101,14 +101,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 and self.headers.get("Sec-Fetch-Site") in (None, "same-origin", "none"))
 
     def discard(self):
-        """Reads what was sent, within limits, so that the answer is read before a reset."""
+        """Read what was sent, within limits, so that the answer is read before a reset."""
         length = self.headers.get("Content-Length", "")
         left = min(int(length), 2 * MOST_BYTES) if length.isdecimal() else 0
         while left > 0 and (part := self.rfile.read(min(left, 2**20))):
             left -= len(part)
 
     def read_request(self):
-        """Returns the JSON object that was sent. Errors: UserError."""
+        """The JSON object that was sent."""
         length = self.headers.get("Content-Length", "")
         if self.headers.get_content_type() != "application/json" or not length.isdecimal():
             raise UserError("give a JSON object, with its length")
@@ -124,7 +124,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return request
 
     def start(self, status, kind):
-        """Sends the head of an answer."""
+        """Send the head of an answer."""
         self.started = True
         self.send_response(status)
         for name, value in (HEADERS | {"Content-Type": kind}).items():
@@ -132,21 +132,21 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def answer(self, status, kind, content):
-        """Sends a whole answer."""
+        """Send a whole answer."""
         self.start(status, kind)
         self.wfile.write(content)
 
     def answer_json(self, status, content):
-        """Sends a JSON object."""
+        """Send a JSON object."""
         self.answer(status, "application/json", json.dumps(content).encode())
 
     def send_line(self, content):
-        """Sends one JSON object of several, at once."""
+        """Send one JSON object of several, at once."""
         self.wfile.write(json.dumps(content).encode() + b"\n")
         self.wfile.flush()
 
     def send_error_line(self, message):
-        """Sends an error, as a line of an answer that has begun or as an answer."""
+        """Send an error, as a line of an answer that has begun or as an answer."""
         try:
             if self.started:
                 self.send_line(dict(error=message))
@@ -157,7 +157,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 
 def trained_files():
-    """Returns the newest BPS file of each task among the finished runs of train.py."""
+    """The newest BPS file of each task among the finished runs of train.py."""
     newest = []
     for task in TASKS:
         files = [file for pattern in (task, f"{task}-[0-9]*")
@@ -168,7 +168,7 @@ def trained_files():
 
 
 def make_server(studio, port):
-    """Returns the server of a Studio's page; port 0 is any free one. Errors: UserError."""
+    """The server of a Studio's page; port 0 is any free one."""
     try:
         server = http.server.ThreadingHTTPServer((ADDRESS, port), Handler)
     except OSError as error:
@@ -178,7 +178,7 @@ def make_server(studio, port):
 
 
 def main():
-    """Serves the page until it is interrupted."""
+    """Serve the page until it is interrupted."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--bps", type=Path, nargs="+", help="trained BPS files, one for each task (default: see "

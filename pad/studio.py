@@ -68,7 +68,7 @@ class Studio:
 
     def __init__(self, args, files, trained=()):
         """args: of the pad. files: of the BPS, the last one of a task counts; those of `trained`
-        that do not fit the base are left out, with a note. Errors: UserError.
+        that do not fit the base are left out, with a note.
         """
         self.args, self.networks = args, {}
         self.base = load_base(args.base, args.tokenizer, args.device, DTYPES[args.dtype], args.vae,

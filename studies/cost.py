@@ -44,21 +44,21 @@ PROGRAMS = ("ours", "diffusers") if all(map(importlib.util.find_spec, PEERS)) el
 # ---- what is measured in a process of its own ----------------------------------------------
 
 def in_a_process(function, *arguments):
-    """Returns what a function returns that runs in a new process, so its peak of memory is new."""
+    """What a function returns that runs in a new process, so its peak of memory is new."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
 
 
 def random_bps(unet, factor, foot, device="cpu"):
-    """Returns an untrained BPS for a U-Net and a condition of one channel."""
+    """An untrained BPS for a U-Net and a condition of one channel."""
     bps = build_bps(config_for(unet.config, 1, factor, foot=foot))
     return bps.to(device, memory_format=torch.channels_last)
 
 
 def with_controlnet(unet, controlnet):
-    """Returns prediction(z_t, t, context, cond) of diffusers' U-Net with its ControlNet."""
+    """prediction(z_t, t, context, cond) of diffusers' U-Net with its ControlNet."""
     def predict(z_t, t, context, cond):
-        """Returns eps (B, 4, H, W)."""
+        """eps (B, 4, H, W)."""
         down, middle = controlnet(z_t, t, context, cond, return_dict=False)
         return unet(z_t, t, context, down_block_additional_residuals=down,
                     mid_block_additional_residual=middle).sample
@@ -67,7 +67,7 @@ def with_controlnet(unet, controlnet):
 
 
 def training_networks(program, checkpointing, dtype, device):
-    """Returns (trained network, prediction(z_t, t, context, cond)) at SD 1.5's sizes.
+    """(trained network, prediction(z_t, t, context, cond)) at SD 1.5's sizes.
 
     program: a foot of BPS, or "controlnet".
     """
@@ -86,13 +86,13 @@ def training_networks(program, checkpointing, dtype, device):
         unet.checkpointing = trained.checkpointing = checkpointing
 
         def predict(z_t, t, context, cond):
-            """Returns eps (B, 4, H, W)."""
+            """eps (B, 4, H, W)."""
             return unet(z_t, t, context, trained(cond, unet.time_embedding(t)))
     return trained.to(device).train(), predict
 
 
 def measure_training(program, size, checkpointing, dtype, device, repeat):
-    """Returns (median seconds of a step, peak memory in GB) of a training on one picture."""
+    """(median seconds of a step, peak memory in GB) of a training on one picture."""
     torch.manual_seed(0)
     dtype = DTYPES[dtype]
     trained, predict = training_networks(program, checkpointing, dtype, device)
@@ -102,7 +102,7 @@ def measure_training(program, size, checkpointing, dtype, device, repeat):
     cond, t = torch.rand(1, 1, size, size, device=device), torch.tensor([500], device=device)
 
     def step():
-        """Trains on the picture once."""
+        """Train on the picture once."""
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=dtype != torch.float32):
             loss = (predict(z_t, t, context, cond).float() - noise).square().mean()
         optimizer.zero_grad()
@@ -116,7 +116,7 @@ def measure_training(program, size, checkpointing, dtype, device, repeat):
 # ---- tables --------------------------------------------------------------------------------
 
 def medians(measures, repeat):
-    """Returns {name: median} of what functions without arguments return, called in turns."""
+    """{name: median} of what functions without arguments return, called in turns."""
     results = {name: [] for name in measures}
     for name, measure in [*measures.items()] * repeat:
         results[name].append(measure())
@@ -124,7 +124,7 @@ def medians(measures, repeat):
 
 
 def seconds(call, device):
-    """Returns the time that a function without arguments takes."""
+    """The time that a function without arguments takes."""
     start = time.perf_counter()
     call()
     if device != "cpu":
@@ -133,13 +133,13 @@ def seconds(call, device):
 
 
 def print_row(*cells):
-    """Prints a row of a markdown table."""
+    """Print a row of a markdown table."""
     texts = [f"{cell:.2f}" if isinstance(cell, float) else str(cell) for cell in cells]
     print(f"| {' | '.join(texts)} |", flush=True)
 
 
 def print_head(*names):
-    """Prints the head of a markdown table."""
+    """Print the head of a markdown table."""
     print()
     print_row(*names)
     print("|---" * len(names) + "|")
@@ -168,7 +168,7 @@ def draw_latents(unet, make_condition, pictures, steps):
 
 @torch.inference_mode()
 def steering_table(args):
-    """Prints what steering costs on the embedded base and at SD 1.5's sizes; BPS is random."""
+    """Print what steering costs on the embedded base and at SD 1.5's sizes; BPS is random."""
     print_head("networks", "BPS", "pictures", "unsteered s", "naive s", "ratio", "amortised s",
                "ratio")
     for name, (path, steps, repeat) in STEERING_BASES.items():
@@ -192,7 +192,7 @@ def steering_table(args):
 
 
 def peer_steps(device):
-    """Returns {name: function that predicts SHARED_STEP pictures with guidance} of diffusers."""
+    """{name: function that predicts SHARED_STEP pictures with guidance} of diffusers."""
     import diffusers
     unet = diffusers.UNet2DConditionModel(cross_attention_dim=768).to(device)
     controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=1).to(device)
@@ -207,7 +207,7 @@ def peer_steps(device):
 
 @torch.inference_mode()
 def controlnet_table(args):
-    """Prints what a step of several pictures costs beside diffusers' ControlNet, all random."""
+    """Print what a step of several pictures costs beside diffusers' ControlNet, all random."""
     unet = UNet(UNetConfig()).to(args.device, memory_format=torch.channels_last)
     cond = torch.rand(1, 1, 8 * SIDE, 8 * SIDE, device=args.device)
     calls = {"ours": partial(draw_latents, unet, None, SHARED_STEP, 1)}
@@ -228,7 +228,7 @@ def controlnet_table(args):
 
 
 def training_table(args):
-    """Prints seconds and memory of a training step, beside ControlNet if diffusers is installed."""
+    """Print seconds and memory of a training step, beside ControlNet if diffusers is installed."""
     print_head("training step, batch 1", "px", "base", "checkpointing", "s", "GB")
     programs = [*reversed(FEET), *(["controlnet"] if len(PROGRAMS) > 1 else [])]
     for size, dtype in ((256, "fp32"), (512, "bf16")):

@@ -23,7 +23,7 @@ from tiny import world
 from weights import UserError
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-WINDOWS = ((0.0, 0.25), (0.0, 0.5), (0.5, 1.0), (0.75, 1.0), (0.0, 1.0))       # shares of the steps
+WINDOWS = ((0.0, 0.25), (0.0, 0.5), (0.5, 1.0), (0.75, 1.0), (0.0, 1.0))       # of the denoising
 PROMPT = "person, purple hair, light skin, on white"       # for drawings of persons
 ROWS = 3
 
@@ -62,25 +62,25 @@ def one_drawing(base, titles, conditions_of):
 
 
 def strip(base, bps):
-    """Returns (columns, titles, names) of a sheet: the strength rises."""
+    """(columns, titles, names) of a sheet: the strength rises."""
     return one_drawing(base, [f"strength {strength:g}" for strength in STRENGTHS], lambda cond: [
         Condition(bps, cond, strength=strength) for strength in STRENGTHS])
 
 
 def windows(base, bps):
-    """Returns (columns, titles, names) of a sheet: a part of the steps is steered."""
+    """(columns, titles, names) of a sheet: a part of the denoising is steered."""
     return one_drawing(base, [f"{start:g} to {end:g}" for start, end in WINDOWS], lambda cond: [
         Condition(bps, cond, window=window) for window in WINDOWS])
 
 
 def joined(base, bps):
-    """Returns (columns, titles, names) of a sheet: a drawing's two halves as two conditions."""
+    """(columns, titles, names) of a sheet: a drawing's two halves as two conditions."""
     conds, pairs = drawings(ROWS)
     upper, lower = conds.clone(), conds.clone()
     upper[:, :, world.SIZE // 2:] = lower[:, :, :world.SIZE // 2] = 0
 
     def conditions_of(row):
-        """Returns the Steerings of each half, of both, and of the whole."""
+        """The Conditions of each half, of both, and of the whole."""
         a, b, whole = (Condition(bps, cond[row:row + 1])
                        for cond in (upper, lower, conds))
         return [a], [b], [a, b], [whole]
@@ -92,13 +92,13 @@ def joined(base, bps):
 
 
 def halves(base, bps):
-    """Returns (columns, titles, names) of a sheet: two drawings, each of which steers a half."""
+    """(columns, titles, names) of a sheet: two drawings, each of which steers a half."""
     conds, _ = drawings(2 * ROWS, persons=True)
     mask = torch.zeros(1, 1, *2 * [world.SIZE // base.vae.factor])
     mask[..., :mask.shape[-1] // 2] = 1                                     # the left half
 
     def conditions_of(row):
-        """Returns the Steerings of the base alone, of each half, and of both."""
+        """The Conditions of the base alone, of each half, and of both."""
         left, right = (Condition(bps, conds[i:i + 1], mask=share)
                        for i, share in ((2 * row, mask), (2 * row + 1, 1 - mask)))
         return [], [left], [right], [left, right]
@@ -110,7 +110,7 @@ def halves(base, bps):
 
 
 def tasks(base, *networks):
-    """Returns (columns, titles, names) of a sheet: a task's first two test pairs in each row."""
+    """(columns, titles, names) of a sheet: a task's first two test pairs in each row."""
     rows = []
     for bps in networks:
         task = bps.metadata["task"]
@@ -127,7 +127,7 @@ FIGURES = dict(strip=strip, halves=halves, joined=joined, windows=windows, tasks
 
 @torch.inference_mode()
 def main():
-    """Writes one of the figures."""
+    """Write one of the figures."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("figure", choices=FIGURES)

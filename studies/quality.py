@@ -14,7 +14,7 @@ def true_features(reader, cache, count):
 
 
 def kernel_distance(drawn, true, paired=True):
-    """Returns the squared maximum mean discrepancy between two laws, unbiased, so about 0 if equal.
+    """The squared maximum mean discrepancy between two laws, unbiased, so about 0 if equal.
 
     drawn: features (n, D). true: (m, D). paired: whether drawn i was made from what belongs to true
     i, so that the two are not independent and k(drawn i, true i) is left out. The kernel is
@@ -24,11 +24,11 @@ def kernel_distance(drawn, true, paired=True):
     width = torch.pdist(true).median()
 
     def kernel(a, b):
-        """Returns k (n, m) of features (n, D) and (m, D)."""
+        """k (n, m) of features (n, D) and (m, D)."""
         return (-(torch.cdist(a, b) / width) ** 2 / 2).exp()
 
     def mean_between_different(a, b):
-        """Returns the mean of k over all pairs of two different rows."""
+        """The mean of k over all pairs of two different rows."""
         k = kernel(a, b)
         return (k.sum() - k.diagonal().sum()) / (len(a) * (len(a) - 1))
 
@@ -38,7 +38,7 @@ def kernel_distance(drawn, true, paired=True):
 
 
 def distance_and_error(drawn, true, paired=True):
-    """Returns [kernel distance, its standard error by the jackknife], as kernel_distance does.
+    """[kernel distance, its standard error by the jackknife], as kernel_distance does.
 
     If they are paired, true i is left out with drawn i.
     """

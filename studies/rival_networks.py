@@ -36,14 +36,14 @@ class RivalUNet(nn.Module):
         self.predict = rival.predict            # a bound method, so that its weights stay its own
 
     def forward(self, z_t, t, context, maps=None):
-        """Returns eps (B, 4, H, W)."""
+        """eps (B, 4, H, W)."""
         if maps is None:
             return self.unet(z_t, t, context)
         return self.predict(self.unet, z_t, t, context, maps)
 
 
 def predict_with(unet, z_t, t, context, on_path=None, on_skips=None, on_middle=0.0):
-    """Returns eps (B, 4, H, W) of a U-Net to which maps are added once each.
+    """eps (B, 4, H, W) of a U-Net to which maps are added once each.
 
     on_path: {input block: map that it hands on}. on_skips: a map for each skip.
     """
@@ -87,11 +87,11 @@ class ControlNet(nn.Module):
         self.requires_grad_(True)
 
     def forward(self, cond, t_emb):
-        """Returns the condition as a map that is added behind the copy's stem."""
+        """The condition as a map that is added behind the copy's stem."""
         return [self.hint(cond)]
 
     def predict(self, unet, z_t, t, context, maps):
-        """Returns eps of the U-Net with the copy's maps on its skips and its middle."""
+        """eps of the U-Net with the copy's maps on its skips and its middle."""
         t_emb = self.time_embed(timestep_embedding(t, self.sinusoids))
         h, on_skips = z_t, []
         for i, (block, zero) in enumerate(zip(self.input_blocks, self.zero_convs)):
@@ -103,7 +103,7 @@ class ControlNet(nn.Module):
 
 
 def block_channels(unet):
-    """Returns the channels that each input block of a U-Net hands on."""
+    """The channels that each input block of a U-Net hands on."""
     config, channels = unet.config, [unet.config.channels[0]]
     for level, c in enumerate(config.channels):
         channels += [c] * config.blocks_per_level
@@ -146,7 +146,7 @@ class T2IAdapter(nn.Module):
                              else nn.Conv2d(channels, unet.config.channels[level], 1))
 
     def forward(self, cond, t_emb):
-        """Returns a map for the end of each level."""
+        """A map for the end of each level."""
         h, maps = self.stem(F.pixel_unshuffle(cond, self.factor)), []
         for level, (blocks, out) in enumerate(zip(self.levels, self.outs)):
             h = blocks(F.avg_pool2d(h, 2) if level else h)
@@ -154,7 +154,7 @@ class T2IAdapter(nn.Module):
         return maps
 
     def predict(self, unet, z_t, t, context, maps):
-        """Returns eps of the U-Net with the maps at the ends of its contracting levels."""
+        """eps of the U-Net with the maps at the ends of its contracting levels."""
         return predict_with(unet, z_t, t, context, dict(zip(self.ends, maps)))
 
 
@@ -172,11 +172,11 @@ class FineTuned(nn.Module):
         self.unet.input_blocks[0][0] = wider
 
     def forward(self, cond, t_emb):
-        """Returns the condition at the latent's size."""
+        """The condition at the latent's size."""
         return [F.pixel_unshuffle(cond, self.factor)]
 
     def predict(self, unet, z_t, t, context, maps):
-        """Returns eps of the copy; the frozen U-Net is not asked."""
+        """eps of the copy; the frozen U-Net is not asked."""
         cond = maps[0].to(z_t).expand(len(z_t), -1, -1, -1)
         return self.unet(torch.cat([z_t, cond], dim=1), t, context)
 

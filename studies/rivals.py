@@ -7,7 +7,7 @@
     python -m studies.rivals --task sketch --method lora --pairs 40 --seed 1    # one row
 
 The results of each training are a line of docs/rivals.jsonl; a study trains what has no line there,
-which takes hours, and prints its tables. Stopped, it goes on where it was. A method's learning
+which takes hours, and print its tables. Stopped, it goes on where it was. A method's learning
 rate, in all studies, has the lowest validation loss of a sweep: all pairs, another seed, a third
 of the steps (all steps for ControlNet, which learns late). Lines of another base than today's are
 not read.
@@ -62,7 +62,7 @@ DIGITS = {"strength": 2, "bits": 1, "line F1": 3, "pixel accuracy": 3, "mIoU": 3
 
 
 def bps_maker(port_weights="head-heavy", foot="faithful"):
-    """Returns a maker of BPS networks."""
+    """A maker of BPS networks."""
     return lambda unet, channels, factor: build_bps(
         config_for(unet.config, channels, factor, port_weights, foot))
 
@@ -95,7 +95,7 @@ class Job(NamedTuple):
     seed: int
 
     def folder(self, root):
-        """Returns the folder of its files, which are there until it is done."""
+        """The folder of its files, which are there until it is done."""
         return root / "-".join(map(str, (self.task, self.method, self.pairs or "all", self.steps,
                                          f"{self.rate:.2g}", self.seed)))
 
@@ -108,7 +108,7 @@ class Record:
         self.read()
 
     def read(self):
-        """Reads what other processes have added, too. Errors: UserError names a line."""
+        """Read what other processes have added, too."""
         lines = self.file.read_text(errors="replace").splitlines() if self.file.exists() else []
         for number, line in enumerate(lines, 1):
             try:
@@ -119,7 +119,7 @@ class Record:
                 raise UserError(f"{self.file}: line {number} is damaged; delete it") from None
 
     def add(self, job, numbers):
-        """Adds the numbers of a Job."""
+        """Add the numbers of a Job."""
         self.results[job] = numbers
         row = dict(job=job._asdict(), base_sha256=self.base_sha256, torch=torch.__version__,
                    results=numbers)
@@ -132,14 +132,14 @@ class RivalTraining(Training):
     """A run that keeps the trained weights as they are, for rivals have no BPS file."""
 
     def write(self):
-        """Writes the log, and the weights if they are the best."""
+        """Write the log, and the weights if they are the best."""
         if self.best["step"] == self.step:
             weights.save({key: parameter.detach() for key, parameter in self.bps.named_parameters()
                           if parameter.requires_grad}, self.out / "best.safetensors", {})
         write_lines(self.rows, self.out / "log.jsonl")
 
     def restore_best(self):
-        """Puts the best weights into the network."""
+        """Put the best weights into the network."""
         self.bps.load_state_dict(load_file(self.out / "best.safetensors"), strict=False)
 
 
@@ -152,7 +152,7 @@ class Bench:
         self.count = len(self.pairs["test"])
 
     def network(self, method, seed):
-        """Returns (the base that predicts with it, an untrained network) of a method."""
+        """(the base that predicts with it, an untrained network) of a method."""
         torch.manual_seed(seed)
         network = METHODS[method](self.base.unet, TASKS[self.task].channels, self.base.vae.factor)
         if hasattr(network, "predict"):
@@ -190,7 +190,7 @@ class Bench:
         return LatentCache(self.pairs["train"], self.task, world.SIZE, self.base, mirror=True)
 
     def train_cache(self, pairs, seed):
-        """Returns the LatentCache of all training pairs, or of so many, drawn by the seed."""
+        """The LatentCache of all training pairs, or of so many, drawn by the seed."""
         if not pairs:
             return self.all_pairs
         order = np.random.default_rng(seed).permutation(len(self.pairs["train"]))
@@ -198,7 +198,7 @@ class Bench:
         return LatentCache(chosen, self.task, world.SIZE, self.base, mirror=True)
 
     def result(self, job):
-        """Returns a job's numbers (a dict), for which it trains unless that has been done."""
+        """A job's numbers (a dict), for which it trains unless that has been done."""
         if job not in self.record.results:
             out = job.folder(self.root)
             with lock(out):
@@ -210,7 +210,7 @@ class Bench:
         return self.record.results[job]
 
     def train(self, job, out):
-        """Returns the numbers of a job after training; without a finite loss, a val of None."""
+        """The numbers of a job after training; without a finite loss, a val of None."""
         base, network = self.network(job.method, job.seed)
         args = SimpleNamespace(
             device="cpu", dtype="fp32", steps=job.steps, batch=BATCH, lr=job.rate, seed=job.seed,
@@ -241,7 +241,7 @@ class Bench:
         return numbers
 
     def measure(self, base, network, job):
-        """Returns the numbers of a trained network on the test pairs."""
+        """The numbers of a trained network on the test pairs."""
         squares = paired_squares(base, self.test, network)
         numbers = summarize(squares, base.schedule, self.test.rows("mean", [0]).numel())
         del numbers["pairs"]
@@ -249,11 +249,11 @@ class Bench:
         return numbers | self.judge(draw_pairs(base, self.test, network, self.count, job.seed))
 
     def bound(self, name):
-        """Returns the numbers of one of the BOUNDS."""
+        """The numbers of one of the BOUNDS."""
         return self.judge(self.pictures_of(name), paired=name != "other true pictures")
 
     def pictures_of(self, bound):
-        """Returns pictures x (n, 3, H, W) of one of the BOUNDS."""
+        """Pictures x (n, 3, H, W) of one of the BOUNDS."""
         if bound == "base alone":
             return draw_pairs(self.base, self.test, None, self.count, 0)
         if bound == "other true pictures":
@@ -263,17 +263,17 @@ class Bench:
             return self.base.vae.decode(self.test.rows("mean", range(self.count)).float())
 
     def judge(self, x, paired=True):
-        """Returns the obedience and the quality of pictures x (n, 3, H, W) for n test pairs."""
+        """The obedience and the quality of pictures x (n, 3, H, W) for n test pairs."""
         return dict(obedience=self.obedience(x), distance=distance_and_error(
             self.reader.embed_pictures(x), self.true, paired))
 
     def obedience(self, x):
-        """Returns {measure: how far pictures x do what the first n conditions say}."""
+        """{measure: how far pictures x do what the first n conditions say}."""
         names = [pair.name for pair in self.pairs["test"][:len(x)]]
         return meter_for(self.task, embedded=True)(x, self.test.cond(range(len(x))), names)
 
     def best_rate(self, method):
-        """Returns the learning rate of the lowest validation loss; the sweep widens at its ends.
+        """The learning rate of the lowest validation loss; the sweep widens at its ends.
 
         The control that sees no condition is trained at BPS's rate.
         """
@@ -295,7 +295,7 @@ class Bench:
 # ---- studies -------------------------------------------------------------------------------
 
 def methods_study(bench, rates):
-    """Yields the Jobs at all pairs, beside the bounds: on scenes the main methods, one seed."""
+    """Yield the Jobs at all pairs, next to the bounds; for segmentation the main methods, one seed."""
     for bound in BOUNDS:
         yield Job(bench.task, bound, 0, 0, 0.0, 0)
     sketch = bench.task == "sketch"
@@ -307,7 +307,7 @@ def methods_study(bench, rates):
 
 
 def data_study(bench, rates):
-    """Yields the Jobs of the main methods over the number of pairs; several seeds at 40 and all."""
+    """Yield the Jobs of the main methods over the number of pairs; several seeds at 40 and all."""
     for seed in SEEDS:
         for pairs in (40, 12, 300, 100, 0) if seed == 0 else (40, 0):
             for method in MAIN:
@@ -315,7 +315,7 @@ def data_study(bench, rates):
 
 
 def steps_study(bench, rates):
-    """Yields the Jobs of the main methods over the number of steps."""
+    """Yield the Jobs of the main methods over the number of steps."""
     for steps in (STEPS // 3, STEPS, 3 * STEPS):
         for method in MAIN:
             yield Job(bench.task, method, 0, steps, rates(method), 0)
@@ -325,7 +325,7 @@ STUDIES = dict(methods=methods_study, data=data_study, steps=steps_study)
 
 
 def done(record, task, study):
-    """Returns {Job: numbers} of a study, as far as they are in the record, in the table's order."""
+    """{Job: numbers} of a study, as far as they are in the record, in the table's order."""
     belongs = dict(methods=lambda job: job.pairs == 0 and job.steps in (0, STEPS),
                    data=lambda job: job.method in MAIN and job.steps == STEPS,
                    steps=lambda job: job.method in MAIN and job.pairs == 0)
@@ -338,7 +338,7 @@ def done(record, task, study):
 
 
 def over_seeds(results):
-    """Returns {Job of seed 0: {seed: numbers}} of {Job: numbers}."""
+    """{Job of seed 0: {seed: numbers}} of {Job: numbers}."""
     groups = {}
     for job, numbers in results.items():
         groups.setdefault(job._replace(seed=0), {})[job.seed] = numbers
@@ -346,7 +346,7 @@ def over_seeds(results):
 
 
 def means(group):
-    """Returns {measure: (mean over seeds, standard error over test pairs, deviation over seeds)}.
+    """{measure: (mean over seeds, standard error over test pairs, deviation over seeds)}.
 
     group: {seed: numbers}. The standard error of an obedience is unknown, as is a deviation over a
     single seed: both nan.
@@ -362,7 +362,7 @@ def means(group):
 
 
 def gain_beyond(group, reference):
-    """Returns the gain beyond another method's with the same seeds, and its standard error.
+    """The gain beyond another method's with the same seeds, and its standard error.
 
     The error is over the test pairs. group, reference: {seed: numbers}, with a seed in common.
     """
@@ -373,7 +373,7 @@ def gain_beyond(group, reference):
 
 
 def print_results(results):
-    """Prints the table of {Job: its numbers}."""
+    """Print the table of {Job: its numbers}."""
     groups = over_seeds(results)
     measures = list(means(list(groups.values())[-1]))
     titles = ("method", "pairs", "steps", "rate", "seeds", "parameters", *measures,
@@ -402,7 +402,7 @@ def print_results(results):
 
 
 def print_sweeps(record, task):
-    """Prints the validation loss of each method at each learning rate that was tried."""
+    """Print the validation loss of each method at each learning rate that was tried."""
     sweeps = {}
     for job, numbers in record.results.items():
         if job.task == task and job.seed == SWEEP_SEED:
@@ -415,7 +415,7 @@ def print_sweeps(record, task):
 
 
 def draw_results(results, over, most_pairs, file):
-    """Draws gain, first obedience and kernel distance over "pairs" or "steps", a line per method.
+    """Draw gain, first obedience and kernel distance over "pairs" or "steps", a line per method.
 
     Bands are standard errors over test pairs, and for obedience, where there are several seeds,
     deviations over these.
@@ -436,7 +436,7 @@ def draw_results(results, over, most_pairs, file):
 
 
 def main():
-    """Runs a study, as far as it is not done, and prints its table."""
+    """Run a study, as far as it is not done, and print its table."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--task", choices=("sketch", "segmentation"), default="sketch", help="(default: sketch)")

@@ -18,13 +18,13 @@ SHOWN_STEPS = (1, 2, 10, 20)
 
 
 def show(name, tensor, words=""):
-    """Prints a tensor's shape, and its range."""
+    """Print a tensor's shape, and its range."""
     shape = str(tuple(tensor.shape))
     print(f"  {name:<28}{shape:<20}{tensor.min():>7.2f} to {tensor.max():<7.2f}{words}".rstrip())
 
 
 def show_maps(base, bps, cond, t):
-    """Prints the map of each block of the U-Net."""
+    """Print the map of each block of the U-Net."""
     t_emb = base.unet.time_embedding(torch.tensor([t]))
     show("t_emb", t_emb, "the frozen U-Net's own")
     show("cond, unshuffled", F.pixel_unshuffle(cond, bps.config.factor), "what BPS begins with")
@@ -39,7 +39,7 @@ def show_maps(base, bps, cond, t):
 
 @torch.inference_mode()
 def show_drawing(base, bps):
-    """Prints what happens when a drawing is drawn."""
+    """Print what happens when a drawing is drawn."""
     print("1. What is given")
     cond = read_condition(DEFAULT_DRAWING, "sketch", world.SIZE, world.SIZE)[0][None]
     show("cond", cond, "tiny/drawing.png: 1 is ink")
@@ -61,7 +61,7 @@ def show_drawing(base, bps):
 
 
 def show_training_step(base):
-    """Prints what happens in the first step of a training."""
+    """Print what happens in the first step of a training."""
     print("4. The first step of a training, batch 2")
     cache = LatentCache(load_pairs("sketch", "val")[:2], "sketch", world.SIZE, base)
     torch.manual_seed(0)
@@ -92,7 +92,7 @@ def show_training_step(base):
 
 
 def main():
-    """Prints all of it."""
+    """Print all of it."""
     Parser(__doc__).parse_args()
     base = load_base(BASE)
     show_drawing(base, load_bps(DEFAULT_BPS))

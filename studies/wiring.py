@@ -65,7 +65,7 @@ def print_table(rows):
 
 
 def additions(block):
-    """Returns how often a block's map is added: after each residual block and transformer."""
+    """How often a block's map is added: after each residual block and transformer."""
     return sum(isinstance(layer, (ResBlock, SpatialTransformer)) for layer in block)
 
 
@@ -73,24 +73,24 @@ class Drawing(Sheet):
     """A sheet of blocks, arrows and skips."""
 
     def block(self, x, floor, side, color, words):
-        """Draws a block that stands on a floor, as tall as its map; returns its upper edge."""
+        """Draw a block that stands on a floor, as tall as its map; returns its upper edge."""
         top = floor - max(8, side)
         self.rectangle([(x - BOX / 2, top), (x + BOX / 2, floor)], color)
         self.text(x, floor + 9, words, 11, "mm")
         return top
 
     def arrow(self, x, start, end, color):
-        """Draws an arrow upwards."""
+        """Draw an arrow upwards."""
         self.line([(x, start), (x, end + 4)], color, 2)
         self.polygon([(x, end), (x - 4, end + 7), (x + 4, end + 7)], color)
 
     def skip(self, x, other, top, other_top, height):
-        """Draws the way of a skip, above all blocks."""
+        """Draw the way of a skip, above all blocks."""
         self.line([(x, top), (x, height), (other, height), (other, other_top)], "#c3c8d0")
 
 
 def draw_wiring(file):
-    """Writes the figure as PNG."""
+    """Write the figure as PNG."""
     config = UNetConfig()
     with torch.device("meta"):
         unet = UNet(config)

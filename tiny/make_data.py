@@ -273,7 +273,7 @@ def make_pictures(figure, row, renderings):
 
 
 class Maker:
-    """Draws a chunk of figures in a process of its own; picklable."""
+    """Draw a chunk of figures in a process of its own; picklable."""
 
     def __init__(self, seed, styles, splits, contrast, folder, pool):
         self.seed, self.styles, self.splits = seed, styles, splits
@@ -294,7 +294,7 @@ class Maker:
 
 
 def chunks(maker):
-    """Yields (row, pictures) of figure 0, 1, 2 ..; two processes work ahead."""
+    """Yield (row, pictures) of figure 0, 1, 2 ..; two processes work ahead."""
     with multiprocessing.Pool(2) as processes:
         for finished in processes.imap(maker, itertools.count(step=CHUNK)):
             yield from finished
@@ -317,7 +317,7 @@ def collect(maker, counts):
 
 
 def write_figures(folder, out):
-    """Writes figures.jsonl and figures.zip: the figures of the four tasks."""
+    """Write figures.jsonl and figures.zip: the figures of the four tasks."""
     chosen = collect(Maker(TASK_SEED, tuple(world.STYLES), tuple(COUNTS), CONTRAST, folder,
                            pool=False), COUNTS)
     chosen += collect(Maker(ARTISTIC_SEED, (world.ARTISTIC_STYLE,), tuple(ARTISTIC_COUNTS),
@@ -336,7 +336,7 @@ def write_figures(folder, out):
 
 
 def write_pool(folder, count, out):
-    """Writes figures.jsonl and pictures.npy (count, 64, 64, 3): training figures for the base."""
+    """Write figures.jsonl and pictures.npy (count, 64, 64, 3): training figures for the base."""
     maker = Maker(POOL_SEED, tuple(world.STYLES), ("train",), 0, folder, pool=True)
     figures = tqdm(itertools.islice(chunks(maker), count), total=count, desc="pool")
     rows, pictures = zip(*figures)
@@ -350,7 +350,7 @@ def write_pool(folder, count, out):
 
 
 def main():
-    """Draws and writes the tasks' figures, or the pool."""
+    """Draw and write the tasks' figures, or the pool."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--pool", type=positive, help="figures to train the base on (default: draw the tasks' own)")

@@ -93,12 +93,12 @@ def accelerate(function, args, compile=True):
 
 
 def encode_means(vae, x):
-    """Returns the mean latents of images x, a part at a time."""
+    """The mean latents of images x, a part at a time."""
     return torch.cat([vae.encode(part).mean for part in x.split(BATCH)])
 
 
 def decoder_errors(vae, z, x):
-    """Returns what images x and their decoded latents z differ by: (PSNR in dB, L1).
+    """What images x and their decoded latents z differ by: (PSNR in dB, L1).
 
     PSNR is taken over the mean squared error of all images.
     """
@@ -147,7 +147,7 @@ class VAEStage:
 
     @torch.inference_mode()
     def export(self, model):
-        """Writes vae/ of the model folder, with the factor that gives latents unit variance."""
+        """Write vae/ of the model folder, with the factor that gives latents unit variance."""
         model.config = replace(model.config, scaling_factor=1.0)
         z = encode_means(model, to_batch(self.pictures[:2048], self.args.device))
         model.config = replace(model.config, scaling_factor=round(1 / z.std().item(), 4))
@@ -155,7 +155,7 @@ class VAEStage:
 
 
 def random_init(module):
-    """Returns the module with linear and embedding weights drawn as CLIP draws them: small."""
+    """The module with linear and embedding weights drawn as CLIP draws them: small."""
     for layer in module.modules():
         if isinstance(layer, (nn.Linear, nn.Embedding)):
             nn.init.normal_(layer.weight, std=0.02)
@@ -257,13 +257,13 @@ class CLIPStage:
                     style=(style == self.styles).float().mean().item())
 
     def export(self, model):
-        """Writes text_encoder/ and the scores' part of the model folder."""
+        """Write text_encoder/ and the scores' part of the model folder."""
         save_text_encoder(model.text_model, self.args.out / "text_encoder")
         save_score(model, self.args.out / "clip_score.safetensors")
 
 
 def zero_last_layers(unet):
-    """Returns the U-Net whose residual branches end in zeros, as SD's training starts."""
+    """The U-Net whose residual branches end in zeros, as SD's training starts."""
     for module in unet.modules():
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.out_layers[-1].weight)
@@ -361,7 +361,7 @@ class UNetStage:
 
     @torch.inference_mode()
     def draw_sheet(self, model, file):
-        """Writes held-out pictures beside what the model draws from their captions."""
+        """Write held-out pictures beside what the model draws from their captions."""
         rows = self.held_out_rows[:SHEET_ROWS]
         captions = list(map(world.full_caption, rows))
         denoise = make_denoiser(model, self.encode(captions), self.encode([""]), 3.0)
@@ -372,7 +372,7 @@ class UNetStage:
         contact_sheet([true, self.vae.decode(z)], ["true picture", "drawn"], captions, file)
 
     def export(self, model):
-        """Writes unet/, scheduler/ and model_index.json of the model folder."""
+        """Write unet/, scheduler/ and model_index.json of the model folder."""
         save_unet(model, self.args.out / "unet")
         (self.args.out / "scheduler").mkdir(exist_ok=True)
         scheduler = dict(_class_name="DDIMScheduler", beta_schedule="scaled_linear",
@@ -393,7 +393,7 @@ class UNetStage:
 
 def save_part(model, folder, folder_name, config, dtype=torch.float16,
               stem=checkpoints.UNET_STEM):
-    """Writes config.json and the model's weights, under the folder layout's names."""
+    """Write config.json and the model's weights, under the folder layout's names."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {folder_name(key): tensor.to(dtype) for key, tensor in model.state_dict().items()}
     # the folder layout holds the autoencoder's attention as linear layers, not 1x1 convolutions
@@ -404,7 +404,7 @@ def save_part(model, folder, folder_name, config, dtype=torch.float16,
 
 
 def save_text_encoder(text_model, folder, dtype=torch.float16):
-    """Writes the text_encoder/ of an SD folder."""
+    """Write the text_encoder/ of an SD folder."""
     config = text_model.config
     end = config.vocab_size - 1
     save_part(text_model, folder, "text_model.{}".format, dict(
@@ -417,7 +417,7 @@ def save_text_encoder(text_model, folder, dtype=torch.float16):
 
 
 def save_vae(vae, folder, dtype=torch.float16):
-    """Writes the vae/ of an SD folder."""
+    """Write the vae/ of an SD folder."""
     config = vae.config
     levels = len(config.channels)
     save_part(vae, folder, lambda key: checkpoints.vae_folder_name(key, levels), dict(
@@ -430,7 +430,7 @@ def save_vae(vae, folder, dtype=torch.float16):
 
 
 def save_unet(unet, folder, dtype=torch.float16):
-    """Writes the unet/ of an SD folder; without a sample_size, that of SD 1.5 is written."""
+    """Write the unet/ of an SD folder; without a sample_size, that of SD 1.5 is written."""
     config = unet.config
     kinds = ["CrossAttn" if attention else "" for attention in config.attention]
     save_part(unet, folder,
@@ -448,7 +448,7 @@ STAGES = {"clip": CLIPStage, "vae": VAEStage, "unet": UNetStage}
 
 
 def train(stage, args):
-    """Trains until the budget is used up; returns the moving average of the model."""
+    """Train until the budget is used up; returns the moving average of the model."""
     folder = args.work / args.stage
     folder.mkdir(parents=True, exist_ok=True)
     model = stage.model.to(args.device, memory_format=FORMAT).train()
@@ -508,7 +508,7 @@ def train(stage, args):
 
 
 def main():
-    """Trains one stage and writes its part of the SD folder."""
+    """Train one stage and writes its part of the SD folder."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--stage", choices=STAGES, required=True)
