@@ -130,7 +130,8 @@ class LatentCache:
         self.files = [folder / f"{self.key(vae, *part)}.safetensors" for part in parts]
         for i in tqdm(processes.shard(len(parts)).tolist(), desc="latents", leave=False):
             if not self.files[i].is_file():
-                weights.save(*self.make_part(*parts[i]), self.files[i])
+                tensors, metadata = self.make_part(*parts[i])
+                weights.save(tensors, self.files[i], metadata)
         processes.barrier()                                # for the parts of the others
         for file, (part, flip) in zip(self.files, parts):
             metadata = self.read(file, lambda f: f.metadata())
