@@ -39,7 +39,7 @@ PRIOR_STEPS, PRIOR_BATCH, PRIOR_LR = 2500, 1000, 2e-3
 PRIOR_SAMPLES = 500_000                 # as in the paper's Fig. 2
 LABELS, DRAWS = 100, 4000               # labels to learn from; points the prior draws for them
 BATCH, PASSES = 400, 4                  # a batch has at most BATCH points, each PASSES times
-# Steps and rate: of those tried on seed 7 the best, or within a tenth of it, in energy and bits
+# Steps and rate: of those tried on seed 7 the best, or within 15 % of it, in energy and bits
 METHODS = dict(scratch=(160, 3e-3), labels=(625, 3e-4), draws=(2500, 1e-3))
 TITLES = {"true": "true points", "prior": "prior, no condition", "exact": "exact posterior",
           "scratch": f"from scratch, {LABELS} labels", "labels": f"BPS on {LABELS} labels",

@@ -144,9 +144,9 @@ class TimeBlindBPS(toy2d.ToyBPS):
 
 
 class OutputTerm(toy2d.UShape):
-    """A network (c, t, and z_t unless it is blind) whose output is added to eps, as DEFT's.
+    """A network whose output is added to eps, as DEFT's (arXiv 2406.01781).
 
-    Source: arXiv 2406.01781, without its guidance by the likelihood.
+    It sees the condition, the timestep and, unless it is blind, z_t.
     """
 
     def __init__(self, blind):
@@ -245,7 +245,7 @@ def density(held_out, labels):
 
 # ---- what a prior is worth -----------------------------------------------------------------
 
-def prior(lab):
+def prior_worth(lab):
     """Compare five ways by number of labels, each at its own best steps and rate."""
     scores = ("energy", "bits")
     best = {key: lab.best(*key) for key in itertools.product(scores, LINES, SIZES)}
@@ -532,7 +532,7 @@ def save_table(rows, file):
 
 
 def main():
-    studies = dict(prior=prior, modes=modes, robustness=robustness, bits=bits, algebra=algebra)
+    studies = dict(prior=prior_worth, modes=modes, robustness=robustness, bits=bits, algebra=algebra)
     parser = Parser(__doc__)
     parser.add_argument("study", choices=studies)
     parser.add_argument("--effort", type=float, default=1.0,
