@@ -108,7 +108,7 @@ class Lab:
         """The Run of steps and RATES with the least score on GRID_SEED."""
         if method in NO_NETWORK:
             return Run(method, n, 0, 0.0, GRID_SEED)
-        grid = [Run(method, n, *settings, GRID_SEED) for settings in itertools.product(steps, RATES)]
+        grid = [Run(method, n, *pair, GRID_SEED) for pair in itertools.product(steps, RATES)]
         return min(grid, key=lambda run: self.scores(run)[score])
 
     def over_seeds(self, run, score, seeds=SEEDS):
@@ -250,8 +250,8 @@ def prior_worth(lab):
     scores = ("energy", "bits")
     best = {key: lab.best(*key) for key in itertools.product(scores, LINES, SIZES)}
     values = {key: lab.over_seeds(run, key[0]) for key, run in best.items()}
-    print(f"mean +- sd (steps, rate), out of steps {STEPS}, rates {RATES}, chosen on seed {GRID_SEED}")
-    save_table([dict(score=score, labels=n) | {
+    print(f"grid: steps {STEPS}, rates {RATES}; each chosen on seed {GRID_SEED}")
+    save_table([dict(score=score, n=n) | {
         method: cell(best[score, method, n], values[score, method, n]) for method in LINES}
         for score, n in itertools.product(scores, SIZES)], lab.out / "prior.md")
     figure = Figure(2, ["energy distance by labels", "bits lost by labels"])
@@ -282,7 +282,7 @@ def worth(score, drawn, scratch):
 def modes(lab):
     """Steer in each mode, on five seeds, each mode at its own best rate."""
     names = (*MODES, "time-blind", "output", "output, blind")
-    rows = [dict(mode=name) for name in names]
+    rows = [dict(n=n, mode=name) for n in MODES_SIZES for name in names]
     panels = list(itertools.product(MODES_SIZES, ("accuracy", "energy")))
     figure = Figure(2, [f"{score}, {n} labels" for n, score in panels])
     for axes, (n, score) in zip(figure.axes, panels):
@@ -290,9 +290,10 @@ def modes(lab):
         values = torch.stack([lab.over_seeds(run, score, MODES_SEEDS) for run in best])
         axes.bars(names, values.mean(1), values.std(1))
         all_paths = values[names.index("CP+TP+EP")]
-        for row, run, line in zip(rows, best, values):
-            row |= {f"rate, {n} labels": f"{run.lr:g}", f"{score}, {n} labels": line.mean().item(),
-                    f"{score} - CP+TP+EP's, {n} labels": "{:+.3f} +- {:.3f}".format(
+        rows_of_n = [row for row in rows if row["n"] == n]
+        for row, run, line in zip(rows_of_n, best, values):
+            row |= {"rate": f"{run.lr:g}", score: line.mean().item(),
+                    f"{score} - CP+TP+EP's": "{:+.3f} +- {:.3f}".format(
                         *mean_and_error(line - all_paths))}
     save_table(rows, lab.out / "modes.md")
     figure.save(lab.out / "modes.png")
@@ -532,7 +533,8 @@ def save_table(rows, file):
 
 
 def main():
-    studies = dict(prior=prior_worth, modes=modes, robustness=robustness, bits=bits, algebra=algebra)
+    studies = dict(prior=prior_worth, modes=modes, robustness=robustness, bits=bits,
+                   algebra=algebra)
     parser = Parser(__doc__)
     parser.add_argument("study", choices=studies)
     parser.add_argument("--effort", type=float, default=1.0,

@@ -275,7 +275,8 @@ def test_only_scratch_is_new_and_only_tuned_changes_a_copy(monkeypatch, method):
     labels = toy2d.draw_labels(world, 5, 0)
     eps = toy.learn(toy.Run(method, 5, 1, 1e-3, 0), prior, labels)
     z_t, t = torch.randn(B, 2), torch.arange(B) * 100
-    assert torch.equal(eps(z_t, t, labels[1][:1].expand(B, 6)), prior(z_t, t)) == (method != "scratch")
+    untrained = eps(z_t, t, labels[1][:1].expand(B, 6))
+    assert torch.equal(untrained, prior(z_t, t)) == (method != "scratch")
     trains_a_unet = torch.Size([2, 96]) in seen["shapes"] and method != "output"
     assert trains_a_unet == (method in ("scratch", "tuned"))
     assert not any(p is q for p in seen["parameters"] for q in prior.parameters())
@@ -387,6 +388,15 @@ def test_a_run_writes_its_tables_and_figures(short, tmp_path, arguments, names):
     run(toy if arguments else toy2d, tmp_path, *arguments)
     assert {file.name for file in tmp_path.iterdir()} == names
     assert not any("nan" in file.read_text() for file in tmp_path.glob("*.md"))
+
+
+def test_each_row_of_prior_has_its_score_and_number_of_labels(short, tmp_path):
+    run(toy, tmp_path, "prior")
+    lines = (tmp_path / "prior.md").read_text().split("\n| ")
+    header, _, *rows = [line.split(" | ") for line in lines]
+    assert header[1:] == ["n", *toy.LINES[:-1], "bound |"]
+    assert [row[:2] for row in rows] == [[score, n] for score in ("energy", "bits")
+                                         for n in ("12", "100")]
 
 
 def test_a_study_resumes_from_its_record(short, tmp_path, monkeypatch):
