@@ -87,19 +87,19 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
 
 # ---- the cache -----------------------------------------------------------------------------
 
-def open_pair(pair, task, size, extract=False, flip=False):
+def open_pair(pair, task_name, size, extract=False, flip=False):
     """(cond uint8 (C, size, size), x (3, size, size), {colour: number} of a label map).
 
     Condition and image are cropped, and flipped, alike.
     """
-    kind, cond, image = TASKS[task], pair.open_cond(), pair.open_image()
+    task, cond, image = TASKS[task_name], pair.open_cond(), pair.open_image()
     if not same_shape(cond, image):
         raise UserError(shape_fault(pair.name, cond, image))
-    colours = class_colours(cond) if kind.has_labels else {}
+    colours = class_colours(cond) if task.has_labels else {}
     cond, image = crop(cond, size, size), crop(image, size, size)
     if flip:
         cond, image = ImageOps.mirror(cond), ImageOps.mirror(image)
-    to_cond = kind.extract if extract else kind.to_cond
+    to_cond = task.extract if extract else task.to_cond
     return (to_cond(cond) * 255).round().byte(), to_x(image), colours
 
 

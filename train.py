@@ -24,7 +24,8 @@ from data import CACHE, LatentCache, check_conditions, load_pairs
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
 from inputs.files import write_json, write_lines
 from inputs.options import (BASE, DTYPES, Parser, add_port_options, check_pixels, in_range,
-                            positive, run_script, seed_number, shell_command, unicode_path, unicode_text)
+                            positive, run_script, seed_number, shell_command, unicode_path,
+                            unicode_text)
 from inputs.pairs import warn_of_losses
 from inputs.processes import join_processes
 from inputs.run_folder import CHECKPOINT, choose_out, lock, run_record
@@ -75,14 +76,14 @@ def parse_args():
     parser.add_device()
     add("--out", type=unicode_path, help="folder of the run (default: runs/TASK)")
     args = parser.parse_args()
-    kind = TASKS[args.task]
-    args.weights = args.weights or kind.port_weights
-    args.steps = args.steps or kind.steps
+    task = TASKS[args.task]
+    args.weights = args.weights or task.port_weights
+    args.steps = args.steps or task.steps
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     for name in ("extract", "check_data", "default_prompt"):
         if getattr(args, name) and not args.data:
             parser.error(f"--{name.replace('_', '-')} needs --data, your own pairs.")
-    if args.extract and not kind.extract:
+    if args.extract and not task.extract:
         parser.error(f"--extract must be used with --task sketch or artistic, got {args.task}.")
     check_pixels(args.size, args.size)
     args.out = args.out or Path("runs") / ("check" if args.check_data else args.task)

@@ -1,11 +1,11 @@
-"""Pictures and conditions: how they are read, what BPS is shown of them, what is read from them.
+"""Read images and conditions, and turn them into what BPS sees.
 
-| task | condition picture | channels that BPS is shown |
+| task | condition picture | channels that BPS sees |
 |---|---|---|
 | sketch | line drawing | 1: ink |
-| segmentation | label map, a palette PNG | 3: the classes' colours |
-| layout | boxes filled with their class's colour | 3: the same |
-| artistic | any picture in colours | 3 + 1: its colours, coarsely, and its lines |
+| segmentation | label map, a palette PNG | 3: the colours of the classes |
+| layout | boxes in the colours of their classes | 3: the same |
+| artistic | any colour picture | 3 + 1: its coarse colours and its lines |
 
 Shapes: B batch, C channels, H W rows and columns of the image.
 """
@@ -22,48 +22,45 @@ from PIL import Image, ImageOps, PngImagePlugin
 from weights import UserError
 
 LINE_CONTRAST = 0.1             # slope of x per pixel from which an edge counts as a line
-FAINT, FULL_INK = 0.05, 0.25    # slopes from which a soft line is there, and is drawn in full
-FAINTEST_INK = 0.1              # least contrast of a condition that says something
+FAINT, FULL_INK = 0.05, 0.25    # slopes at which a soft line begins, and reaches full ink
+FAINTEST_INK = 0.1              # least contrast of a condition that is not blank
 UNIFORM = 0.97                  # share of one tone in a line of pixels that is frame or margin
-HIDDEN_INK = 2                  # how much more contrast than white a black ground has to give
-RARE_LIGHT = 0.3                # share of light pixels up to which a dark-sided drawing is chalk
-SMOOTHED = 256                  # pixels a side above which pictures are smoothed for soft lines
+HIDDEN_INK = 2                  # contrast on black relative to white from which black is used
+RARE_LIGHT = 0.3                # a drawing with dark sides and fewer light pixels is chalk
+SMOOTHED = 256                  # side in pixels above which pictures are smoothed for soft lines
 COLOUR_CELLS = 8                # cells of a colour reference along the shorter side
-MAX_CLASSES = 256               # what a palette holds
-INSIDE_NUMBERS = (1, 255)       # what grey masks have inside; 0 is outside
+MAX_CLASSES = 256               # entries of a palette
+INSIDE_NUMBERS = (1, 255)       # the inside of grey masks; 0 is outside
 LOSSLESS = ("PNG", "BMP", "GIF", "TIFF")
 LARGEST_TEXT = 1 << 28          # bytes of text or colour profile in a PNG
 ORIENTATION = 0x0112            # the EXIF tag
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}              # what makes each orientation upright
-PIXELS_AT_A_TIME = 48 * 64**2   # through a network outside of training: 48 pictures of 64 px
+         8: Image.Transpose.ROTATE_90}              # makes each orientation upright
+PIXELS_AT_A_TIME = 48 * 64**2   # of a batch outside of training: 48 pictures of 64 px
 
 
 # ---- images --------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def naming_file(file):
-    """Turns whatever Pillow raises for a file into a UserError that names it."""
+    """Turn any error that Pillow raises for a file into a UserError that names it."""
     try:
         yield
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{file}: more than {Image.MAX_IMAGE_PIXELS:,} pixels, which may be meant "
-                        f"to fill the memory; scale it down") from None
+        raise UserError(f"{file} must have at most {Image.MAX_IMAGE_PIXELS:,} pixels, because "
+                        f"larger pictures can fill the memory. Scale it down.") from None
     except Exception as error:          # each decoder has its own
-        raise UserError(f"{file}: cannot be read as an image ({error or type(error).__name__}); "
-                        f"allowed is what Pillow reads, such as PNG, JPEG, WebP and TIFF") from None
+        raise UserError(f"{file} can't be read as an image ({error or type(error).__name__}). Use "
+                        f"a format that Pillow reads, such as PNG, JPEG, WebP or TIFF.") from None
 
 
 def load_image(file):
-    """Returns the PIL image in a file, upright.
-
-    Errors: UserError if it is not there, cannot be read, or is too large to be meant.
-    """
+    """The PIL image in a file, upright."""
     if not Path(file).is_file():
-        raise UserError(f"{file}: {'a folder' if Path(file).is_dir() else 'no such file'}; a "
-                        f"picture is wanted")
+        raise UserError(f"{file} is {'a folder' if Path(file).is_dir() else 'missing'}. Give an "
+                        f"image file.")
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = LARGEST_TEXT
     with naming_file(file), warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -73,12 +70,12 @@ def load_image(file):
 
 
 def upright(image):
-    """Returns the image turned as its EXIF says; EXIF that cannot be read says nothing."""
+    """The image turned as its EXIF says; unreadable EXIF is ignored."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             turn = TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:                   # viewers show such pictures, too
+    except Exception:                   # viewers show such pictures too
         turn = None
     if turn is None:
         return image
@@ -88,22 +85,19 @@ def upright(image):
 
 
 def open_image(file):
-    """Returns an image file's picture, upright, of mode RGB, with transparent parts white.
-
-    Errors: UserError, as load_image has them.
-    """
+    """The RGB image in a file, upright, with transparent parts white."""
     image = load_image(file)
     with naming_file(file):
         return to_rgb(image)
 
 
 def has_alpha(image):
-    """Returns whether parts of an image may be transparent."""
+    """Whether parts of an image may be transparent."""
     return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
 
 
 def to_rgb(image, ground="white"):
-    """Returns the image in mode RGB: 16-bit greys scaled to 8 bits, transparency over a ground."""
+    """The image in mode RGB: 16-bit greys scaled to 8 bits, transparency over a ground."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.nan_to_num(np.asarray(image, np.float64))
         values = values / 257 if values.max() > 255 else values
@@ -115,61 +109,60 @@ def to_rgb(image, ground="white"):
 
 
 def to_x(image):
-    """Returns x (3, H, W) float in [-1, 1] of an RGB image."""
+    """x (3, H, W) float in [-1, 1] of an RGB image."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_image(x):
-    """Returns the RGB image of x (3, H, W) in [-1, 1]; values outside are clipped."""
+    """The RGB image of x (3, H, W) in [-1, 1]; values outside are clipped."""
     array = ((x.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array)
 
 
 def crop(image, width, height):
-    """Returns the image scaled until it covers width x height, and cropped to its middle.
+    """The image scaled until it covers width x height, and cropped to its middle.
 
-    Label maps, palette images, are not blended: Pillow takes the nearest pixel for mode P.
+    Label maps, which are palette images, are not blended: Pillow takes the nearest pixel.
     """
     return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
 
 
 def read_mask(file, width, height, factor):
-    """Returns mask (1, 1, height / factor, width / factor) in [0, 1] of an image file: 1 is white.
+    """Mask (1, 1, height / factor, width / factor) in [0, 1] of an image file: 1 is white.
 
-    It covers the picture, width x height, and is cropped like it. What is transparent is black.
-    Errors: UserError, as load_image has them, and if it holds the numbers 0 and 1 of a label map.
+    It covers the picture, width x height, and is cropped like it. Transparent parts are black.
+    Class numbers 0 and 1, which look black, are refused.
     """
     image = load_image(file)
     with naming_file(file):
         tones = to_rgb(image, "black").convert("L")
     if tones.getextrema()[1] == 1:
-        raise UserError(f"{file}: its lightest tone is 1 of 255, all but black; a mask steers "
-                        f"where it is white; save it with 255 for 1")
+        raise UserError(f"{file}: mask is almost black (maximum 1 of 255). White means steer: save "
+                        f"it with values 0 and 255.")
     tones = ImageOps.fit(tones, (width // factor, height // factor), Image.Resampling.BOX)
     return torch.from_numpy(np.asarray(tones, np.float32) / 255)[None, None]
 
 
 def images_at_a_time(size):
-    """Returns how many pictures of `size` px go through a network at a time; 1 from 512 px on."""
+    """Number of pictures of `size` px that go through a network at a time; 1 from 512 px on."""
     return max(1, PIXELS_AT_A_TIME // size**2)
 
 
 # ---- line drawings -------------------------------------------------------------------------
 
 def side_shares(dark):
-    """Returns the share of dark pixels in the top, right, bottom and left line of (H, W) bool."""
+    """Share of dark pixels in the top, right, bottom and left line of (H, W) bool."""
     return [np.rot90(dark, turns)[0].mean() for turns in range(4)]
 
 
 def side_tones(dark):
-    """Returns for each of the four sides True if its line is dark, False if light, None if mixed.
-    """
+    """For each of the four sides True if its line is dark, False if light, None if mixed."""
     return [share > 0.5 if max(share, 1 - share) >= UNIFORM else None
             for share in side_shares(dark)]
 
 
 def peel(dark, tones):
-    """Returns the middle of (H, W) bool that is left without the uniform lines at its sides."""
+    """The middle of (H, W) bool, without the uniform lines at its sides."""
     for tone in tones:
         if tone is not None and dark.size:
             differs = (dark == tone).mean(axis=1) < UNIFORM
@@ -179,11 +172,11 @@ def peel(dark, tones):
 
 
 def is_light_on_dark(image):
-    """Returns whether an RGB drawing has a dark ground.
+    """Whether an RGB drawing has a dark ground.
 
     Frames, margins and letterbox bars are uniform lines at the sides. They are peeled off, and the
-    ground is the innermost layer that is uniform on all four sides. If there is none, because the
-    drawing fills the picture, the ground is dark if the sides are dark and light is rare.
+    ground is the innermost layer that is uniform on all four sides. Without such a layer, because
+    the drawing fills the picture, the ground is dark if the sides are dark and light is rare.
     """
     grey = np.asarray(image.convert("L"), np.float32)
     dark = grey < middle_tone(grey)
@@ -202,20 +195,20 @@ def is_light_on_dark(image):
 
 
 def tone_range(grey):
-    """Returns the darkest and the lightest tone, 0 to 255, of pixels, leaving out 0.1 % each."""
+    """Darkest and lightest tone, 0 to 255, of pixels, leaving out 0.1 % each."""
     return np.percentile(grey, (0.1, 99.9))
 
 
 def middle_tone(grey):
-    """Returns the tone, 0 to 255, that separates dark from light in a picture (H, W)."""
+    """The tone, 0 to 255, that separates dark from light in a picture (H, W)."""
     darkest, lightest = tone_range(grey)
     return (darkest + lightest) / 2 if lightest > darkest else 128
 
 
 def level_drawing(image):
-    """Returns an RGB drawing as dark lines on white paper, whatever its polarity and paper tone.
+    """An RGB drawing as dark lines on white paper, whatever its polarity and paper tone.
 
-    The paper is all that is lighter than the middle tone, and its median becomes white.
+    The paper is everything lighter than the middle tone; its median becomes white.
     """
     if is_light_on_dark(image):
         image = ImageOps.invert(image)
@@ -226,8 +219,7 @@ def level_drawing(image):
 
 
 def drawing_to_rgb(image):
-    """Returns a drawing in mode RGB; what is transparent is white, or black if white hides the ink.
-    """
+    """A drawing in mode RGB; transparent parts are white, or black if white hides the ink."""
     if has_alpha(image):
         grey, alpha = (np.asarray(part) for part in image.convert("LA").split())
         if (alpha > 127).any():
@@ -238,20 +230,20 @@ def drawing_to_rgb(image):
 
 
 def open_drawing(file):
-    """Returns a drawing file as dark lines on white paper, RGB. Errors: UserError."""
+    """The drawing in a file as dark lines on white paper, RGB."""
     image = load_image(file)
     with naming_file(file):
         return level_drawing(drawing_to_rgb(image))
 
 
 def drawing_to_cond(image):
-    """Returns cond (1, H, W) float in [0, 1] of a dark-on-light RGB drawing: 1 is ink, 0 paper."""
+    """cond (1, H, W) float in [0, 1] of a dark-on-light RGB drawing: 1 is ink, 0 paper."""
     ink = 1 - np.asarray(image.convert("L"), np.float32) / 255
     return torch.from_numpy(ink)[None]
 
 
 def edges(x):
-    """Returns (slope, ridge), both (B, H, W), of pictures x (B, 3, H, W) in [-1, 1].
+    """(slope, ridge), both (B, H, W), of pictures x (B, 3, H, W) in [-1, 1].
 
     Canny's first steps (IEEE PAMI 8(6), 1986): slope is the Sobel gradient of whichever colour
     channel changes most; ridge (bool) is where it is a maximum across the line.
@@ -275,16 +267,16 @@ def edges(x):
 
 
 def extract_lines(x):
-    """Returns where the lines of pictures are: (B, H, W) bool for x (B, 3, H, W) in [-1, 1]."""
+    """Pixels (B, H, W) bool that are lines of pictures x (B, 3, H, W) in [-1, 1]."""
     slope, ridge = edges(x)
     return ridge & (slope > LINE_CONTRAST)
 
 
 def soft_lines(x):
-    """Returns the lines of pictures as ink (B, 1, H, W) in [0, 1], for x (B, 3, H, W) in [-1, 1].
+    """Lines of pictures x (B, 3, H, W) in [-1, 1] as ink (B, 1, H, W) in [0, 1].
 
-    The steeper the edge, the more ink. Large pictures are smoothed first, so that their texture
-    does not become lines; their slopes are then per pixel of the smaller picture that they are.
+    The steeper the edge, the more ink. Large pictures are smoothed first, so that texture does not
+    become lines; their slopes then count per pixel of a picture with SMOOTHED pixels a side.
     """
     sigma = min(x.shape[-2:]) / SMOOTHED
     if sigma > 1:
@@ -298,7 +290,7 @@ def soft_lines(x):
 
 
 def line_f1(lines, reference):
-    """Returns the F1 score (B,) of lines against those of a reference, (B, H, W) bool.
+    """F1 score (B,) of lines against a reference, both (B, H, W) bool.
 
     A line pixel counts if the other has one at most 1 px away.
     """
@@ -313,19 +305,18 @@ def line_f1(lines, reference):
 # ---- label maps and colours ----------------------------------------------------------------
 
 def open_label_map(file):
-    """Returns a label map as a palette image (mode P), whose colours are the classes.
+    """The label map in a file as a palette image (mode P), whose colours are the classes.
 
-    Grey ones of 8 bits hold class numbers; they get the palette of distinct_colours. Errors:
-    UserError if classes cannot be told.
+    Grey maps of 8 bits contain class numbers and get the palette of distinct_colours.
     """
     return to_label_map(load_image(file), file)
 
 
 def to_label_map(image, file):
-    """Returns the image of a file as open_label_map does."""
+    """The loaded image of a file as a palette image; see open_label_map."""
     if image.format not in LOSSLESS or image.info.get("compression") == "jpeg":
-        raise UserError(f"{file}: a {image.format} file blurs where classes meet; save label maps "
-                        f"as palette PNG")
+        raise UserError(f"{file} must be in a lossless format, got {image.format}, which blurs "
+                        f"classes into each other. Save label maps as palette PNG.")
     if image.mode == "1":
         image = image.convert("L")                          # 0 and 255
     if image.mode.startswith("I") and np.asarray(image).max() < MAX_CLASSES:
@@ -333,37 +324,33 @@ def to_label_map(image, file):
     if image.mode == "L":
         image.putpalette(distinct_colours())
     if image.mode != "P":
-        raise UserError(f"{file}: mode {image.mode}, so its classes cannot be told from blends of "
-                        f"them; save label maps as palette PNG (mode P) or as class numbers (L)")
+        raise UserError(f"{file} must have mode P or L, got {image.mode}, in which blends look "
+                        f"like classes. Save label maps as palette PNG (P) or class numbers (L).")
     if len(class_colours(image)) < len(image.getcolors()):
-        raise UserError(f"{file}: two of its classes have one colour, and BPS sees colours "
-                        f"only; give each class its own")
+        raise UserError(f"{file} must have a colour for each class, got two classes of one colour. "
+                        f"BPS sees only colours: change the palette.")
     return image
 
 
 def open_boxes(file):
-    """Returns a label map of mode P; one without a palette will do if it has few colours.
-
-    Errors: UserError as open_label_map has them, and if there are too many colours.
-    """
+    """The label map in a file as a palette image; RGB is accepted if it has few colours."""
     image = load_image(file)
     if image.format not in LOSSLESS or image.mode in ("1", "L", "P") or image.mode.startswith("I"):
         return to_label_map(image, file)
     colours, index = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0,
                                return_inverse=True)
     if len(colours) > MAX_CLASSES:
-        raise UserError(f"{file}: {len(colours):,} colours; a label map has one per class, at "
-                        f"most {MAX_CLASSES}, without shades between")
+        raise UserError(f"{file} must have at most {MAX_CLASSES} colours, one per class, got "
+                        f"{len(colours):,}. Save it without shades between classes.")
     labels = Image.fromarray(index.reshape(image.height, image.width).astype(np.uint8))
     labels.putpalette(colours.astype(np.uint8).tobytes())
     return labels
 
 
 def distinct_colours():
-    """Returns 256 colours as bytes (768): class 0 black, no two alike.
+    """256 different colours as bytes (768); class 0 is black.
 
-    The bits of the number are dealt out to red, green and blue, highest first, as PASCAL VOC's
-    palette does it.
+    The bits of a class number go to red, green and blue in turns, as in PASCAL VOC's palette.
     """
     numbers, colours = np.arange(MAX_CLASSES), np.zeros((MAX_CLASSES, 3), np.uint8)
     for bit in range(8):
@@ -372,15 +359,15 @@ def distinct_colours():
 
 
 def class_colours(labels):
-    """Returns {colour, as in "#1f77b4": palette index} of the classes that a palette image has."""
-    palette = labels.getpalette("RGB") + [0] * 3 * MAX_CLASSES      # it may be cut short
+    """{colour, as in "#1f77b4": palette index} of the classes in a palette image."""
+    palette = labels.getpalette("RGB") + [0] * 3 * MAX_CLASSES      # it may be shorter
     return {"#%02x%02x%02x" % tuple(palette[3 * i:3 * i + 3]): i for _, i in labels.getcolors()}
 
 
 def class_names(colours):
-    """Returns {colour: how to call the class} of {colour: index}: by its number in grey maps.
+    """{colour: name of the class} of {colour: index}: its number in grey maps, else its colour.
 
-    These have the palette of distinct_colours; of other palettes the colours say more.
+    Grey maps are recognised by the palette of distinct_colours.
     """
     palette = distinct_colours()
     numbered = all(colour == f"#{palette[3 * i:3 * i + 3].hex()}" for colour, i in colours.items())
@@ -388,11 +375,11 @@ def class_names(colours):
 
 
 def palette_fault(palettes):
-    """Returns what is wrong with label maps that do not go together, or None.
+    """What is wrong with label maps whose palettes contradict each other, or None.
 
-    palettes: {((colour, number), ..): a map that has these classes}. Colours under other numbers
-    are the same classes to BPS, which sees colours. What is wrong is a number of two colours that
-    have no other number, and masks whose inside is 1 in some and 255 in others.
+    palettes: {((colour, number), ..): a map that has these classes}. BPS sees only colours, so the
+    same colours may have other numbers. An error is a number with two colours that have no other
+    number, and masks whose inside is 1 in some files and 255 in others.
     """
     numbers, maps = {}, {}              # {colour: its numbers}, {(number, colour): a map}
     for classes, file in palettes.items():
@@ -400,23 +387,23 @@ def palette_fault(palettes):
             numbers.setdefault(colour, set()).add(number)
             maps.setdefault((number, colour), file)
     for number in sorted({number for number, _ in maps}):
-        colours = [colour for colour, others in numbers.items() if others == {number}]
+        colours = [colour for colour, its_numbers in numbers.items() if its_numbers == {number}]
         if len(colours) > 1:
             places = ", ".join(f"{colour} in {maps[number, colour]}" for colour in colours)
-            return f"palettes differ: class {number} is {places}; save all maps with one palette"
+            return f"palettes differ: class {number} is {places}. Save all maps with one palette."
     insides = {tuple(number for _, number in classes if number != 0) for classes in palettes}
     if {(1,), (255,)} <= insides <= {(), (1,), (255,)}:
         one, other = (next(file for (number, _), file in maps.items() if number == inside)
                       for inside in INSIDE_NUMBERS)
-        return f"masks differ: inside is 1 in {one}, but 255 in {other}; save all in one way"
+        return f"masks differ: inside is 1 in {one}, but 255 in {other}. Save all masks alike."
     return None
 
 
 def match_mask(labels, classes):
-    """Returns a mask with the colour that a BPS, trained on masks, knows for inside.
+    """A mask recoloured to the inside colour that a BPS was trained on; other maps unchanged.
 
-    Inside may be number 1 or 255 of a grey map, or white: these mean the same. labels: any label
-    map; all but masks are returned as they are. classes: {colour: name} that BPS was trained on.
+    Inside may be number 1 or 255 of a grey map, or white. classes: {colour: name} that BPS was
+    trained on.
     """
     palette = distinct_colours()
     outside, *insides = (f"#{palette[3 * i:3 * i + 3].hex()}" for i in (0, *INSIDE_NUMBERS))
@@ -431,8 +418,10 @@ def match_mask(labels, classes):
 
 
 def coarse_colours(x):
-    """Returns a colour reference (B, 3, H, W) in [0, 1] of pictures x (B, 3, H, W) in [-1, 1]:
-    the mean colour of each of COLOUR_CELLS cells along the shorter side."""
+    """Colour reference (B, 3, H, W) in [0, 1] of pictures x (B, 3, H, W) in [-1, 1].
+
+    Each cell has its mean colour; there are COLOUR_CELLS along the shorter side.
+    """
     H, W = x.shape[-2:]
     cells = [max(1, round(COLOUR_CELLS * side / min(H, W))) for side in (H, W)]
     return F.interpolate(F.adaptive_avg_pool2d((x + 1) / 2, cells), (H, W), mode="nearest")
@@ -441,36 +430,36 @@ def coarse_colours(x):
 # ---- tasks ---------------------------------------------------------------------------------
 
 def pad(image, width, height):
-    """Returns a drawing scaled to fit into width x height, with white paper around it."""
+    """A drawing scaled to fit into width x height, with white paper around it."""
     return ImageOps.pad(image, (width, height), Image.Resampling.LANCZOS, color="white")
 
 
 def colours_to_cond(image):
-    """Returns cond (3, H, W) in [0, 1]: the picture's colours."""
+    """cond (3, H, W) in [0, 1]: the picture's colours."""
     return (to_x(image.convert("RGB")) + 1) / 2
 
 
 def lines_to_cond(image):
-    """Returns cond (1, H, W) in [0, 1]: the picture's lines."""
+    """cond (1, H, W) in [0, 1]: the picture's lines."""
     return soft_lines(to_x(image)[None])[0]
 
 
 def colours_and_lines_to_cond(image):
-    """Returns cond (4, H, W) in [0, 1]: the picture's coarse colours and its lines."""
+    """cond (4, H, W) in [0, 1]: the picture's coarse colours and its lines."""
     x = to_x(image)[None]
     return torch.cat([coarse_colours(x), soft_lines(x)], dim=1)[0]
 
 
 class Task(NamedTuple):
-    """A kind of condition: how its files become what BPS is shown."""
+    """A kind of condition: how its files become what BPS sees."""
     channels: int
-    open: Callable                          # file -> condition picture. Errors: UserError
+    open: Callable                          # file -> condition picture
     to_cond: Callable                       # condition picture -> cond (channels, H, W) in [0, 1]
     fit: Callable = crop                    # picture, width, height -> that size, for sampling
-    extract: Callable | None = None         # image -> cond of its own lines, if the task has some
+    extract: Callable | None = None         # image -> cond of its own lines, for --extract
     port_weights: str = "head-heavy"        # the default of train.py --weights
-    has_labels: bool = False                # its colours are classes, which nothing may blend
-    has_numbers: bool = False               # and these have numbers, the same in all maps
+    has_labels: bool = False                # colours are classes, which must not be blended
+    has_numbers: bool = False               # classes have the same number in all maps
     steps: int = 900                        # the default of train.py --steps
 
 
@@ -480,11 +469,11 @@ TASKS = {
                          has_numbers=True),
     "layout": Task(3, open_boxes, colours_to_cond, port_weights="flat", has_labels=True),
     "artistic": Task(4, open_image, colours_and_lines_to_cond, extract=colours_and_lines_to_cond,
-                     steps=300)}            # 40 pictures: with more steps they are learned by heart
+                     steps=300)}            # more steps overfit its 40 pictures
 
 
 def cond_to_x(cond):
-    """Returns a picture x (B, 3, H, W) in [-1, 1] to look at of conditions (B, C, H, W)."""
+    """A viewable picture x (B, 3, H, W) in [-1, 1] of conditions (B, C, H, W)."""
     colours, ink = cond[:, :-1], cond[:, -1:]
     if cond.shape[1] == 3:
         colours, ink = cond, torch.zeros_like(ink)
@@ -493,21 +482,20 @@ def cond_to_x(cond):
     return (2 * colours * (1 - ink) - 1).expand(-1, 3, -1, -1)
 
 
-def is_blank(cond, task):
-    """Returns whether a condition (C, H, W) in [0, 1] is the same all over, and so says nothing."""
+def is_blank(cond, task_name):
+    """Whether a condition (C, H, W) in [0, 1] is the same everywhere."""
     contrast = (cond.amax((1, 2)) - cond.amin((1, 2))).max()
-    return bool(contrast == 0 if TASKS[task].has_labels else contrast < FAINTEST_INK)
+    return bool(contrast == 0 if TASKS[task_name].has_labels else contrast < FAINTEST_INK)
 
 
-def open_condition(file, task, classes=None):
-    """Returns the condition picture in any file that a user may draw with.
+def open_condition(file, task_name, classes=None):
+    """The condition picture in a file to draw with; a label map may have any mode.
 
-    Any map of few colours will do, whatever its mode: nothing is learned from it. classes:
-    {colour: name} that BPS was trained on. Errors: UserError, as read_condition has them.
+    classes: {colour: name} that BPS was trained on.
     """
-    kind = TASKS[task]
-    if not kind.has_labels:
-        return kind.open(file)
+    task = TASKS[task_name]
+    if not task.has_labels:
+        return task.open(file)
     image = open_boxes(file)
     if classes:
         image = match_mask(image, classes)
@@ -515,26 +503,26 @@ def open_condition(file, task, classes=None):
     return image
 
 
-def read_condition(file, task, width, height, classes=None):
-    """Returns (cond (C, height, width), picture of it) of any file that a user may draw with.
+def read_condition(file, task_name, width, height, classes=None):
+    """(cond (C, height, width), picture of it) of a file to draw with.
 
-    A drawing is fitted in, everything else covers the picture and is cropped. Lines of a drawing
-    that have become faint by shrinking are brought back to full ink. classes: {colour: name} that
-    BPS was trained on. Errors: UserError names the file, and a class that is unknown.
+    A drawing is fitted in, everything else covers the picture and is cropped. Lines that shrinking
+    made faint are restored to full ink. classes: {colour: name} that BPS was trained on.
     """
-    kind = TASKS[task]
-    cond = kind.to_cond(kind.fit(open_condition(file, task, classes), width, height))
-    if kind.open is open_drawing:
-        if is_blank(cond, task):
-            raise UserError(f"{file}: no line in it; a drawing is dark on light or light on dark")
+    task = TASKS[task_name]
+    cond = task.to_cond(task.fit(open_condition(file, task_name, classes), width, height))
+    if task.open is open_drawing:
+        if is_blank(cond, task_name):
+            raise UserError(f"{file} has no line. A drawing must be dark on light or light on "
+                            f"dark.")
         cond = cond / cond.max()
     return cond, to_image(cond_to_x(cond[None])[0])
 
 
 def check_classes(file, labels, classes):
-    """Raises UserError if a label map has a class that is not in classes, {colour: name}."""
+    """Raise UserError if a label map has a class that is not in classes, {colour: name}."""
     for colour, name in class_names(class_colours(labels)).items():
         if colour not in classes:
             known = ", ".join(name if name.isdecimal() or name == colour else
                               f"{colour} {name}".strip() for colour, name in classes.items())
-            raise UserError(f"{file}: class {name} is unknown; this BPS was trained on {known}")
+            raise UserError(f"{file}: class {name} is unknown. This BPS was trained on {known}.")

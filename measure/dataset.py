@@ -1,4 +1,4 @@
-"""What is in a user's own pairs, and what is wrong there: train.py --check-data.
+"""What a user's own pairs contain, and what is wrong with them: train.py --check-data.
 
     check_data(args)            # prints it, and writes a sheet of what the network will see
 """
@@ -16,31 +16,34 @@ from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
 from measure.report import SHEET_ROWS, contact_sheet
 from weights import UserError
 
-MANY_CLASSES = 64               # in all maps; a larger number may be shades
-ENTRIES = 8                     # sizes or modes in a line
+MANY_CLASSES = 64               # more than this in all maps may be shades
+MAX_ENTRIES = 8                 # sizes, modes or files that are listed
 
 
 class Survey:
-    """Collects what the files of some pairs are, and what is wrong with them."""
+    """Counts of what the files of some pairs contain, and their problems."""
 
-    def __init__(self, task, extract, size):
-        self.task, self.kind = task, conditions.TASKS[task]
+    def __init__(self, task_name, extract, size):
+        self.task_name, self.task = task_name, conditions.TASKS[task_name]
         self.extract, self.size = extract, size
-        self.is_drawing = self.kind.open is conditions.open_drawing
+        self.is_drawing = self.task.open is conditions.open_drawing
         self.problems, self.blank = [], []
         self.sizes, self.modes, self.classes = Counter(), Counter(), Counter()
         self.files_of_digest = {}                   # (role, SHA-256): files
         self.palettes = {}                          # ((colour, number), ..): a map that has them
         self.light_on_dark = 0                      # number of drawings
 
-    def look(self, role, file):
-        """Returns the image of a file and counts it; None if it cannot be used."""
+    def add(self, role, file):
+        """Count a file and return its image, or None if it can't be used.
+
+        role: "image" or "condition".
+        """
         try:
             with conditions.naming_file(file), Image.open(file) as image:
-                image.verify()                      # checksums, too, which load() passes over
+                image.verify()                      # also the checksums, which load() ignores
             image = conditions.load_image(file)
             if role == "condition" or self.extract:
-                self.look_at_condition(file, image)
+                self.add_condition(file, image)
             digest = hashlib.sha256(file.read_bytes()).digest()
         except (UserError, OSError) as error:
             self.problems.append(str(error))
@@ -50,14 +53,14 @@ class Survey:
         self.files_of_digest.setdefault((role, digest), set()).add(file)
         return image
 
-    def look_at_condition(self, file, image):
-        """Counts classes of label maps, drawings that are light on dark, and blank conditions."""
-        picture = conditions.open_image(file) if self.extract else self.kind.open(file)
-        to_cond = self.kind.extract if self.extract else self.kind.to_cond
+    def add_condition(self, file, image):
+        """Count a label map's classes, a drawing that is light on dark, or a blank condition."""
+        picture = conditions.open_image(file) if self.extract else self.task.open(file)
+        to_cond = self.task.extract if self.extract else self.task.to_cond
         cond = to_cond(conditions.crop(picture, self.size, self.size))
-        if conditions.is_blank(cond, self.task):
+        if conditions.is_blank(cond, self.task_name):
             self.blank.append(file)
-        if self.kind.has_labels:
+        if self.task.has_labels:
             colours = conditions.class_colours(picture)
             self.classes.update(colours.keys())
             self.palettes.setdefault(tuple(colours.items()), file)
@@ -65,86 +68,87 @@ class Survey:
             self.light_on_dark += conditions.is_light_on_dark(conditions.drawing_to_rgb(image))
 
     def report(self, folder, number_of_pairs):
-        """Prints sizes, modes, classes, blank conditions and duplicates.
+        """Print sizes, modes, classes, blank conditions and duplicates.
 
-        Palettes that differ are a problem, and so are conditions that are all blank.
+        Add a problem if palettes differ, or if all conditions are blank.
         """
-        for what, counts in (("sizes", self.sizes), ("modes", self.modes)):
-            entries = [f"{entry} ({n})" for entry, n in counts.most_common(ENTRIES)]
-            rest = len(counts) - len(entries)
-            print(f"{what}: {', '.join(entries)}" + (f" and {rest} more" if rest else ""))
-        if self.kind.has_labels:
+        for name, counts in (("sizes", self.sizes), ("modes", self.modes)):
+            entries = [f"{entry} ({n})" for entry, n in counts.most_common(MAX_ENTRIES)]
+            omitted = len(counts) - len(entries)
+            print(f"{name}: {', '.join(entries)}" + (f" and {omitted} more" if omitted else ""))
+        if self.task.has_labels:
             names = conditions.class_names(dict(sum(self.palettes, ())))
             print("classes: " + ", ".join(f"{names[colour]} in {n} maps"
                                           for colour, n in sorted(self.classes.items())))
         fault = conditions.palette_fault(self.palettes)
-        if fault and self.kind.has_numbers:
+        if fault and self.task.has_numbers:
             self.problems.append(f"{folder}: {fault}")
         for file in self.blank:
             print(f"blank condition: {file}")
         if self.blank and len(self.blank) == number_of_pairs:
-            self.problems.append(f"{folder}: all conditions are blank; a drawing needs ink, a "
-                                 f"label map two classes")
+            self.problems.append(f"{folder}: all conditions are blank. Drawings need lines; label "
+                                 f"maps need at least two classes.")
         if self.is_drawing:
-            print(f"drawings that are light on dark, and are turned: {self.light_on_dark}")
+            print(f"drawings that are light on dark and will be inverted: {self.light_on_dark}")
             if "condition P" in self.modes:
-                print("note: palette images as line drawings; label maps want --task segmentation")
+                print("note: the drawings include palette images. For label maps use --task "
+                      "segmentation.")
         if len(self.classes) > MANY_CLASSES:
-            print(f"note: {len(self.classes)} classes look like shades of a picture")
+            print(f"note: {len(self.classes)} classes may be the shades of a picture")
         for (role, _), files in self.files_of_digest.items():
             if len(files) > 1:
                 print(f"duplicates: {role} {' = '.join(map(str, sorted(files)))}")
 
 
 def check_captions(pairs, tokenizer, default_prompt):
-    """Prints how many captions there are and which are cut."""
+    """Print how many captions there are, and which are truncated."""
     captions = [(pair.image, text) for pair in pairs for text in pair.prompts]
-    bare = sum(not pair.prompts for pair in pairs)
-    print(f"captions: {len(captions)}, and {bare} pictures without; their --default-prompt is "
-          f"{default_prompt!r}")
-    if bare:
+    without_caption = [pair.image for pair in pairs if not pair.prompts]
+    print(f"captions: {len(captions)}; pictures without one: {len(without_caption)}, which train "
+          f"with --default-prompt {default_prompt!r}")
+    if without_caption:
         captions.append(("--default-prompt", default_prompt))
-    for pair in [pair for pair in pairs if not pair.prompts][:ENTRIES]:
-        print(f"no caption: {pair.image}")
+    for image in without_caption[:MAX_ENTRIES]:
+        print(f"no caption: {image}")
     for place, text in captions:
-        _, rest = tokenizer.truncate(text)
-        if rest:
-            print(f"cut: {place}: its caption loses {rest!r}")
+        _, dropped = tokenizer.truncate(text)
+        if dropped:
+            print(f"truncated caption: {place} loses {dropped!r}")
 
 
 def check_data(args):
-    """Prints what is in --data and writes a sheet of it; raises UserError if anything is wrong."""
+    """Print what --data contains and write a sheet of it; raise UserError if anything is wrong."""
     tokenizer = load_tokenizer(find_tokenizer(args.base, args.tokenizer))
     pairs, problems, unused = find_pairs(args.data, args.extract)
     survey = Survey(args.task, args.extract, args.size)
     for pair in tqdm(pairs, desc="check", leave=False):
-        image = survey.look("image", pair.image)
-        cond = image if args.extract else survey.look("condition", pair.cond)
+        image = survey.add("image", pair.image)
+        cond = image if args.extract else survey.add("condition", pair.cond)
         if image and cond and not same_shape(cond, image):
             survey.problems.append(shape_fault(pair.cond, cond, image))
     groups = group_pairs(args.data, pairs)
-    side_of = split_names(groups)
-    counts = Counter(side_of[group] for group in groups)
-    print(f"pairs: {len(pairs)}, of which " + ", ".join(
-        f"{counts[side]} {side}" for side in ("train", "val", "test")))
-    for file in unused[:ENTRIES]:
+    split_of = split_names(groups)
+    counts = Counter(split_of[group] for group in groups)
+    print(f"pairs: {len(pairs)} (" + ", ".join(
+        f"{counts[split]} {split}" for split in ("train", "val", "test")) + ")")
+    for file in unused[:MAX_ENTRIES]:
         print(f"belongs to no pair: {file}")
-    if unused[ENTRIES:]:
-        print(f"and {len(unused) - ENTRIES} more files belong to no pair")
+    if unused[MAX_ENTRIES:]:
+        print(f"and {len(unused) - MAX_ENTRIES} more files belong to no pair")
     survey.report(args.data, len(pairs))
     check_captions(pairs, tokenizer, args.default_prompt)
     problems += survey.problems
     for problem in problems:
         print(f"problem: {problem}")
     if problems:
-        raise UserError(f"{args.data}: problems, each named above: {len(problems)}; no sheet is "
-                        f"written")
+        raise UserError(f"{args.data} has {len(problems)} problems, listed above. Fix them to get "
+                        f"the sheet.")
     write_sheet(args)
     print("no problem found; the sheet shows what the network will see")
 
 
 def write_sheet(args):
-    """Writes check.png: the first training pairs as the network will see them, and flipped."""
+    """Write check.png: the first training pairs as the network will see them, and flipped."""
     pairs = load_pairs(args.task, "train", args.data, args.extract,
                        args.default_prompt)[:SHEET_ROWS]
     columns = []

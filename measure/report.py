@@ -165,7 +165,7 @@ def load_fitting(file, base, task=None, device="cpu"):
     bps = load_bps(file, device=device)
     check_fit(bps, file, base)
     if task not in (None, bps.metadata["task"]):
-        raise UserError(f"{file} must be a BPS for {task}, got one for {bps.metadata['task']}.")
+        raise UserError(f"{file} must be trained for {task}, got {bps.metadata['task']}.")
     return bps
 
 

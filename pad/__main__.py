@@ -56,7 +56,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 respond()
             else:
                 self.discard()
-                self.answer_json(403, dict(error="only the pad's own page may ask"))
+                self.answer_json(403, dict(error="only the pad's own page may send requests."))
         except (ConnectionError, TimeoutError):
             pass                            # the page has gone, or has sent a newer request
         except Exception as error:          # a mistake in one request must not end the pad
@@ -72,7 +72,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/setup":
             self.answer_json(200, self.server.studio.setup())
         else:
-            self.answer_json(404, dict(error=f"{self.path}: not here"))
+            self.answer_json(404, dict(error=f"{self.path} is missing."))
 
     def post(self):
         """Answer a POST."""
@@ -86,7 +86,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif self.path == "/save":
             self.answer_json(200, studio.save(request))
         else:
-            self.answer_json(404, dict(error=f"{self.path}: not here"))
+            self.answer_json(404, dict(error=f"{self.path} is missing."))
 
     def is_own(self):
         """Whether a request is from the pad's own page, or from a program on this computer.
@@ -111,16 +111,17 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """The JSON object that was sent."""
         length = self.headers.get("Content-Length", "")
         if self.headers.get_content_type() != "application/json" or not length.isdecimal():
-            raise UserError("give a JSON object, with its length")
+            raise UserError("a request must be a JSON object with a Content-Length.")
         if int(length) > MOST_BYTES:
             self.discard()
-            raise UserError(f"{int(length):,} bytes; allowed are {MOST_BYTES:,}")
+            raise UserError(f"a request must have at most {MOST_BYTES:,} bytes, got "
+                            f"{int(length):,}.")
         try:
             request = json.loads(self.rfile.read(int(length)))
         except ValueError:
-            raise UserError("not JSON") from None
+            raise UserError("a request must be JSON.") from None
         if not isinstance(request, dict):
-            raise UserError("not a JSON object")
+            raise UserError("a request must be a JSON object.")
         return request
 
     def start(self, status, kind):
@@ -172,7 +173,8 @@ def make_server(studio, port):
     try:
         server = http.server.ThreadingHTTPServer((ADDRESS, port), Handler)
     except OSError as error:
-        raise UserError(f"--port {port}: {error.strerror}; give another, or 0") from None
+        raise UserError(f"--port {port} can't be used ({error.strerror}). Give another, or 0 for "
+                        f"any free one.") from None
     server.studio = studio
     return server
 
@@ -191,11 +193,11 @@ def main():
     parser.add_device()
     args = parser.parse_args()
     if not 0 <= args.port < 2**16:
-        parser.error(f"--port {args.port}: allowed are 0 to {2**16 - 1}")
+        parser.error(f"--port must be in 0..{2**16 - 1}, got {args.port}.")
     parser.check_out(args.out)
     is_embedded = args.base.resolve() == BASE.resolve()
     if not args.bps and not is_embedded:
-        parser.error(f"--base {args.base}: needs --bps, a file that train.py wrote for it")
+        parser.error(f"--base {args.base} needs --bps, a file that train.py wrote for it.")
     studio = Studio(args, args.bps or [DEFAULT_BPS], () if args.bps else trained_files())
     server = make_server(studio, args.port)
     address = f"http://{ADDRESS}:{server.server_port}"

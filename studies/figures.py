@@ -20,7 +20,6 @@ from inputs.options import BASE, DEFAULT_BPS, ROOT, Parser, run_script
 from measure.report import contact_sheet, draw_pairs, load_fitting
 from sample import draw, load_base
 from tiny import world
-from weights import UserError
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WINDOWS = ((0.0, 0.25), (0.0, 0.5), (0.5, 1.0), (0.75, 1.0), (0.0, 1.0))       # of the denoising
@@ -138,7 +137,7 @@ def main():
     args = parser.parse_args()
     parser.check_out(args.out)
     if args.figure != "tasks" and len(args.bps) > 1:
-        raise UserError(f"--bps: {args.figure} takes one file, not {len(args.bps)}")
+        parser.error(f"--bps must be one file for {args.figure}, got {len(args.bps)}.")
     base = load_base(BASE)
     task = None if args.figure == "tasks" else "sketch"
     networks = [load_fitting(file, base, task) for file in args.bps]

@@ -116,7 +116,7 @@ class Record:
                 if row["base_sha256"] == self.base_sha256:
                     self.results[Job(**row["job"])] = row["results"]
             except (KeyError, TypeError, ValueError):
-                raise UserError(f"{self.file}: line {number} is damaged; delete it") from None
+                raise UserError(f"{self.file}: line {number} is corrupt. Delete it.") from None
 
     def add(self, job, numbers):
         """Add the numbers of a Job."""
@@ -454,9 +454,9 @@ def main():
     add("--seed", type=int, choices=SEEDS, default=0, help="its seed (default: %(default)s)")
     args = parser.parse_args()
     if args.done and args.method:
-        parser.error(f"--method {args.method}: --done prints a whole study; leave one out")
+        parser.error("--method can't be combined with --done, which prints a whole study.")
     if not args.method and (args.pairs, args.steps, args.seed) != (0, STEPS, 0):
-        parser.error("--pairs, --steps, --seed: need --method")
+        parser.error("--pairs, --steps and --seed need --method.")
     parser.check_out(args.record.parent, option="--record")
     parser.check_out(args.figures, option="--figures")
     record = Record(args.record, fingerprint(*checkpoints.read_unet(BASE).files()))
@@ -467,15 +467,15 @@ def main():
         jobs = STUDIES[args.study](bench, rates)
         if args.method:
             if not 0 <= args.pairs <= len(bench.pairs["train"]):
-                parser.error(f"--pairs {args.pairs}: allowed are 0, which is all, to "
-                             f"{len(bench.pairs['train'])}")
+                parser.error(f"--pairs must be in 0..{len(bench.pairs['train'])}, got "
+                             f"{args.pairs}. 0 is all.")
             jobs = [Job(args.task, args.method, args.pairs, args.steps, rates(args.method),
                         args.seed)]
         for job in jobs:
             bench.result(job)
     results = done(record, args.task, args.study)
     if not results:
-        raise UserError(f"{args.record}: nothing of this study is done")
+        raise UserError(f"{args.record} has no results of this study.")
     print_results(results)
     if args.study == "methods":
         print_sweeps(record, args.task)

@@ -523,7 +523,7 @@ def main():
     parser.add_device()
     args = parser.parse_args()
     if not args.minutes > 0:
-        parser.error(f"--minutes {args.minutes}: allowed is more than 0")
+        parser.error(f"--minutes must be greater than 0, got {args.minutes}.")
     torch.manual_seed(args.seed)            # the initial weights
     stage = STAGES[args.stage](args)
     stage.export(train(stage, args))
