@@ -1,4 +1,4 @@
-"""Users' drawings and folders, the lines of a picture, and what a training step is given."""
+"""Drawings of every look, the lines of a picture, and what a training step gets from the cache."""
 import io
 
 import numpy as np
@@ -20,16 +20,11 @@ from inputs.conditions import (
     to_image,
     to_x,
 )
-from inputs.disk_cache import DiskCache
-from inputs.options import BASE
-from sample import load_base
+from inputs.files import hash_module
 from tiny import world
 from weights import UserError
 
-
-def on_grey_paper(image):
-    """Darkens the paper to 200 and keeps the ink."""
-    return image.point(lambda grey: grey * 200 // 255)
+# ---- polarity and paper --------------------------------------------------------------------
 
 
 def as_transparent(image):
@@ -39,17 +34,18 @@ def as_transparent(image):
 
 @pytest.mark.parametrize("change", [
     lambda image: image.convert("L"), lambda image: image.convert("1"),
-    lambda image: image.convert("P"), as_transparent, ImageOps.invert, on_grey_paper,
+    lambda image: image.convert("P"), as_transparent, ImageOps.invert,
+    lambda image: image.point(lambda grey: grey * 200 // 255),
     lambda image: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)],
     ids=["grey", "bilevel", "palette", "transparent", "light on dark", "grey paper", "16 bit"])
 def test_a_drawing_of_any_mode_and_polarity_gives_the_same_condition(tmp_path, change):
     ring(64, 64).save(tmp_path / "a.png")
     change(ring(64, 64)).save(tmp_path / "b.png")
     expected, _ = read_condition(tmp_path / "a.png", "sketch", 64, 64)
-    cond, used = read_condition(tmp_path / "b.png", "sketch", 64, 64)
+    cond, shown = read_condition(tmp_path / "b.png", "sketch", 64, 64)
     assert cond.shape == (1, 64, 64) and cond.min() == 0 and cond.max() == 1
     torch.testing.assert_close(cond, expected, atol=0.02, rtol=0)
-    assert used.size == (64, 64) and used.getpixel((0, 0)) == (255, 255, 255)
+    assert shown.size == (64, 64) and shown.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_a_drawing_keeps_its_aspect_ratio_and_is_padded_with_paper(tmp_path):
@@ -60,17 +56,15 @@ def test_a_drawing_keeps_its_aspect_ratio_and_is_padded_with_paper(tmp_path):
     assert cond[0, :16].max() == 0 and cond[0, -16:].max() == 0
 
 
-def test_what_is_no_drawing_is_refused(tmp_path):
+def test_a_file_without_a_drawing_is_refused(tmp_path):
     Image.new("RGB", (50, 50), "white").save(tmp_path / "blank.png")
     Image.new("RGB", (50, 40), (200, 180, 90)).save(tmp_path / "yellow.png")
     (tmp_path / "text.png").write_text("not an image")
-    for name, message in (("blank.png", "no line in it"), ("yellow.png", "no line in it"),
-                          ("text.png", "cannot be read"), ("absent.png", "absent.png")):
+    for name, message in (("blank.png", "has no line"), ("yellow.png", "has no line"),
+                          ("text.png", "can't be read"), ("absent.png", "absent.png is missing")):
         with pytest.raises(UserError, match=message):
             read_condition(tmp_path / name, "sketch", 64, 64)
 
-
-# ---- polarity and paper --------------------------------------------------------------------
 
 def framed(image, width, colour=0):
     image = image.copy()
@@ -80,7 +74,7 @@ def framed(image, width, colour=0):
 
 
 def toned(image, paper, ink, noise=3.0):
-    """The drawing on paper of another tone, (H, W) or a number, with noise, as photographed."""
+    """The drawing as photographed: paper and ink of other tones, numbers or (H, W), and noise."""
     white = np.asarray(image.convert("L"), float) / 255
     grey = ink + (paper - ink) * white
     grey = grey + np.random.default_rng(0).normal(0, noise, white.shape)
@@ -130,31 +124,28 @@ def test_a_drawing_is_read_as_dark_on_white_whatever_it_looks_like(look):
     changed = LOOKS[look](drawing)
     expected = np.asarray(drawing.convert("L"), float)
     border = (changed.height - 300) // 2, (changed.width - 300) // 2
-    read = np.asarray(level_drawing(changed).convert("L"), float)
-    read = read[border[0]:border[0] + 300, border[1]:border[1] + 300]
+    levelled = np.asarray(level_drawing(changed).convert("L"), float)
+    levelled = levelled[border[0]:border[0] + 300, border[1]:border[1] + 300]
     inside = np.s_[25:-25, 25:-25]                      # a frame is part of what is drawn
-    assert np.abs(read - expected)[inside].mean() < 25
-    assert np.median(read[inside]) > 235
-
-
-def test_all_embedded_drawings_are_dark_on_light_and_stay_as_they_are():
-    embedded = [world.on_ground(world.picture("line", row["name"]))
-                for row in world.records(None, ("line",))]
-    assert len(embedded) == 978
-    assert not any(is_light_on_dark(image) for image in embedded)
-    for image in embedded[::20]:
-        assert np.array_equal(np.asarray(level_drawing(image)), np.asarray(image.convert("L")
-                                                                           .convert("RGB")))
+    assert np.abs(levelled - expected)[inside].mean() < 25
+    assert np.median(levelled[inside]) > 235
 
 
 @pytest.mark.parametrize("look", ["plain", "light on dark", "grey paper", "thin black frame"])
-def test_training_and_sampling_read_one_file_alike(look, tmp_path):
+def test_training_and_sampling_read_a_file_alike(look, tmp_path):
     LOOKS[look](ring(64, 64)).save(tmp_path / "a.png")
     pair = Pair("a", lambda: open_drawing(tmp_path / "a.png"), lambda: ring(64, 64), ("",))
     trained, _, _ = open_pair(pair, "sketch", 64)
     sampled, _ = read_condition(tmp_path / "a.png", "sketch", 64, 64)
     torch.testing.assert_close(trained / 255, sampled, atol=0.15, rtol=0)
 
+
+def test_embedded_drawings_are_dark_on_light():
+    drawings = [pair.open_cond() for pair in load_pairs("sketch", "test")]
+    assert not any(is_light_on_dark(image.convert("RGB")) for image in drawings)
+
+
+# ---- pictures and lines --------------------------------------------------------------------
 
 def test_images_survive_the_way_to_x_and_back():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8))
@@ -184,57 +175,71 @@ def test_line_f1_forgives_one_pixel_and_no_more():
     assert line_f1(a, torch.zeros_like(a)).item() == 0
 
 
-def test_no_name_is_on_two_sides_of_the_split():
-    names = {split: {row["name"] for row in world.records(split, (*world.BASE_STYLES, "line"))}
-             for split in ("train", "val", "test")}
-    assert not names["train"] & names["test"] and not names["train"] & names["val"]
-    assert not names["val"] & names["test"] and len(names["test"]) >= 128
+# ---- pairs ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("task", ["sketch", "artistic"])
+def test_no_embedded_figure_is_in_two_splits(task):
+    names = [pair.name for split in ("train", "val", "test") for pair in load_pairs(task, split)]
+    assert len(names) == len(set(names))
+    assert all(pair.files == (world.FIGURES,) for pair in load_pairs(task, "val"))
 
 
-@pytest.mark.parametrize("task, sizes", [
-    ("sketch", (779, 58, 141)), ("segmentation", (480, 48, 144)), ("layout", (480, 48, 144)),
-    ("artistic", (40, 22, 52))])
-def test_every_embedded_task_has_as_many_pairs_as_its_table_says(task, sizes):
-    splits = [load_pairs(task, split) for split in ("train", "val", "test")]
-    assert tuple(map(len, splits)) == sizes
-    names = [{pair.name for pair in pairs} for pairs in splits]
-    assert [len(each) for each in names] == list(sizes)
-    if task == "artistic":
-        assert not set.intersection(*names[:2]) and not names[0] & names[2]
-        assert "firefox" not in world.BASE_STYLES
+def test_a_users_pairs_are_split_by_name_with_some_in_every_split():
+    for count in (10, 57, 500):
+        names = [f"{i:03d}.png" for i in range(count)]
+        splits = split_names(names)
+        assert splits == split_names(names[::-1])
+        counts = [list(splits.values()).count(split) for split in ("test", "val")]
+        assert counts == [max(1, round(0.15 * count)), max(1, round(0.05 * count))]
 
 
-def test_embedded_pairs_are_aligned_drawings_of_their_pictures():
-    pairs = load_pairs("sketch", "test")[:20]
-    drawn = torch.stack([to_x(pair.open_cond()) for pair in pairs])
-    true = torch.stack([to_x(pair.open_image()) for pair in pairs])
-    right = line_f1(extract_lines(true), extract_lines(drawn)).mean()
-    wrong = line_f1(extract_lines(true.roll(1, 0)), extract_lines(drawn)).mean()
-    assert right > 0.6 and right > wrong + 0.2
+# ---- the cache -----------------------------------------------------------------------------
+
+@pytest.fixture
+def folder(tmp_path):
+    """An empty folder of cached parts."""
+    return tmp_path / "cache"
 
 
-@pytest.fixture(scope="module")
-def base():
-    return load_base(BASE)
+@pytest.fixture
+def pairs(tmp_path):
+    """Sixty pairs of files, more than a part contains."""
+    (tmp_path / "pairs").mkdir()
+    found = []
+    for i in range(60):
+        files = tmp_path / "pairs" / f"{i}-cond.png", tmp_path / "pairs" / f"{i}.png"
+        ring(80 - i, 80 - i).save(files[0])
+        ring(80 - i, 80 - i).rotate(90).save(files[1])
+        found.append(Pair(str(files[0]), lambda file=files[0]: open_drawing(file),
+                          lambda file=files[1]: open_image(file), (f"ring {i}", "a ring"), files))
+    return found
 
 
-def drawn_pairs(change, count=6):
-    return [Pair(str(i), lambda i=i: change(ring(64 - 2 * i, 64 - 2 * i)),
-                 lambda i=i: ring(64 - 2 * i, 64 - 2 * i), (f"ring {i}", "a ring"))
-            for i in range(count)]
+@pytest.fixture
+def encoded(base, monkeypatch):
+    """A list of how many pictures each call of the base's autoencoder encodes."""
+    counts, encode = [], base.vae.encode
+    monkeypatch.setattr(base.vae, "encode", lambda x: (counts.append(len(x)), encode(x))[1])
+    return counts
 
 
-def test_a_condition_of_another_size_than_its_picture_is_refused(base):
-    pairs = drawn_pairs(lambda image: image.resize((70, 60)))
-    with pytest.raises(UserError, match="0: 70 x 60 px, but its picture has 64 x 64"):
-        LatentCache(pairs, "sketch", 64, base)
+def batches(cache):
+    """Everything that a training would read."""
+    return [tensor for seed in range(3) for tensor in
+            cache.batch(torch.arange(8), 8, torch.Generator().manual_seed(seed))]
 
 
-def test_a_batch_has_pairs_mirrored_or_not_their_own_prompts_and_a_tenth_empty(base):
-    cache = LatentCache(drawn_pairs(lambda image: image), "sketch", 64, base, mirror=True)
+def test_a_condition_with_another_aspect_ratio_is_refused(base, folder):
+    pair = Pair("a", lambda: ring(70, 60), lambda: ring(64, 64), ("",))
+    with pytest.raises(UserError, match="a must have the aspect ratio .* got 70 x 60 px"):
+        LatentCache([pair], "sketch", 64, base, folder=folder)
+
+
+def test_a_batch_has_mirrored_pairs_their_own_prompts_and_a_tenth_empty(base, pairs, folder):
+    cache = LatentCache(pairs[:6], "sketch", 64, base, mirror=True, folder=folder)
     assert len(cache) == 12 and torch.equal(
         cache.cond(range(6)).flip(-1), cache.cond(range(6, 12)))
-    cond, z, context = cache.batch(torch.arange(2000), 2000, torch.Generator().manual_seed(0))
+    cond, z, context = cache.batch(torch.arange(1000), 1000, torch.Generator().manual_seed(0))
     which = (cond[:, None] == cache.cond(range(12))[None]).flatten(2).all(dim=2).int().argmax(1)
     empty = (context == cache.context([""])).flatten(1).all(dim=1)
     assert empty.float().mean().item() == pytest.approx(0.1, abs=0.03)
@@ -248,98 +253,84 @@ def test_a_batch_has_pairs_mirrored_or_not_their_own_prompts_and_a_tenth_empty(b
     assert spread.item() == pytest.approx(1, abs=0.05)
 
 
-def test_a_users_pairs_are_split_by_name_with_some_on_every_side():
-    for count in (10, 57, 500):
-        names = [f"{i:03d}.png" for i in range(count)]
-        splits = split_names(names)
-        assert splits == split_names(names[::-1])
-        sides = [sum(side == wanted for side in splits.values()) for wanted in ("test", "val")]
-        assert sides == [max(1, round(0.15 * count)), max(1, round(0.05 * count))]
+def test_shards_of_a_batch_are_rows_of_the_whole(base, pairs, folder):
+    cache = LatentCache(pairs[:6], "sketch", 64, base, folder=folder)
+    whole, shard = (cache.batch(torch.arange(8)[rows], 8, torch.Generator().manual_seed(0))
+                    for rows in (slice(None), slice(1, None, 2)))
+    for expected, rows in zip(whole, shard, strict=True):
+        assert torch.equal(expected[1::2], rows)
 
 
-# ---- the cache on disk ---------------------------------------------------------------------
-
-@pytest.fixture
-def pairs(tmp_path):
-    """Sixty pairs of files, more than a part holds."""
-    (tmp_path / "pairs").mkdir()
-    found = []
-    for i in range(60):
-        files = tmp_path / "pairs" / f"{i}-cond.png", tmp_path / "pairs" / f"{i}.png"
-        ring(80 - i, 80 - i).save(files[0])
-        ring(80 - i, 80 - i).rotate(90).save(files[1])
-        found.append(Pair(str(files[0]), lambda file=files[0]: open_drawing(file),
-                          lambda file=files[1]: open_image(file), (f"ring {i}",), files))
-    return found
+def test_a_cache_is_computed_once_and_again_for_different_content(base, pairs, folder, encoded):
+    expected = batches(LatentCache(pairs, "sketch", 64, base, mirror=True, folder=folder))
+    assert sum(encoded) == 120
+    encoded.clear()
+    assert all(map(torch.equal, expected, batches(
+        LatentCache(pairs, "sketch", 64, base, mirror=True, folder=folder))))
+    assert not encoded
+    for task, size, chosen in (("sketch", 48, pairs), ("sketch", 64, pairs[1:]),
+                               ("artistic", 64, pairs)):
+        encoded.clear()
+        LatentCache(chosen, task, size, base, folder=folder)
+        assert sum(encoded) == len(chosen)
 
 
-@pytest.fixture
-def counting_base(monkeypatch):
-    """The embedded base, whose autoencoder counts the pictures that it encodes."""
-    base = load_base(BASE)
-    base.vae.encoded, encode = 0, base.vae.encode
-
-    def counted(x):
-        base.vae.encoded += len(x)
-        return encode(x)
-
-    monkeypatch.setattr(base.vae, "encode", counted)
-    return base
+def test_another_autoencoder_or_a_changed_file_is_another_part(base, pairs, folder):
+    LatentCache(pairs[:2], "sketch", 64, base, folder=folder)
+    other = base._replace(vae=type(base.vae)(base.vae.config))
+    LatentCache(pairs[:2], "sketch", 64, other, folder=folder)
+    ImageOps.invert(Image.open(pairs[1].files[1])).save(pairs[1].files[1])
+    LatentCache(pairs[:2], "sketch", 64, base, folder=folder)
+    assert len(list(folder.iterdir())) == 3
 
 
-def batches(cache):
-    """Returns all that a training would read."""
-    return [tensor for seed in range(3) for tensor in
-            cache.batch(torch.arange(8), 8, torch.Generator().manual_seed(seed))]
-
-
-def test_a_cache_on_disk_is_the_one_in_memory_and_is_computed_once(pairs, counting_base, tmp_path):
-    disk = DiskCache(tmp_path / "cache", {"vae": "a"})
-    expected = batches(LatentCache(pairs, "sketch", 64, counting_base, mirror=True))
-    for encoded in (120, 0):                             # the second training finds it there
-        counting_base.vae.encoded = 0
-        cache = LatentCache(pairs, "sketch", 64, counting_base, mirror=True, disk=disk)
-        assert counting_base.vae.encoded == encoded and len(cache) == 120
-        assert all(map(torch.equal, batches(cache), expected))
-    for others, size, base_key in ((pairs, 64, {"vae": "b"}), (pairs[1:], 64, {"vae": "a"}),
-                                   (pairs, 48, {"vae": "a"})):
-        counting_base.vae.encoded = 0           # another autoencoder, pictures or size
-        LatentCache(others, "sketch", size, counting_base, disk=disk._replace(base_key=base_key))
-        assert counting_base.vae.encoded == len(others)
-
-
-def test_an_interrupted_pass_goes_on_and_a_damaged_part_is_made_again(pairs, counting_base,
-                                                                      tmp_path, monkeypatch):
-    disk = DiskCache(tmp_path / "cache", {})
-    expected = batches(LatentCache(pairs, "sketch", 64, counting_base))
-    encode = counting_base.vae.encode
+def test_an_interrupted_pass_resumes_with_the_part_that_is_missing(base, pairs, folder, encoded,
+                                                                   monkeypatch):
+    encode = base.vae.encode
 
     def interrupted(x):
-        if counting_base.vae.encoded >= 60 + 48:
+        if sum(encoded) >= 48:
             raise KeyboardInterrupt
         return encode(x)
 
-    monkeypatch.setattr(counting_base.vae, "encode", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        LatentCache(pairs, "sketch", 64, counting_base, disk=disk)
-    monkeypatch.setattr(counting_base.vae, "encode", encode)
-    counting_base.vae.encoded = 0
-    LatentCache(pairs, "sketch", 64, counting_base, disk=disk)
-    assert counting_base.vae.encoded == 12              # the part that was not finished
-    file = max((tmp_path / "cache").iterdir(), key=lambda file: file.stat().st_size)
-    content = bytearray(file.read_bytes())
-    content[-100] ^= 1
-    file.write_bytes(content)
-    counting_base.vae.encoded = 0
-    cache = LatentCache(pairs, "sketch", 64, counting_base, disk=disk)
-    assert counting_base.vae.encoded == 48
-    assert all(map(torch.equal, batches(cache), expected))
+    with monkeypatch.context() as patch:
+        patch.setattr(base.vae, "encode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            LatentCache(pairs, "sketch", 64, base, folder=folder)
+    encoded.clear()
+    cache = LatentCache(pairs, "sketch", 64, base, folder=folder)
+    assert sum(encoded) == 12 and len(cache) == 60
 
 
-def test_many_prompts_are_encoded_as_they_are_needed(pairs, counting_base, monkeypatch):
-    expected = batches(LatentCache(pairs, "sketch", 64, counting_base))
-    monkeypatch.setattr(data, "MOST_PROMPTS", 10)
-    cache = LatentCache(pairs, "sketch", 64, counting_base)
+def test_the_memory_format_of_weights_does_not_change_their_hash():
+    convolutions = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3), torch.nn.Conv2d(6, 1, 1))
+    convolutions.config = None
+    expected = hash_module(convolutions)
+    assert hash_module(convolutions.to(memory_format=torch.channels_last)) == expected
+    convolutions[1].weight.data += 1
+    assert hash_module(convolutions) != expected
+
+
+def test_a_corrupt_part_is_named_with_the_fix(base, pairs, folder):
+    LatentCache(pairs[:2], "sketch", 64, base, folder=folder)
+    part, = folder.iterdir()
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(UserError, match=f"{part.name} is corrupt. Delete it"):
+        LatentCache(pairs[:2], "sketch", 64, base, folder=folder)
+
+
+def test_a_latent_that_overflows_is_named(base, pairs, folder, monkeypatch):
+    encode = base.vae.encode
+    monkeypatch.setattr(base.vae, "encode", lambda x: encode(x * 1e30))
+    with pytest.raises(UserError, match="0-cond.png .* is not finite. Use another --vae"):
+        LatentCache(pairs[:2], "sketch", 64, base, folder=folder)
+    assert not list(folder.iterdir())
+
+
+def test_many_prompts_are_encoded_when_they_are_needed(base, pairs, folder, monkeypatch):
+    expected = batches(LatentCache(pairs[:8], "sketch", 64, base, folder=folder))
+    monkeypatch.setattr(data, "MOST_PROMPTS", 5)
+    cache = LatentCache(pairs[:8], "sketch", 64, base, folder=folder)
     assert cache.contexts is None
     for ours, theirs in zip(batches(cache), expected):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)      # a rounding of fp16
