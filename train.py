@@ -266,6 +266,8 @@ def main():
                      args.prediction_type)
     base.check_finite()
     check_training(args, base, processes)
+    config = config_for(base.unet.config, TASKS[args.task].channels, base.vae.factor, args.weights,
+                        args.foot)
     splits = {split: load_pairs(args.task, split, args.data, args.extract, args.default_prompt)
               for split in SPLITS}
     if args.data:
@@ -275,14 +277,12 @@ def main():
     is_renamed = out.resolve() != args.out.resolve()
     print(f"run: {out} ({args.out} is taken)" if is_renamed else f"run: {out}")
     with lock(out) if processes.rank == 0 else contextlib.nullcontext():
-        train_in(out, args, record, base, splits, processes)
+        train_in(out, args, config, record, base, splits, processes)
 
 
-def train_in(out, args, record, base, splits, processes):
-    """Train and measure in a run's folder."""
+def train_in(out, args, config, record, base, splits, processes):
+    """Train a BPS of a BPSConfig and measure it, in a run's folder."""
     started = time.monotonic()
-    config = config_for(base.unet.config, TASKS[args.task].channels, base.vae.factor, args.weights,
-                        args.foot)
     cache, val_cache, test_cache = (
         LatentCache(pairs, args.task, args.size, base, split == "train", args.extract, args.cache,
                     processes) for split, pairs in splits.items())

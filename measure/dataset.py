@@ -141,8 +141,8 @@ def check_data(args):
     for problem in problems:
         print(f"problem: {problem}")
     if problems:
-        raise UserError(f"{args.data} has {len(problems)} problems, listed above. Fix them to get "
-                        f"the sheet.")
+        raise UserError(f"{args.data}: fix the problems that are listed above ({len(problems)}) to "
+                        f"get the sheet.")
     write_sheet(args)
     print("no problem found; the sheet shows what the network will see")
 
