@@ -1,0 +1,113 @@
+"""A user's mistake is one line on stderr and exit code 2, in every script; nothing is written."""
+import shlex
+
+import pytest
+
+import sample
+import train
+from inputs.options import DEFAULT_DRAWING, MAX_SEEDS
+from pad import __main__ as pad
+from studies import base as base_study
+from studies import cost, figures, rivals, wiring
+
+LAST_SEED = MAX_SEEDS - 1
+# Run in a folder that contains an empty folder `empty`, and a text in `a.md`.
+ERRORS = [
+    # values of a wrong kind or out of range
+    (train, "--steps 0", "--steps: must be at least 1, got 0"),
+    (train, "--lr -1", "--lr: must be in [1e-09, 1], got -1"),
+    (train, "--seed -3", "--seed: must be in 0..2147483647, got -3"),
+    (train, "--task nonsense", "--task: invalid choice: 'nonsense'"),
+    (train, "--foot none", "--foot: invalid choice: 'none'"),
+    (train, "--prompt-drop 0.1", "unrecognized arguments: --prompt-drop"),
+    (train, "--device warp", "--device: warp can't be used"),
+    (train, "--size 60", "--size must be a multiple of 16 for this base, got 60"),
+    (train, "--size 100000", "--size must have at most 16,777,216 pixels, got 100000x100000"),
+    (train, "--batch 1 --accumulate 2",
+     "--batch must be at least processes x --accumulate = 2, got 1"),
+    (train, "--weights a,b", "--weights: must be head-heavy, flat or numbers in [0, 10000)"),
+    (train, "--weights 0,0", "not all 0, as in 16,8,4,16,1, got 0,0"),
+    (train, "--weights 1,2", "port weights must be 5 numbers for this base"),
+    (sample, "--steps 1000", "--steps: must be in [1, 999], got 1000"),
+    (sample, "--n 0", "--n: must be in [1, 10000], got 0"),
+    (sample, "--batch 0", "--batch: must be at least 1, got 0"),
+    (sample, "--size 64x", "--size: must be WIDTHxHEIGHT or one number, got 64x"),
+    (sample, "--size 30x64", "--size must be multiples of 4 for this base, got 30x64"),
+    (sample, "--strength nan", "--strength: must be in [-1000, 1000], got nan"),
+    (sample, "--guidance 1e30", "--guidance: must be in [-1000, 1000], got 1e30"),
+    (sample, "--denoise 0", "--denoise: must be in [0.001, 1], got 0"),
+    (sample, "--window 0.6 1.4", "--window: must be in [0, 1], got 1.4"),
+    (sample, "--window 0.6 0.4", "--window must have START < END, got 0.6 0.4"),
+    (sample, "--window 0.6", "--window must be pairs of START END, got 1 numbers"),
+    (sample, "--prompt --n 1", "expected one argument. Write --option=VALUE"),
+    (sample, "--prompt caf\udce9", "--prompt: must be UTF-8, got 'caf\\udce9'"),
+    (sample, f"--seed {LAST_SEED} --n 2", "--seed plus --n must be at most 2147483648"),
+    (pad, "--port 99999", "--port must be in 0..65535, got 99999"),
+    (rivals, "--task layout", "--task: invalid choice: 'layout'"),
+    (cost, "--repeat 0", "--repeat: must be at least 1, got 0"),
+    (cost, "--only nonsense", "--only: invalid choice: 'nonsense'"),
+    (figures, "nonsense", "figure: invalid choice: 'nonsense'"),
+    (wiring, "--table --cond-channels 2", "--cond-channels: invalid choice: 2"),
+    # options that need or exclude others
+    (train, "--extract", "--extract needs --data"),
+    (train, "--check-data", "--check-data needs --data"),
+    (train, "--default-prompt -cat", "--default-prompt needs --data"),
+    (train, "--data empty --extract --task layout",
+     "--extract must be used with --task sketch or artistic, got layout"),
+    (sample, "--bps none x", "--bps none can't be combined with files"),
+    (sample, "--bps none --mask a.png", "--mask needs --bps FILE"),
+    (sample, "--bps none --strength 0.5", "--strength needs --bps FILE"),
+    (sample, "--bps x y", "--cond is missing. Give one per --bps"),
+    (sample, "--cond a b", "--cond must be given once or 1 times, got 2"),
+    (sample, "--bps x y --cond a --strength 1 2 3",
+     "--strength must be given once or 2 times, got 3"),
+    (sample, "--guidance 1 --negative-prompt x", "--guidance must not be 1"),
+    (pad, "--base a.md", "--base a.md needs --bps"),
+    (rivals, "--done --method lora", "--method can't be combined with --done"),
+    (rivals, "--steps 5", "--pairs, --steps and --seed need --method"),
+    (figures, "strip --bps a b", "--bps must be one file for strip, got 2"),
+    # files and folders to read
+    (train, "--base empty", "empty must be a Stable Diffusion folder"),
+    (train, "--base model.ckpt", "model.ckpt is a pickle"),
+    (train, "--base nowhere.safetensors", "nowhere.safetensors is missing"),
+    (train, "--data nowhere", "--data must be a folder of pairs, got nowhere"),
+    (train, "--data empty", "empty has no pairs. It must contain prompt.json"),
+    (sample, "--bps nowhere.safetensors", "nowhere.safetensors is missing"),
+    (sample, "--bps empty", "empty is a folder"),
+    (sample, "--bps a.md", "a.md can't be read as a safetensors file"),
+    (sample, "--cond nowhere.png", "nowhere.png is missing"),
+    (sample, "--cond a.md", "a.md can't be read as an image"),
+    (sample, "--cond empty", "--cond empty has no images"),
+    (sample, "--init nowhere.png", "nowhere.png is missing"),
+    (sample, "--mask nowhere.png", "nowhere.png is missing"),
+    (sample, f"--from '{DEFAULT_DRAWING}'", "drawing.png: does not say how it was drawn"),
+    (pad, "--bps nowhere", "nowhere is missing"),
+    (rivals, "--done --record a.jsonl", "a.jsonl has no results of this study"),
+    (wiring, "--table --base a.md", "a.md can't be read as a safetensors file"),
+    # folders to write
+    (train, "--out a.md/run", "--out must be a folder, got a.md/run"),
+    (train, "--cache a.md", "--cache must be a folder, got a.md"),
+    (train, "--out caf\udce9", "--out: must be UTF-8, got 'caf\\udce9'"),
+    (train, "--data empty --extract --out empty/x", "--out must be outside empty, whose images"),
+    (sample, "--out a.md", "--out must be a folder, got a.md"),
+    (sample, "--cond empty --out empty/x", "--out must be outside empty, whose images"),
+    (pad, "--out a.md", "--out must be a folder, got a.md"),
+    (rivals, "--figures a.md", "--figures must be a folder, got a.md"),
+    (base_study, "--out a.md", "--out must be a folder, got a.md"),
+    (figures, "strip --out a.md", "--out must be a folder, got a.md"),
+]
+
+
+@pytest.mark.parametrize("module, arguments, message", ERRORS, ids=lambda value: getattr(
+    value, "__name__", ascii(value)))
+def test_a_mistake_is_one_line_and_nothing_is_written(module, arguments, message, run_script,
+                                                      tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.md").write_text("no image, and no weights")
+    with pytest.raises(SystemExit) as stop:
+        run_script(module, *shlex.split(arguments))
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
+    assert message in printed
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["a.md", "empty"]
