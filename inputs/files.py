@@ -58,7 +58,7 @@ def hash_module(module):
     """First 16 hex digits of the SHA-256 of a module's config and weights."""
     digest = hashlib.sha256(repr(module.config).encode())
     for tensor in module.state_dict().values():
-        digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 

@@ -25,7 +25,7 @@ from torch import nn
 import diffusion
 import toy2d
 from bps import posterior
-from inputs.options import Parser, run
+from inputs.options import Parser, run_script
 from measure.bits import condition_bits, log_snr
 from measure.plots import Figure
 from measure.report import VALIDATION_T, mean_and_error
@@ -550,4 +550,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run(main)
+    run_script(main)

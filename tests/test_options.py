@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-import sample
 import train
 from inputs import options, pictures
 from inputs.options import BASE, DEFAULT_DRAWING, MAX_SEEDS, ROOT, shell_command
