@@ -25,11 +25,11 @@ from torch import nn
 import diffusion
 import toy2d
 from bps import posterior
+from inputs.files import write_text
 from inputs.options import Parser, run_script
 from measure.bits import condition_bits, log_snr
 from measure.plots import Figure
 from measure.report import VALIDATION_T, mean_and_error
-from weights import write_text
 
 RATES, STEPS = (1e-4, 3e-4, 1e-3, 3e-3), (160, 625, 2500)   # the grid of every method
 SIZES, SEEDS = (12, 25, 100, 400, 1600), (0, 1, 2)
