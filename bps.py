@@ -85,7 +85,7 @@ def config_for(unet_config, cond_channels, factor, port_weights="head-heavy", fo
     if len(port_weights) != levels + 2 or not any(port_weights[levels - 1:]):
         raise weights.UserError(
             f"port weights must be {levels + 2} numbers for this base ({levels} levels, middle, "
-            f"expansive path), of which one of the last three is not 0, got "
+            f"expansive path), at least one of the last three not 0, got "
             f"{', '.join(f'{weight:g}' for weight in port_weights)}.")
     *input_weights, middle_weight, output_weight = map(float, port_weights)
     return BPSConfig(

@@ -56,7 +56,7 @@ class Sheet:
         self.pen.ellipse(self.zoomed([(x - radius, y - radius), (x + radius, y + radius)]), color)
 
     def text(self, x, y, words, size, anchor, color=GREY):
-        """Write words, of which Pillow's anchor stands at (x, y)."""
+        """Write words with Pillow's anchor at (x, y)."""
         self.pen.text((x * ZOOM, y * ZOOM), words, color, ImageFont.load_default(size * ZOOM),
                       anchor)
 

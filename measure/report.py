@@ -86,7 +86,7 @@ def paired_errors(base, cache, bps=None):
 
 
 def mean_and_error(values):
-    """The mean of values (n,), of which there are two or more, and its standard error."""
+    """The mean of two or more values (n,), and its standard error."""
     return values.mean().item(), values.std().item() / len(values) ** 0.5
 
 

@@ -91,7 +91,7 @@ def joined(base, bps):
 
 
 def halves(base, bps):
-    """(columns, titles, names) of a sheet: two drawings, each of which steers a half."""
+    """(columns, titles, names) of a sheet: two drawings, each steers a half."""
     conds, _ = drawings(2 * ROWS, persons=True)
     mask = torch.zeros(1, 1, *2 * [world.SIZE // base.vae.factor])
     mask[..., :mask.shape[-1] // 2] = 1                                     # the left half

@@ -197,7 +197,7 @@ class LowRank(nn.Module):
 
 
 class LoRA(FineTuned):
-    """A copy of the U-Net of which only low-rank terms in attention and the new input learn."""
+    """A copy of the U-Net. Only low-rank terms in attention and the new input are trained."""
 
     def __init__(self, unet, cond_channels, factor, rank=16):
         super().__init__(unet, cond_channels, factor)

@@ -163,7 +163,7 @@ def test_port_weights_may_be_numbers_one_per_level():
         (3.0, 2.0), 5.0, 0.5)
     with pytest.raises(UserError, match="must be 4 numbers .* got 3, 2.5, 1"):
         config_for(SMALL, 1, FACTOR, port_weights=(3.0, 2.5, 1.0))
-    with pytest.raises(UserError, match="one of the last three is not 0"):
+    with pytest.raises(UserError, match="at least one of the last three not 0"):
         config_for(SMALL, 1, FACTOR, port_weights=(3.0, 0.0, 0.0, 0.0))
 
 

@@ -166,7 +166,7 @@ def test_the_line_counts_of_the_readme_are_about_right():
 
 
 def headings(text):
-    """Returns the anchors of a page's headings, as a code host makes them."""
+    """The anchors of a page's headings, as a code host makes them."""
     return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-")
             for line in re.findall(r"^#+ (.*)$", text, re.M)}
 
