@@ -1,13 +1,12 @@
 """A headless Chromium draws on the pad's page: pytest -m browser.
 
 Needs Debian's chromium and chromium-driver, and the package selenium; without them it fails. With
--s it prints how long a picture took. PAD_FIGURE=docs/figures/pad.png makes the page's picture anew.
+-s it prints how long a picture took. PAD_FIGURE=docs/figures/pad.png writes the page's picture.
 """
 import base64
 import io
 import os
 import shutil
-import sys
 import threading
 
 import pytest
@@ -16,23 +15,22 @@ from PIL import Image
 from test_pad import studio_args
 
 import sample
-from inputs.options import BASE
-from inputs.sample_options import DEFAULT_BPS
+from inputs.options import DEFAULT_BPS, DEFAULT_DRAWING
 from pad import __main__ as pad
 from pad import studio
 from tiny.tasks import CLASSES
 
 pytestmark = pytest.mark.browser
-# a cat's face, as shares of the drawing's side: outline, eyes and mouth
-CAT = [[(0.1, 0.08), (0.14, 0.45), (0.1, 0.62), (0.2, 0.82), (0.4, 0.92), (0.6, 0.92), (0.8, 0.82),
-        (0.9, 0.62), (0.86, 0.45), (0.9, 0.08), (0.66, 0.24), (0.34, 0.24), (0.1, 0.08)],
-       [(0.32, 0.46), (0.32, 0.54)], [(0.68, 0.46), (0.68, 0.54)],
-       [(0.36, 0.72), (0.5, 0.78), (0.64, 0.72)]]
+# a face with pointed ears, as shares of the drawing's side: outline, eyes and mouth
+FACE = [[(0.1, 0.08), (0.14, 0.45), (0.1, 0.62), (0.2, 0.82), (0.4, 0.92), (0.6, 0.92), (0.8, 0.82),
+         (0.9, 0.62), (0.86, 0.45), (0.9, 0.08), (0.66, 0.24), (0.34, 0.24), (0.1, 0.08)],
+        [(0.32, 0.46), (0.32, 0.54)], [(0.68, 0.46), (0.68, 0.54)],
+        [(0.36, 0.72), (0.5, 0.78), (0.64, 0.72)]]
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """The address of a running pad, of drawings, boxes and pictures in colours."""
+    """The address of a running pad with a BPS for sketch, layout and artistic."""
     files = [DEFAULT_BPS]
     for task, classes in (("layout", CLASSES), ("artistic", {})):
         files.append(references.write_random_bps(
@@ -52,10 +50,10 @@ def browser(tmp_path_factory):
     from selenium import webdriver
     options = webdriver.ChromeOptions()
     profile = tmp_path_factory.mktemp("profile")
-    for word in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
-                 "disable-background-networking", "disable-component-update", "disable-sync",
-                 f"user-data-dir={profile}", "hide-scrollbars"):
-        options.add_argument(f"--{word}")
+    for option in ("headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run",
+                   "disable-background-networking", "disable-component-update", "disable-sync",
+                   f"user-data-dir={profile}", "hide-scrollbars"):
+        options.add_argument(f"--{option}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     driver.set_window_size(1000, 1150)
@@ -65,37 +63,41 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def page(browser, address):
-    """The pad's page, freshly opened, when its first picture is there."""
+    """The pad's page, just opened, with its first picture."""
     browser.get(address)
-    browser.get_log("browser")                      # what was before
-    wait_for(browser, lambda: status(browser).startswith("drawn in"))
+    browser.get_log("browser")                      # drops old messages
+    wait_until_drawn(browser)
     return browser
 
 
 def wait_for(browser, condition, seconds=60):
-    """Waits until condition() is true."""
+    """Wait until condition() is true."""
     from selenium.webdriver.support.ui import WebDriverWait
     WebDriverWait(browser, seconds, poll_frequency=0.02).until(lambda _: condition())
 
 
 def find(browser, name):
-    """Returns the element of an id."""
+    """The element with an id."""
     return browser.find_element("id", name)
 
 
 def status(browser):
-    """Returns what the page says."""
+    """The page's status line."""
     return find(browser, "status").text
 
 
+def wait_until_drawn(browser):
+    wait_for(browser, lambda: status(browser).startswith("drawn in"))
+
+
 def picture(browser, name="picture"):
-    """Returns the image that the page shows."""
-    url = find(browser, name).get_attribute("src") or ""
-    return Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))) if "," in url else None
+    """The pixels of an image on the page, as bytes."""
+    url = find(browser, name).get_attribute("src")
+    return Image.open(io.BytesIO(base64.b64decode(url.split(",")[1]))).tobytes()
 
 
 def draw(browser, strokes):
-    """Draws strokes, lists of (x, y) as shares of the canvas, with the mouse."""
+    """Draw strokes, lists of (x, y) as shares of the canvas, with the mouse."""
     from selenium.webdriver.common.action_chains import ActionChains
     canvas = find(browser, "pad")
     side = canvas.size["width"]
@@ -105,12 +107,12 @@ def draw(browser, strokes):
             pointer.move_to_element_with_offset(canvas, (x - 0.5) * side, (y - 0.5) * side)
             if i == 0:
                 pointer.click_and_hold()
-        pointer.pause(0.5).release().perform()          # so that the last preview is seen
-    wait_for(browser, lambda: status(browser).startswith("drawn in"))
+        pointer.pause(0.5).release().perform()          # a pause for the last preview
+    wait_until_drawn(browser)
 
 
 def set_value(browser, name, value):
-    """Sets a control, as a hand does."""
+    """Set a control and send the events that a user's hand would."""
     browser.execute_script("const control = document.getElementById(arguments[0]);"
                            "control.value = arguments[1];"
                            "control.dispatchEvent(new Event('input', {bubbles: true}));"
@@ -118,28 +120,29 @@ def set_value(browser, name, value):
                            name, value)
 
 
-def test_what_is_drawn_by_hand_is_drawn_again_by_sample_py(page, monkeypatch, tmp_path):
-    set_value(page, "prompt", "face, 3d style")
+# ---- drawing -------------------------------------------------------------------------------
+
+def test_a_drawing_by_hand_is_drawn_again_by_sample_py(page, run_script, tmp_path):
+    set_value(page, "prompt", "person, purple hair, toon style")
     set_value(page, "seed", "1")
-    wait_for(page, lambda: status(page).startswith("drawn in"))
+    wait_until_drawn(page)
     before = picture(page)
-    assert before.tobytes() == picture(page, "prior").tobytes()             # nothing is drawn yet
-    draw(page, CAT)
+    assert before == picture(page, "prior")             # the canvas is empty
+    draw(page, FACE)
     steered = picture(page)
     print(f"\n{status(page)}")
     assert "the last preview in" in status(page)
-    assert steered.tobytes() != before.tobytes() == picture(page, "prior").tobytes()
+    assert steered != before == picture(page, "prior")
     find(page, "save").click()
     wait_for(page, lambda: status(page).startswith("saved"))
     file = status(page).split(" and ")[0].removeprefix("saved ")
     assert status(page).endswith(f"python sample.py --from {file}")
-    monkeypatch.setattr(sys, "argv", ["sample.py", "--from", file, "--out", str(tmp_path)])
-    sample.main()
-    assert Image.open(tmp_path / "0001.png").tobytes() == steered.tobytes()
+    run_script(sample, "--from", file, "--out", tmp_path)
+    assert Image.open(tmp_path / "0001.png").tobytes() == steered
     page.execute_script("window.scrollTo(0, 0)")
     find(page, "draw_strip").click()
     wait_for(page, lambda: len(page.find_elements("css selector", "#strip img")) == 5)
-    wait_for(page, lambda: status(page).startswith("drawn in"))
+    wait_until_drawn(page)
     page.save_screenshot(tmp_path / "pad.png")
     with Image.open(tmp_path / "pad.png") as image:
         assert image.size[0] >= 900
@@ -147,47 +150,93 @@ def test_what_is_drawn_by_hand_is_drawn_again_by_sample_py(page, monkeypatch, tm
             image.quantize(128).save(os.environ["PAD_FIGURE"], optimize=True)
 
 
-def test_undo_redo_and_clear_are_followed_by_the_picture(page):
-    draw(page, CAT[:1])
-    first = picture(page).tobytes()
-    draw(page, CAT[1:2])
-    second = picture(page).tobytes()
+def test_the_picture_follows_undo_redo_and_clear(page):
+    draw(page, FACE[:1])
+    first = picture(page)
+    draw(page, FACE[1:2])
+    second = picture(page)
     assert first != second
-    for button, expected in (("undo", first), ("redo", second),
-                             ("clear", picture(page, "prior").tobytes()), ("undo", second)):
+    for button, expected in (("undo", first), ("redo", second), ("clear", picture(page, "prior")),
+                             ("undo", second)):
         find(page, button).click()
-        wait_for(page, lambda: status(page).startswith("drawn in"))
-        assert picture(page).tobytes() == expected, button
+        wait_until_drawn(page)
+        assert picture(page) == expected, button
 
 
 def test_settings_count_and_a_mistake_is_one_line_in_the_page(page):
-    draw(page, CAT)
-    first = picture(page).tobytes()
-    set_value(page, "prompt", "a green apple")
-    wait_for(page, lambda: status(page).startswith("drawn in"))
-    assert picture(page).tobytes() != first
+    draw(page, FACE)
+    first = picture(page)
+    set_value(page, "prompt", "person, green hair")
+    wait_until_drawn(page)
+    assert picture(page) != first
     set_value(page, "steps", "0")
-    wait_for(page, lambda: "--steps 0: allowed are" in status(page))
+    wait_for(page, lambda: "--steps: must be in [1, 999], got 0" in status(page))
     assert find(page, "status").get_attribute("class") == "bad"
     set_value(page, "steps", "3")
-    wait_for(page, lambda: status(page).startswith("drawn in"))
+    wait_until_drawn(page)
     set_value(page, "strength", "0")
-    wait_for(page, lambda: status(page).startswith("drawn in"))
-    assert picture(page).tobytes() == picture(page, "prior").tobytes()
+    wait_until_drawn(page)
+    assert picture(page) == picture(page, "prior")
 
 
 def test_an_opened_picture_is_the_drawing(page, tmp_path):
-    drawing = BASE.parent / "drawing.png"
-    find(page, "file").send_keys(str(drawing))
+    find(page, "file").send_keys(str(DEFAULT_DRAWING))
     wait_for(page, lambda: not page.execute_script("return isBlank()"))
-    wait_for(page, lambda: status(page).startswith("drawn in"))
-    assert picture(page).tobytes() != picture(page, "prior").tobytes()
+    wait_until_drawn(page)
+    assert picture(page) != picture(page, "prior")
     (tmp_path / "no.png").write_text("no picture")
     find(page, "file").send_keys(str(tmp_path / "no.png"))
-    wait_for(page, lambda: "cannot be read as an image" in status(page))
+    wait_for(page, lambda: "can't be read as an image" in status(page))
 
 
-def test_every_control_is_labelled_reachable_by_tab_and_fits_a_phone(page):
+def test_a_picture_dropped_on_the_page_is_the_drawing(page):
+    page.execute_script("""
+        const bytes = Uint8Array.from(atob(arguments[0]), c => c.charCodeAt(0));
+        const dropped = new DataTransfer();
+        dropped.items.add(new File([bytes], "drawing.png", {type: "image/png"}));
+        document.dispatchEvent(new DragEvent("drop", {dataTransfer: dropped, cancelable: true}));
+    """, base64.b64encode(DEFAULT_DRAWING.read_bytes()).decode())
+    wait_for(page, lambda: not page.execute_script("return isBlank()"))
+    wait_until_drawn(page)
+    assert picture(page) != picture(page, "prior")
+
+
+def test_erased_ink_is_no_drawing(page):
+    draw(page, [[(0.4, 0.5), (0.6, 0.5)]])
+    choose(page, "tool", "eraser")
+    set_value(page, "width", "40")
+    draw(page, [[(0.3, 0.5), (0.7, 0.5)]])
+    assert picture(page) == picture(page, "prior")
+    find(page, "draw_strip").click()
+    wait_for(page, lambda: status(page) == "draw something first")
+
+
+def test_a_stroke_during_a_long_picture_has_a_preview(page):
+    from selenium.webdriver.common.action_chains import ActionChains
+    set_value(page, "steps", "400")
+    wait_for(page, lambda: float(find(page, "progress").get_attribute("value")) > 0)
+    before, canvas = picture(page), find(page, "pad")
+    pointer = ActionChains(page).move_to_element(canvas).click_and_hold()
+    pointer.move_by_offset(60, 40).move_by_offset(-90, 10).perform()
+    wait_for(page, lambda: picture(page) != before, 20)
+    ActionChains(page).release().perform()
+    find(page, "clear").click()
+    set_value(page, "steps", "3")
+    wait_until_drawn(page)
+
+
+def test_without_a_locked_seed_each_stroke_has_another(page):
+    find(page, "lock").click()
+    seeds = {"0"}
+    for stroke in FACE[:2]:
+        draw(page, [stroke])
+        seeds.add(find(page, "seed").get_attribute("value"))
+    assert len(seeds) == 3
+
+
+# ---- the page ------------------------------------------------------------------------------
+
+def test_controls_have_labels_are_reached_by_tab_and_fit_a_phone(page):
     from selenium.webdriver.common.action_chains import ActionChains
     from selenium.webdriver.common.keys import Keys
     unlabelled = page.execute_script(
@@ -216,12 +265,12 @@ def test_every_control_is_labelled_reachable_by_tab_and_fits_a_phone(page):
 
 
 def choose(page, group, value):
-    """Chooses one of the page's radio buttons."""
+    """Choose one of the page's radio buttons."""
     page.find_element("css selector", f"input[name={group}][value='{value}']").click()
 
 
 def canvas_colours(page):
-    """Returns the colours on the canvas, as in #1f77b4."""
+    """The colours on the canvas, as in #1f77b4."""
     return set(page.execute_script(
         "const all = new Uint8Array(image().data.buffer), seen = new Set();"
         "for (let i = 0; i < all.length; i += 4) {"
@@ -230,88 +279,42 @@ def canvas_colours(page):
         "return [...seen]"))
 
 
-def test_boxes_and_brush_strokes_have_the_classes_colours_only(page):
+def test_boxes_and_strokes_have_only_colours_of_classes(page):
+    ground, hair, robot = (CLASSES[name] for name in ("ground", "hair", "robot"))
     choose(page, "task", "layout")
-    wait_for(page, lambda: status(page).startswith("drawn in"))
-    choose(page, "colour", "#d62728")
+    wait_until_drawn(page)
+    choose(page, "colour", hair)
     draw(page, [[(0.1, 0.1), (0.3, 0.2), (0.45, 0.45)]])
-    assert canvas_colours(page) == {"#000000", "#d62728"}
+    assert canvas_colours(page) == {ground, hair}
     choose(page, "tool", "pen")
-    choose(page, "colour", "#2ca02c")
+    choose(page, "colour", robot)
     draw(page, [[(0.6, 0.6), (0.71, 0.83), (0.9, 0.7)]])
-    assert canvas_colours(page) == {"#000000", "#d62728", "#2ca02c"}
-    assert picture(page).tobytes() != picture(page, "prior").tobytes()
+    assert canvas_colours(page) == {ground, hair, robot}
+    assert picture(page) != picture(page, "prior")
     choose(page, "tool", "eraser")
     set_value(page, "width", "40")
     draw(page, [[(0.55, 0.5 + 0.1 * i), (0.95, 0.5 + 0.1 * i)] for i in range(5)])
-    assert canvas_colours(page) == {"#000000", "#d62728"}
+    assert canvas_colours(page) == {ground, hair}
 
 
-def test_another_task_begins_with_an_empty_canvas_and_history(page):
-    draw(page, CAT[:1])
+def test_another_task_starts_with_an_empty_canvas_and_history(page):
+    draw(page, FACE[:1])
     choose(page, "task", "artistic")
-    wait_for(page, lambda: status(page).startswith("drawn in"))
+    wait_until_drawn(page)
     assert not find(page, "undo").is_enabled() and canvas_colours(page) == {"#ffffff"}
     page.execute_script("const brush = document.querySelector('input[type=color]');"
                         "brush.value = '#ff0000'; brush.dispatchEvent(new Event('input'))")
-    draw(page, CAT[:1])
+    draw(page, FACE[:1])
     assert "#ff0000" in canvas_colours(page) and find(page, "undo").is_enabled()
 
 
-def test_what_the_eraser_empties_is_no_drawing_and_no_strip(page):
-    draw(page, [[(0.4, 0.5), (0.6, 0.5)]])
-    choose(page, "tool", "eraser")
-    set_value(page, "width", "40")
-    draw(page, [[(0.3, 0.5), (0.7, 0.5)]])
-    assert picture(page).tobytes() == picture(page, "prior").tobytes()
-    find(page, "draw_strip").click()
-    wait_for(page, lambda: status(page) == "draw something first")
-
-
-def test_a_stroke_during_a_long_picture_has_a_preview(page):
-    set_value(page, "steps", "400")
-    wait_for(page, lambda: float(find(page, "progress").get_attribute("value")) > 0)
-    from selenium.webdriver.common.action_chains import ActionChains
-    before, canvas = picture(page).tobytes(), find(page, "pad")
-    pointer = ActionChains(page).move_to_element(canvas).click_and_hold()
-    pointer.move_by_offset(60, 40).move_by_offset(-90, 10).perform()
-    wait_for(page, lambda: picture(page).tobytes() != before, 20)
-    ActionChains(page).release().perform()
-    find(page, "clear").click()
-    set_value(page, "steps", "3")
-    wait_for(page, lambda: status(page).startswith("drawn in"))
-
-
-def test_without_keeping_the_seed_each_stroke_has_another(page):
-    find(page, "lock").click()
-    seeds = []
-    for stroke in CAT[:2]:
-        draw(page, [stroke])
-        seeds.append(find(page, "seed").get_attribute("value"))
-    assert len(set(seeds) | {"0"}) == 3
-
-
-def test_a_picture_that_is_dropped_on_the_page_is_the_drawing(page):
-    url = "data:image/png;base64," + base64.b64encode(
-        (BASE.parent / "drawing.png").read_bytes()).decode()
-    page.execute_script("""
-        const bytes = Uint8Array.from(atob(arguments[0].split(",")[1]), c => c.charCodeAt(0));
-        const dropped = new DataTransfer();
-        dropped.items.add(new File([bytes], "drawing.png", {type: "image/png"}));
-        document.dispatchEvent(new DragEvent("drop", {dataTransfer: dropped, cancelable: true}));
-    """, url)
-    wait_for(page, lambda: not page.execute_script("return isBlank()"))
-    wait_for(page, lambda: status(page).startswith("drawn in"))
-    assert picture(page).tobytes() != picture(page, "prior").tobytes()
-
-
 def test_the_page_raises_no_error_and_asks_no_other_site(page, address):
-    draw(page, CAT)
+    draw(page, FACE)
     assert find(page, "status").get_attribute("class") == ""
     assert [entry for entry in page.get_log("browser") if entry["level"] == "SEVERE"] == []
     urls = page.execute_script("return performance.getEntriesByType('resource').map(e => e.name)")
     assert urls and all(url.startswith((f"{address}/", "data:")) for url in urls)
 
 
-def test_conditions_without_a_bps_are_named_with_the_command_that_trains_one(page):
+def test_a_task_without_a_bps_is_named_with_its_training_command(page):
     assert "python train.py --task segmentation" in find(page, "missing").text

@@ -1,8 +1,8 @@
-"""The same model in diffusers and transformers gives the same numbers, live: pytest -m peers -s.
+"""Diffusers and transformers give the same numbers as our models: pytest -m peers -s.
 
-Small and at the full sizes of SD 1.5 and SD 2.1, with random weights; prints the differences. Needs
-diffusers and transformers beside requirements.txt, for the real vocabulary the package
-open_clip_torch, and 10 GB of disk and memory.
+The models have random weights, in small and at the sizes of SD 1.5 and SD 2.1. Prints the
+differences. Besides requirements.txt, it needs diffusers, transformers, 10 GB of disk and memory,
+and for the real vocabulary open_clip_torch.
 """
 import gzip
 import importlib.util
@@ -18,14 +18,13 @@ from test_references import relative
 
 import clip
 import diffusion
-from bps import Steering, load_bps
+from bps import Condition, load_bps
 from inputs.checkpoints import load_clip, load_tokenizer, load_unet, load_vae
 from inputs.conditions import read_condition
-from inputs.options import BASE
-from inputs.sample_options import DEFAULT_BPS, DEFAULT_DRAWING
+from inputs.options import BASE, DEFAULT_BPS, DEFAULT_DRAWING
 from measure.obedience import sketch
+from sample import DEFAULT_PROMPT, draw
 from studies.rival_networks import ControlNet, T2IAdapter
-from sample import draw, load_base
 
 DDIM = diffusion.Sampling("ddim", 50, 3.0)
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
@@ -33,14 +32,14 @@ pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(scope="module", autouse=True)
 def installed():
-    """Skips all of this where the peers are not installed."""
+    """Skip all tests if the peers are not installed."""
     pytest.importorskip("diffusers")
     pytest.importorskip("transformers")
 
 
 @torch.no_grad()
 def randomise(modules):
-    """Moves biases and norms away from the zeros and ones that they start as, in place."""
+    """Move biases and norms away from their initial zeros and ones, in place."""
     torch.manual_seed(0)
     for module in modules:
         for parameter in module.parameters():
@@ -57,26 +56,26 @@ def peers(request, tmp_path):
         module.save_pretrained(tmp_path / part, max_shard_size="100GB")
     yield request.param, tmp_path, modules
     for file in tmp_path.glob("*/*.safetensors"):
-        file.unlink()                               # pytest keeps folders of earlier runs
+        file.unlink()                               # pytest keeps the folders of old runs
 
 
 def vocabulary():
-    """Returns (vocab, merges) of CLIP from the merges that open_clip_torch carries."""
+    """(vocab, merges) of CLIP, from the merges in open_clip_torch."""
     spec = importlib.util.find_spec("open_clip")
     if spec is None:
         pytest.skip("open_clip_torch is not installed")
     text = gzip.decompress(Path(spec.origin).with_name("bpe_simple_vocab_16e6.txt.gz").read_bytes())
     merges = [tuple(line.split()) for line in text.decode().split("\n")[1:49152 - 256 - 2 + 1]]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [256 + i for i in range(256 - len(printable))]         # stand for the other bytes
-    letters = [chr(number) for number in printable + others]
+    placeholders = range(256, 512 - len(printable))                 # for all other bytes
+    letters = [chr(number) for number in (*printable, *placeholders)]
     tokens = (letters + [f"{letter}</w>" for letter in letters] + ["".join(m) for m in merges]
               + [clip.BEGIN, clip.END])
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
 def write_tokenizer(folder, vocab, merges, pad):
-    """Writes a tokenizer's folder as the repositories have it."""
+    """Write a tokenizer's folder with the files of the original repositories."""
     folder.mkdir(exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
@@ -97,15 +96,14 @@ def test_the_networks_are_exact(peers):
     latent, ids = vae.encode(x), references.text_ids(model["text"]["vocab_size"])
     outputs = dict(eps=unet(*references.unet_inputs(model["unet"])), mean=latent.mean,
                    std=latent.std, x=vae.decode(z), context=text(ids))
-    differences = {what: relative(value, expected[what]) for what, value in outputs.items()}
-    print(f"\n{name}:", ", ".join(f"{what} {value:.1e}" for what, value in differences.items()))
-    for what, value in differences.items():
-        assert value < (5e-5 if what == "eps" else 1e-5), what
+    differences = {key: relative(value, expected[key]) for key, value in outputs.items()}
+    print(f"\n{name}:", ", ".join(f"{key} {value:.1e}" for key, value in differences.items()))
+    for key, value in differences.items():
+        assert value < (5e-5 if key == "eps" else 1e-5), key
 
 
 @pytest.mark.parametrize("peers", ["small1", "small2"], indirect=True)
-def test_a_single_file_is_converted_by_diffusers_as_by_us(peers, tmp_path):
-    """Our keys as a single file, through diffusers' own rules, are the folder that it wrote."""
+def test_a_single_file_renamed_by_diffusers_is_its_own_folder(peers, tmp_path):
     name, folder, theirs = peers
     ours = load_unet(folder), load_vae(folder)
     single = references.single_file_of([module.state_dict() for module in ours])
@@ -120,7 +118,7 @@ def test_a_single_file_is_converted_by_diffusers_as_by_us(peers, tmp_path):
 
 
 @pytest.mark.parametrize("pad", [clip.END, "!"])
-def test_2000_prompts_of_every_kind_have_the_same_ids(pad, tmp_path):
+def test_2000_prompts_have_the_ids_of_transformers(pad, tmp_path):
     from transformers import CLIPTokenizerFast
     vocab, merges = vocabulary()
     write_tokenizer(tmp_path, vocab, merges, pad)
@@ -137,7 +135,7 @@ def test_2000_prompts_of_every_kind_have_the_same_ids(pad, tmp_path):
 
 @pytest.mark.parametrize("prediction_type, spacing", list(itertools.product(
     ("epsilon", "v_prediction"), ("leading", "trailing", "linspace"))))
-def test_whole_trajectories_are_the_same(prediction_type, spacing):
+def test_whole_trajectories_are_those_of_diffusers(prediction_type, spacing):
     config = dict(references.SCHEDULERS["sd15"], prediction_type=prediction_type,
                   timestep_spacing=spacing)
     schedule = diffusion.NoiseSchedule(prediction_type=prediction_type, spacing=spacing)
@@ -154,31 +152,25 @@ def test_whole_trajectories_are_the_same(prediction_type, spacing):
 
 
 @torch.inference_mode()
-def test_diffusers_loads_the_embedded_base_and_draws_its_picture():
-    diffusers = pytest.importorskip("diffusers")
+def test_diffusers_draws_the_embedded_bases_picture(base):
+    import diffusers
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
-    base, prompts = load_base(BASE), ["red apple, food, 3d style", "a cat, flat style", ""]
+    prompts = [DEFAULT_PROMPT, "teal robot, bottts style", ""]
     ids = base.tokenizer(prompts)
     assert torch.equal(ids, pipe.tokenizer(prompts, padding="max_length", max_length=77,
                                            return_tensors="pt").input_ids)
     context = base.encode(prompts)
     assert relative(context, pipe.text_encoder(ids)[0]) < 1e-5
-    noise = diffusion.draw_noise([0], (4, 16, 16))
-    drawn = draw(base, context[:1], context[2:], [0], 64, DDIM).clamp(-1, 1) / 2 + 0.5
-    theirs = pipe(prompts[0], latents=noise, num_inference_steps=50, guidance_scale=3.0, height=64,
-                  width=64, output_type="pt").images
-    assert (drawn - theirs).abs().max() < 1 / 255
+    drawn = draw(base, context[:1], context[2:], [0], (64, 64), DDIM)
+    assert (to_share(drawn) - drawn_by(pipe, 50)).abs().max() < 1 / 255
 
 
 # ---- the recipe of docs/steer_diffusers.py ---------------------------------------------------
 
-PROMPT = "red apple, food, 3d style"
-
-
 @pytest.fixture
 def pipe():
     """A pipeline of the embedded base, ready to be steered."""
-    diffusers = pytest.importorskip("diffusers")
+    import diffusers
     from docs.steer_diffusers import SteeredUNet
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
@@ -188,7 +180,7 @@ def pipe():
 
 @pytest.fixture
 def bps():
-    """The shipped BPS, whose `.runs` counts how often it was run."""
+    """The included BPS, whose `.runs` counts its calls."""
     bps = load_bps(DEFAULT_BPS)
     bps.runs = 0
 
@@ -199,27 +191,36 @@ def bps():
     return bps
 
 
+@pytest.fixture
+def cond():
+    """The included drawing as a condition (1, 1, 64, 64)."""
+    return read_condition(DEFAULT_DRAWING, "sketch", 64, 64)[0][None]
+
+
 def drawn_by(pipe, steps):
-    """Returns a pipeline's picture (1, 3, 64, 64) in [0, 1] of seed 0."""
-    return pipe(PROMPT, latents=diffusion.draw_noise([0], (4, 16, 16)), num_inference_steps=steps,
-                guidance_scale=3.0, height=64, width=64, output_type="pt").images
+    """A pipeline's picture (1, 3, 64, 64) in [0, 1] of seed 0."""
+    return pipe(DEFAULT_PROMPT, latents=diffusion.draw_noise([0], (4, 16, 16)), height=64, width=64,
+                num_inference_steps=steps, guidance_scale=3.0, output_type="pt").images
+
+
+def to_share(x):
+    """Pictures in [0, 1] of pictures x."""
+    return x.clamp(-1, 1) / 2 + 0.5
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("options", [
-    {}, dict(scale=0.7, strength=0.8, mask=torch.linspace(0, 1, 16).expand(1, 1, 16, 16))], ids=len)
-def test_diffusers_pipeline_draws_the_steered_picture_that_we_draw(options, pipe, bps):
-    cond = read_condition(DEFAULT_DRAWING, "sketch", 64, 64)[0][None]
-    pipe.unet.steerings = [Steering(bps, pipe.unet, cond, **options)]
+    {}, dict(strength=0.8, mask=torch.linspace(0, 1, 16).expand(1, 1, 16, 16))], ids=len)
+def test_a_pipeline_draws_the_steered_picture_that_we_draw(options, pipe, bps, cond, base):
+    pipe.unet.conditions = [Condition(bps, cond, **options)]
     theirs = drawn_by(pipe, 50)
     assert bps.runs == 50                                   # once per timestep, for both passes
     z, t, context = torch.randn(1, 4, 16, 16), torch.tensor([5]), torch.randn(1, 77, 128)
-    torch.testing.assert_close(pipe.unet.unet(z, t, context).sample,        # as it was before
-                               load_unet(BASE)(z, t, context), atol=1e-4, rtol=1e-4)
-    base = load_base(BASE)
-    drawn = draw(base, *base.encode([PROMPT, ""]).split(1), [0], 64, DDIM,
-                 [Steering(bps, base.unet, cond, **options)])
-    difference = (drawn.clamp(-1, 1) / 2 + 0.5 - theirs).abs().max()
+    torch.testing.assert_close(pipe.unet.unet(z, t, context).sample,        # unsteered again
+                               base.unet(z, t, context), atol=1e-4, rtol=1e-4)
+    drawn = draw(base, *base.encode([DEFAULT_PROMPT, ""]).split(1), [0], (64, 64), DDIM,
+                 [Condition(bps, cond, **options)])
+    difference = (to_share(drawn) - theirs).abs().max()
     print(f"\nsteered picture in [0, 1]: {difference:.1e}")
     assert difference < 1e-3
 
@@ -227,14 +228,13 @@ def test_diffusers_pipeline_draws_the_steered_picture_that_we_draw(options, pipe
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "EulerDiscreteScheduler",
                                   "UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler"])
 @torch.inference_mode()
-def test_diffusers_schedulers_draw_what_the_condition_says(name, pipe, bps):
+def test_any_scheduler_of_diffusers_follows_the_condition(name, pipe, bps, cond):
     import diffusers
     pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
-    cond = read_condition(DEFAULT_DRAWING, "sketch", 64, 64)[0][None]
-    torch.manual_seed(0)                                    # of the ancestral one
-    prior = sketch(drawn_by(pipe, 25) * 2 - 1, cond)["line F1"]
-    pipe.unet.steerings = [Steering(bps, pipe.unet, cond)]
-    steered = sketch(drawn_by(pipe, 25) * 2 - 1, cond)["line F1"]
+    torch.manual_seed(0)                                    # for the ancestral one
+    prior = sketch(drawn_by(pipe, 25) * 2 - 1, cond, None)["line F1"]
+    pipe.unet.conditions = [Condition(bps, cond)]
+    steered = sketch(drawn_by(pipe, 25) * 2 - 1, cond, None)["line F1"]
     print(f"\n{name}: line F1 {prior:.2f}, steered {steered:.2f}")
     assert bps.runs == 25 and steered > prior + 0.05
 
@@ -270,8 +270,8 @@ def test_the_rivals_are_wired_as_diffusers_wires_them(peers):
                                      down_intrablock_additional_residuals=list(maps)).sample
     eps_of_adapter = adapter.predict(unet, z_t, t, context, maps)
     prior = unet(z_t, t, context)
-    for what, ours, reference in (("ControlNet", eps, expected),
-                                  ("T2I-Adapter", eps_of_adapter, expected_of_adapter)):
+    for method, ours, reference in (("ControlNet", eps, expected),
+                                    ("T2I-Adapter", eps_of_adapter, expected_of_adapter)):
         difference = relative(ours, reference)
-        print(f"\n{name}, {what}: {difference:.1e}, steered by {relative(prior, reference):.1e}")
+        print(f"\n{name}, {method}: {difference:.1e}, steered by {relative(prior, reference):.1e}")
         assert difference < 5e-5 < 1e-2 < relative(prior, reference)

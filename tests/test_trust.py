@@ -161,7 +161,7 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept(run, tmp_path, monke
 
 @pytest.mark.parametrize("owner, name", [
     (weights, "save_file"), pytest.param(Path, "write_text", marks=pytest.mark.slow),
-    pytest.param(Image.Image, "save", marks=pytest.mark.slow)], ids=["tensors", "texts", "pictures"])
+    pytest.param(Image.Image, "save", marks=pytest.mark.slow)], ids=["tensors", "text", "image"])
 def test_a_full_disk_is_one_line_and_old_files_stay_intact(run, tmp_path, monkeypatch, capsys,
                                                            owner, name):
     def interrupted(*_):
