@@ -4,7 +4,6 @@ import functools
 import shutil
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import references
@@ -19,7 +18,6 @@ from inputs import checkpoints
 from inputs.checkpoints import load_clip, load_schedule, load_unet, load_vae
 from inputs.files import read_json, write_json
 from inputs.options import BASE
-from inputs.sample_options import picture_size
 from weights import UserError
 
 CONFIGS = references.read_record()["configs"]
@@ -401,11 +399,11 @@ def test_a_base_alone_is_a_plain_sampler(sd_folder, sd_file, draw):
 
 
 def test_the_default_size_is_that_of_the_bases_training(sd_file):
-    base, args = sample.load_base(BASE), SimpleNamespace(size=None)
-    assert picture_size(args, [], base) == (64, 64)
-    assert picture_size(SimpleNamespace(size=(32, 48)), [], base) == (32, 48)
+    base = sample.load_base(BASE)
+    assert sample.picture_size(None, [], base) == (64, 64)
+    assert sample.picture_size((32, 48), [], base) == (32, 48)
     file = sd_file("small2")
     base = base._replace(unet=load_unet(file), vae=load_vae(file))
     for kind, side in (("epsilon", 512), ("v_prediction", 768)):
         single = base._replace(schedule=load_schedule(file, kind))
-        assert picture_size(args, [], single) == (side, side)
+        assert sample.picture_size(None, [], single) == (side, side)

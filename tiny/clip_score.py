@@ -108,5 +108,5 @@ class Reader:
     def styles(self, x):
         """Index (n,) into world.STYLES of the style that fits each picture x (n, 3, 64, 64) best.
         """
-        captions = [f"{words} style" for words in world.STYLES.values()]
-        return (self.embed_pictures(x) @ self.embed_captions(captions).T).argmax(dim=1).cpu()
+        captions = self.embed_captions(world.style_captions())
+        return (self.embed_pictures(x) @ captions.T).argmax(dim=1).cpu()

@@ -118,10 +118,16 @@ def full_caption(figure):
                       f"on {figure['ground']}"])
 
 
-def prompt(figure, style=True):
+def style_captions():
+    """A caption for each style that says nothing else."""
+    return [f"{'robot' if style == 'bottts' else 'person'}, {words} style"
+            for style, words in STYLES.items()]
+
+
+def prompt(figure):
     """A caption with kind, colours, style and ground only: shapes are left to a condition."""
     said = [f"{figure[part]} {part}" for part in ("hair", "skin", "clothes") if part in figure]
-    if style and figure["style"] in STYLES:
+    if figure["style"] in STYLES:
         said.append(f"{STYLES[figure['style']]} style")
     return ", ".join([kind(figure), *said, f"on {figure['ground']}"])
 
