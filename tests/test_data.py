@@ -9,17 +9,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 import data
 from data import LatentCache, Pair, load_pairs, open_pair, split_names
-from inputs.conditions import (
-    extract_lines,
-    is_light_on_dark,
-    level_drawing,
-    line_f1,
-    open_drawing,
-    open_image,
-    read_condition,
-    to_image,
-    to_x,
-)
+from inputs.conditions import (extract_lines, is_light_on_dark, level_drawing, line_f1,
+                               open_drawing, open_image, read_condition, to_image, to_x)
 from inputs.files import hash_module
 from tiny import world
 from weights import UserError

@@ -14,18 +14,8 @@ from PIL import Image, ImageDraw, ImageOps
 
 import train
 from data import LatentCache, check_conditions, load_pairs, open_pair
-from inputs.conditions import (
-    class_colours,
-    class_names,
-    cond_to_x,
-    is_blank,
-    open_boxes,
-    open_drawing,
-    open_image,
-    open_label_map,
-    read_condition,
-    to_image,
-)
+from inputs.conditions import (class_colours, class_names, cond_to_x, is_blank, open_boxes,
+                               open_drawing, open_image, open_label_map, read_condition, to_image)
 from inputs.options import BASE
 from inputs.pairs import PairFiles, find_pairs, group_pairs, warn_of_losses
 from weights import UserError
@@ -366,21 +356,6 @@ def test_a_label_map_with_uncertain_classes_is_refused(open_map, image, name, me
     image.save(tmp_path / name)
     with pytest.raises(UserError, match=message):
         open_map(tmp_path / name)
-
-
-def test_boxes_may_be_rgb_with_few_colours(tmp_path):
-    label_map().convert("RGB").save(tmp_path / "boxes.png")
-    assert open_boxes(tmp_path / "boxes.png").mode == "P"
-
-
-def test_grey_class_numbers_give_the_same_condition_in_sampling(folder, tmp_path):
-    write_maps(folder, label_map("L"))
-    pair = load_pairs("segmentation", "train", folder)[0]
-    trained, _, colours = open_pair(pair, "segmentation", 48)
-    label_map("L").save(tmp_path / "grey.png")
-    drawn, _ = read_condition(tmp_path / "grey.png", "segmentation", 48, 48,
-                              dict.fromkeys(colours, ""))
-    assert torch.equal((drawn * 255).round().byte(), trained)
 
 
 def mask(mode, inside):
