@@ -7,17 +7,14 @@ import base64
 import io
 import os
 import shutil
-import threading
 
 import pytest
 import references
 from PIL import Image
-from test_pad import studio_args
+from test_pad import serving
 
 import sample
 from inputs.options import DEFAULT_BPS, DEFAULT_DRAWING
-from pad import __main__ as pad
-from pad import studio
 from tiny.tasks import CLASSES
 
 pytestmark = pytest.mark.browser
@@ -36,12 +33,8 @@ def address(tmp_path_factory):
         files.append(references.write_random_bps(
             tmp_path_factory.mktemp(task) / "bps.safetensors", task,
             classes={colour: name for name, colour in classes.items()}))
-    args = studio_args(tmp_path_factory.mktemp("pictures"))
-    server = pad.make_server(studio.Studio(args, files), 0)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
+    with serving(tmp_path_factory.mktemp("pictures"), *files) as server:
+        yield f"http://127.0.0.1:{server.server_port}"
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """The pad's server: it draws as sample.py does, the newest request first, for its own page only."""
 import base64
+import contextlib
 import http.client
 import io
 import json
@@ -50,15 +51,21 @@ def layout_bps(tmp_path_factory):
                                        "layout", classes={c: name for name, c in CLASSES.items()})
 
 
-@pytest.fixture(scope="module")
-def server(layout_bps, tmp_path_factory):
-    """A running server of the embedded base; it saves to `.studio.args.out`."""
-    args = studio_args(tmp_path_factory.mktemp("pictures"))
-    server = pad.make_server(studio.Studio(args, [DEFAULT_BPS, layout_bps]), 0)
+@contextlib.contextmanager
+def serving(out, *files):
+    """A running server of the embedded base with BPS files; it saves to `out`."""
+    server = pad.make_server(studio.Studio(studio_args(out), files), 0)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture(scope="module")
+def server(layout_bps, tmp_path_factory):
+    """A server with a BPS for sketch and layout; it saves to `.studio.args.out`."""
+    with serving(tmp_path_factory.mktemp("pictures"), DEFAULT_BPS, layout_bps) as server:
+        yield server
 
 
 @pytest.fixture
