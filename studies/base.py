@@ -119,12 +119,11 @@ def print_followed(name, scores):
         print(f"| {name} | {measure} | {prior:.3f} | {steered:.3f} | {bound:.3f} | {share:.0%} |")
 
 
-def print_steering(base, files, args):
+def print_steering(base, networks, args):
     """Print how pictures of each BPS follow their conditions; write the sheets of a sketch BPS."""
     print("\n| test pairs | measure | base alone | with BPS | round trip | share of the way |\n"
           "|---|---|---|---|---|---|")
-    for file in tqdm(files, desc="BPS", leave=False):
-        bps = load_fitting(file, base, device=args.device)
+    for bps in tqdm(networks, desc="BPS", leave=False):
         task = bps.metadata["task"]
         pairs = load_pairs(task, "test")
         scores, steered, conds = follow(base, bps, task, pairs, args.seed)
@@ -174,11 +173,12 @@ def main():
     add("--out", type=Path, default=Path("runs/base"), help="folder (default: %(default)s)")
     args = parser.parse_args()
     parser.check_out(args.out)
-    args.out.mkdir(parents=True, exist_ok=True)
     base = load_base(args.base, device=args.device)
+    networks = [load_fitting(file, base, device=args.device) for file in args.bps]
+    args.out.mkdir(parents=True, exist_ok=True)
     print_base(base, Reader(args.base, args.device), args)
-    if args.bps:
-        print_steering(base, args.bps, args)
+    if networks:
+        print_steering(base, networks, args)
 
 
 if __name__ == "__main__":

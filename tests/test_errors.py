@@ -8,7 +8,7 @@ import train
 from inputs.options import DEFAULT_DRAWING, MAX_SEEDS
 from pad import __main__ as pad
 from studies import base as base_study
-from studies import cost, figures, rivals, wiring
+from studies import cost, figures, rivals, toy, wiring
 
 LAST_SEED = MAX_SEEDS - 1
 # Run in a folder that contains an empty folder `empty`, and a text in `a.md`.
@@ -44,6 +44,7 @@ ERRORS = [
     (sample, f"--seed {LAST_SEED} --n 2", "--seed plus --n must be at most 2147483648"),
     (pad, "--port 99999", "--port must be in 0..65535, got 99999"),
     (rivals, "--task layout", "--task: invalid choice: 'layout'"),
+    (toy, "bits --effort 0", "--effort must be in (0, 1], got 0"),
     (cost, "--repeat 0", "--repeat: must be at least 1, got 0"),
     (cost, "--only nonsense", "--only: invalid choice: 'nonsense'"),
     (figures, "nonsense", "figure: invalid choice: 'nonsense'"),
@@ -82,6 +83,8 @@ ERRORS = [
     (sample, "--mask nowhere.png", "nowhere.png is missing"),
     (sample, f"--from '{DEFAULT_DRAWING}'", "drawing.png: does not say how it was drawn"),
     (pad, "--bps nowhere", "nowhere is missing"),
+    (figures, "strip --bps nowhere", "nowhere is missing"),
+    (base_study, "--bps nowhere", "nowhere is missing"),
     (rivals, "--done --record a.jsonl", "a.jsonl has no results of this study"),
     (wiring, "--table --base a.md", "a.md can't be read as a safetensors file"),
     # folders to write
