@@ -39,7 +39,7 @@ from unet import UNet
 from vae import AutoencoderKL
 from weights import UserError, is_finite
 
-DEFAULT_PROMPT = "person, purple hair, light skin, blue clothes, toon style, on white"
+DEFAULT_PROMPT = "person, purple hair, light skin, blue clothes, avataaars style, on white"
 DEFAULTS = diffusion.Sampling()
 SD_GUIDANCE = 7.5
 SIDE_BY_SIDE = 8                # pictures that share the passes of BPS and are written together
@@ -399,7 +399,7 @@ def main():
         check_fit(bps, file, base)
     size = picture_size(args.size, [bps.metadata for bps in networks.values()], base)
     init = None
-    if args.init:
+    if args.start:                      # a --denoise of 1 starts from noise alone
         x = to_x(crop(open_image(args.init), *size))[None].to(args.device)
         init = base.vae.encode(x).mean, args.start
     jobs = list_jobs(args.conditions, args.prompt)

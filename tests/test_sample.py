@@ -124,8 +124,7 @@ def test_a_start_is_the_pictures_latent_with_the_noise_of_its_step(draw, base, m
     assert start == 7 and first == 0
     expected = diffusion.NoiseSchedule().add_noise(z_init, noise, torch.tensor([201]))
     torch.testing.assert_close(z_t, expected, atol=1e-4, rtol=1e-4)
-    expected = diffusion.NoiseSchedule().add_noise(z_init, noise, torch.tensor([901]))
-    torch.testing.assert_close(all_noise, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(all_noise, noise)
 
 
 @pytest.mark.parametrize("dtype", [pytest.param("fp16", marks=pytest.mark.slow), "bf16"])
