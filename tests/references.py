@@ -46,12 +46,12 @@ MODELS = {
         unet=dict(BLOCKS, block_out_channels=[32, 64, 64, 64], attention_head_dim=8,
                   cross_attention_dim=768),
         vae=dict(VAE_BLOCKS, block_out_channels=[32, 32, 64, 64]),
-        text=dict(SD1_TEXT, num_hidden_layers=2, vocab_size=2870)),
+        text=dict(SD1_TEXT, num_hidden_layers=2, vocab_size=739)),
     "small2": dict(
         unet=dict(BLOCKS, block_out_channels=[64, 128, 128, 128], cross_attention_dim=1024,
                   attention_head_dim=[1, 2, 2, 2], use_linear_projection=True),
         vae=dict(VAE_BLOCKS, block_out_channels=[32, 64, 64, 64]),
-        text=dict(SD2_TEXT, num_hidden_layers=2, vocab_size=2870)),
+        text=dict(SD2_TEXT, num_hidden_layers=2, vocab_size=739)),
     "sd15": dict(
         unet=dict(BLOCKS, block_out_channels=[320, 640, 1280, 1280], attention_head_dim=8,
                   cross_attention_dim=768),
