@@ -72,7 +72,7 @@ def held_out_pictures(split="val"):
 
 def to_batch(pictures, device):
     """Images (B, 3, H, W) in [-1, 1] of uint8 pictures (B, H, W, 3)."""
-    x = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2)
+    x = torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2)
     return (x.to(device).float() / 127.5 - 1).contiguous(memory_format=FORMAT)
 
 
