@@ -160,4 +160,4 @@ def prompt_fidelity(pictures, figures):
 
 
 LINE_METERS = {"sketch": sketch, "artistic": artistic}
-PART_METERS = {"segmentation": segmentation, "layout": layout}      # these know the embedded figures
+PART_METERS = {"segmentation": segmentation, "layout": layout}      # of embedded figures only

@@ -295,7 +295,7 @@ class Bench:
 # ---- studies -------------------------------------------------------------------------------
 
 def methods_study(bench, rates):
-    """Yield the Jobs at all pairs, next to the bounds; for segmentation the main methods, one seed."""
+    """Yield the Jobs at all pairs and the bounds; for segmentation the main methods, one seed."""
     for bound in BOUNDS:
         yield Job(bench.task, bound, 0, 0, 0.0, 0)
     sketch = bench.task == "sketch"

@@ -77,7 +77,8 @@ def test_artistic_measures_colours_and_lines():
     conds = torch.stack([cond for cond, *_ in opened]) / 255
     pictures = torch.stack([x for _, x, _ in opened])
     assert conds.shape == (8, TASKS["artistic"].channels, 64, 64)
-    right, wrong = (obedience.artistic(each, conds, None) for each in (pictures, pictures.roll(1, 0)))
+    right, wrong = (obedience.artistic(each, conds, None)
+                    for each in (pictures, pictures.roll(1, 0)))
     assert right["colour distance"] < 0.003 and right["line F1"] == 1
     assert wrong["colour distance"] > 0.1 and wrong["line F1"] < 0.8
 

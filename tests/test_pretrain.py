@@ -136,7 +136,8 @@ def test_a_hand_makes_gaps_and_moves_lines():
 
 def test_boxes_hold_their_parts():
     for name, open_cond, *_ in tasks.embedded_pairs("layout", "val")[:20]:
-        boxes, parts = (np.asarray(image) for image in (open_cond(), world.open_part("parts", name)))
+        boxes = np.asarray(open_cond())
+        parts = np.asarray(world.open_part("parts", name))
         for number, box in tasks.find_boxes(parts).items():
             left, top, right, bottom = box
             covered = boxes[top:bottom, left:right]

@@ -266,11 +266,12 @@ def test_stored_options_that_make_no_sense_are_refused(draw, tmp_path, capsys, s
 def test_no_existing_file_is_overwritten(draw, tmp_path):
     drawing = tmp_path / "condition.png"
     shutil.copy(DEFAULT_DRAWING, drawing)
-    (tmp_path / "0000.png").write_bytes(b"not a picture")
+    other = tmp_path / "0000.png"
+    other.write_bytes(b"not a picture")
     before = drawing.read_bytes()
     draw("--n", 1, "--cond", drawing, "--out", tmp_path)
     draw("--n", 1, "--cond", drawing, "--steps", 3, "--out", tmp_path)
-    assert drawing.read_bytes() == before and (tmp_path / "0000.png").read_bytes() == b"not a picture"
+    assert drawing.read_bytes() == before and other.read_bytes() == b"not a picture"
     assert sorted(file.name for file in tmp_path.glob("*.png")) == [
         "0000-2.png", "0000-3.png", "0000.png", "condition-2.png", "condition-3.png",
         "condition.png"]

@@ -156,7 +156,8 @@ def unet():
 def test_bps_runs_once_per_timestep_for_pictures_side_by_side(unet):
     bps, cond = CountedBPS(), torch.rand(1, 1, 48, 32)
     condition, empty = Condition(bps, cond), torch.zeros(1, 5, 24)
-    samplers = [diffusion.sample(make_denoiser(unet, torch.randn(1, 5, 24), empty, 3.0, [condition]),
+    context = torch.randn(1, 5, 24)
+    samplers = [diffusion.sample(make_denoiser(unet, context, empty, 3.0, [condition]),
                                  diffusion.draw_noise([seed], (4, 12, 8)), SCHEDULE, 3)
                 for seed in (0, 1)]
     for _ in zip(*samplers):
