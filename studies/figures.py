@@ -23,7 +23,7 @@ from tiny import world
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WINDOWS = ((0.0, 0.25), (0.0, 0.5), (0.5, 1.0), (0.75, 1.0), (0.0, 1.0))       # of the denoising
-PROMPT = "person, purple hair, light skin, on white"       # for drawings of persons
+PROMPT = "person, green hair, brown skin, miniavs style, on white"  # for two drawings at once
 ROWS = 3
 
 
@@ -51,13 +51,14 @@ def draw_rows(base, prompts, conditions_of):
 def one_drawing(base, titles, conditions_of):
     """(columns, titles, names) of a sheet: each column steers differently.
 
-    All rows have one prompt, so their drawings alone make them differ.
+    A row's prompt names the colours and the style of its drawing, not its shapes.
     conditions_of(cond (1, 1, H, W)) -> a Condition for each column.
     """
     conds, pairs = drawings(ROWS, persons=True)
-    columns = draw_rows(base, [PROMPT] * ROWS, lambda row: [
+    prompts = [pair.prompts[0] for pair in pairs]
+    columns = draw_rows(base, prompts, lambda row: [
         [condition] for condition in conditions_of(conds[row:row + 1])])
-    return [cond_to_x(conds), *columns], ["drawing", *titles], [""] * ROWS
+    return [cond_to_x(conds), *columns], ["drawing", *titles], prompts
 
 
 def strip(base, bps):
