@@ -127,7 +127,9 @@ def test_a_study_trains_once_and_then_prints_its_record(short, run_script, tmp_p
 
     printed = run_study("methods"), run_study("data")
     rows = [json.loads(line) for line in record.read_text().splitlines()]
-    assert len({row["job"]["rate"] for row in rows if row["job"]["seed"] == rivals.SWEEP_SEED}) == 3
+    for method in ("t2i-adapter", "lora"):          # two rates, and one beyond the better
+        assert len({row["job"]["rate"] for row in rows if row["job"]["seed"] == rivals.SWEEP_SEED
+                    and row["job"]["method"] == method}) == 3
     assert not list((tmp_path / "trainings").iterdir())
     assert (tmp_path / "rivals-sketch-data.png").exists()
     monkeypatch.setattr(rivals, "train", None)                      # nothing is trained again
