@@ -7,6 +7,7 @@ width.
     cache = LatentCache(pairs, "sketch", 64, base)
     cond, z, context = cache.batch(torch.arange(16), 16, generator)
 """
+import functools
 import hashlib
 import json
 import os
@@ -124,10 +125,10 @@ class LatentCache:
         self.flips = (False, True) if mirror else (False,)
         folder = folder or CACHE
         folder.mkdir(parents=True, exist_ok=True)
-        vae = hash_module(base.vae)
+        vae, hash_once = hash_module(base.vae), functools.cache(fingerprint)
         parts = [(pairs[i:i + PART], flip) for flip in self.flips
                  for i in range(0, len(pairs), PART)]
-        self.files = [folder / f"{self.key(vae, *part)}.safetensors" for part in parts]
+        self.files = [folder / f"{self.key(vae, hash_once, *part)}.safetensors" for part in parts]
         for i in tqdm(processes.shard(len(parts)).tolist(), desc="latents", leave=False):
             if not self.files[i].is_file():
                 tensors, metadata = self.make_part(*parts[i])
@@ -143,9 +144,9 @@ class LatentCache:
         if len(prompts) <= MOST_PROMPTS:
             self.contexts = dict(zip(prompts, self.encode(prompts)))
 
-    def key(self, vae, pairs, flip):
+    def key(self, vae, hash_files, pairs, flip):
         """The name of a part's file: a hash of all that its content depends on."""
-        files = fingerprint(*dict.fromkeys(file for pair in pairs for file in pair.files))
+        files = hash_files(*dict.fromkeys(file for pair in pairs for file in pair.files))
         content = [CACHE_VERSION, vae, self.task, self.size, self.extract, flip, files,
                    [pair.name for pair in pairs]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]

@@ -79,13 +79,6 @@ class Parser(argparse.ArgumentParser):
         add("--prediction-type", choices=diffusion.PREDICTION_TYPES, help="overrides "
             "--base's; v_prediction for SD 2.x at 768 px")
 
-    def add_draws(self):
-        """Add --count and --seed of the pictures that a measurement draws."""
-        self.add_argument("--count", type=positive, help="pictures per row (default: "
-                          "all test pairs)")
-        self.add_argument("--seed", type=seed_number, default=0, help="seed of the first "
-                          "picture (default: %(default)s)")
-
 
 def add_port_options(parser):
     """Add the architecture of a BPS: --weights and --foot."""

@@ -139,24 +139,20 @@ def validate(base, cache, bps):
 
 
 @torch.inference_mode()
-def draw_pairs(base, cache, bps, count, seed, sampling=None, strength=1.0, prompts=None):
+def draw_pairs(base, cache, bps, count, seed):
     """Pictures x (count, 3, H, W) for the first pairs' prompts and conditions, on the CPU.
 
-    bps None is the frozen base; the noise of pair i is that of seed + i either way. sampling:
-    SAMPLING if None. prompts: other ones, of those that occur in the cache.
+    bps None is the frozen base; the noise of pair i is that of seed + i either way.
     """
     weight = next(base.unet.parameters())
     empty, device = cache.context([""]).to(weight), weight.device
     bps = bps and copy.deepcopy(bps).to(weight.dtype)
     pictures = []
     for i in torch.arange(count).split(images_at_a_time(cache.size)):
-        words = prompts[i[0]:i[-1] + 1] if prompts else cache.first_prompts(i.tolist())
-        context = cache.context(words).to(weight)
-        conditions = []
-        if bps:
-            conditions = [Condition(bps, cache.cond(i).to(device), strength=strength)]
+        context = cache.context(cache.first_prompts(i.tolist())).to(weight)
+        conditions = [Condition(bps, cache.cond(i).to(device))] if bps else []
         pictures.append(draw(base, context, empty, (seed + i).tolist(), (cache.size,) * 2,
-                             sampling or SAMPLING, conditions).cpu())
+                             SAMPLING, conditions).cpu())
     return torch.cat(pictures)
 
 
