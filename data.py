@@ -1,9 +1,8 @@
 """Pairs of condition and image, the embedded ones or a user's own, and what training caches.
 
-Shapes: C channels, H W rows and columns of the image, f the autoencoder's factor, L tokens, D
-width.
+Shapes: C channels, H W rows and columns of the image, L tokens, D width.
 
-    pairs = load_pairs("sketch", "train")
+    pairs = with_copies(load_pairs("sketch", "train"))
     cache = LatentCache(pairs, "sketch", 64, base)
     cond, z, context = cache.batch(torch.arange(16), 16, generator)
 """
@@ -15,13 +14,14 @@ import warnings
 from pathlib import Path
 from typing import Callable, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import weights
-from inputs.conditions import (TASKS, class_colours, crop, images_at_a_time, is_blank, open_image,
+from inputs.conditions import (TASKS, class_colours, images_at_a_time, is_blank, open_image,
                                palette_fault, to_x)
 from inputs.files import fingerprint, hash_module
 from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
@@ -32,11 +32,22 @@ from weights import UserError
 
 TEST_SHARE, VAL_SHARE = 0.15, 0.05      # shares of a user's pairs
 MIN_PAIRS = 10
+MAX_COPIES = 14                 # rows of the cache for one training pair
+COPIED_ROWS = 600               # fewer pairs than this have more copies than the mirrored one
+LEAST_SIDE, MAX_SHIFT = 0.8, 0.06       # of a moved copy, shares of the picture
 EMPTY_SHARE = 0.1               # share of empty prompts, so that guidance has its other pass
 CACHE = Path("runs/cache")
-CACHE_VERSION = 2               # raise it when the content of cached parts changes
+CACHE_VERSION = 3               # raise it when the content of cached parts changes
 PART = 48                       # pairs in a part of the cache
 MOST_PROMPTS = 2000             # encoded in advance: 240 MB at SD 1.5's size
+
+
+class View(NamedTuple):
+    """The square of a pair's pictures that is used, in shares of their middle square's side."""
+    left: float = 0.0
+    top: float = 0.0
+    side: float = 1.0
+    is_mirrored: bool = False
 
 
 class Pair(NamedTuple):
@@ -46,6 +57,8 @@ class Pair(NamedTuple):
     open_image: Callable[[], Image.Image]
     prompts: tuple              # the first is the one to validate with
     files: tuple = ()           # what its pictures are read from
+    view: View = View()
+    weight: float = 1.0         # how often it occurs in batches, relative to others
 
 
 # ---- pairs ---------------------------------------------------------------------------------
@@ -86,69 +99,99 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
             for pair, group in zip(files, groups) if split_of[group] == split]
 
 
+def with_copies(pairs, with_mirrored=True):
+    """The pairs, followed by moved copies of each: fewer pairs have more of them.
+
+    With mirrored copies, the first copy is the whole pair flipped left to right.
+    """
+    count = min(MAX_COPIES, max(2, COPIED_ROWS // len(pairs)))
+    return [pair._replace(view=choose_view(copy, i, with_mirrored))
+            for copy in range(count) for i, pair in enumerate(pairs)]
+
+
+def choose_view(copy, i, with_mirrored):
+    """The View of a copy of pair i; copy 0 is the pair itself."""
+    if copy == 0:
+        return View()
+    if copy == 1 and with_mirrored:
+        return View(is_mirrored=True)
+    rng = np.random.default_rng((copy, i))
+    side = rng.uniform(LEAST_SIDE, 1)
+    room = 1 - side
+    left, top = (room / 2 + rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2)).clip(0, room).tolist()
+    return View(left, top, side, with_mirrored and copy % 2 == 1)
+
+
 # ---- the cache -----------------------------------------------------------------------------
 
-def open_pair(pair, task_name, size, extract=False, flip=False):
+def show(image, view, size):
+    """A View of an image, scaled to size x size pixels; label maps are not blended."""
+    side = min(image.size)
+    left, top = ((extent - side) / 2 + start * side
+                 for extent, start in zip(image.size, (view.left, view.top)))
+    box = (left, top, left + view.side * side, top + view.side * side)
+    image = image.resize((size, size), Image.Resampling.LANCZOS, box)   # palette images: nearest
+    return ImageOps.mirror(image) if view.is_mirrored else image
+
+
+def open_pair(pair, task_name, size, extract=False):
     """(cond uint8 (C, size, size), x (3, size, size), {colour: number} of a label map).
 
-    Condition and image are cropped, and flipped, alike.
+    Condition and image show the same View.
     """
     task, cond, image = TASKS[task_name], pair.open_cond(), pair.open_image()
     if not same_shape(cond, image):
         raise UserError(shape_fault(pair.name, cond, image))
     colours = class_colours(cond) if task.has_labels else {}
-    cond, image = crop(cond, size, size), crop(image, size, size)
-    if flip:
-        cond, image = ImageOps.mirror(cond), ImageOps.mirror(image)
     to_cond = task.extract if extract else task.to_cond
-    return (to_cond(cond) * 255).round().byte(), to_x(image), colours
+    cond = to_cond(show(cond, pair.view, size))
+    return (cond * 255).round().byte(), to_x(show(image, pair.view, size)), colours
 
 
 class LatentCache:
     """Everything a training step needs of some pairs, computed once: latents and text states.
 
-    With mirror, every pair occurs a second time, flipped left to right. Latents (fp16) and
-    conditions (8 bits) are kept in parts on the disk, which trainings share and from which the
-    rows of a batch are mapped. Attributes: palettes: {((colour as in "#1f77b4", number), ..): name
-    of a pair whose label map has these classes}; blank: names of pairs whose conditions say
-    nothing.
+    Latents (fp16) and conditions (8 bits) are kept in parts on the disk, which trainings share and
+    from which the rows of a batch are mapped. Attributes: palettes: {((colour as in "#1f77b4",
+    number), ..): name of a pair whose label map has these classes}; blank: names of pairs whose
+    conditions say nothing.
     """
 
-    def __init__(self, pairs, task, size, base, mirror=False, extract=False, folder=None,
-                 processes=Processes()):
+    def __init__(self, pairs, task, size, base, extract=False, folder=None, processes=Processes()):
         """size: side in pixels to which pairs are scaled and cropped. base: StableDiffusion.
 
         extract: make conditions from the images' own lines. folder: of the parts, CACHE if None.
         """
         self.pairs, self.task, self.size, self.extract = pairs, task, size, extract
-        self.palettes, self.blank, self.base = {}, [], base
-        self.flips = (False, True) if mirror else (False,)
+        self.palettes, self.base = {}, base
+        self.weights = torch.tensor([pair.weight for pair in pairs], dtype=torch.float64)
         folder = folder or CACHE
         folder.mkdir(parents=True, exist_ok=True)
         vae, hash_once = hash_module(base.vae), functools.cache(fingerprint)
-        parts = [(pairs[i:i + PART], flip) for flip in self.flips
-                 for i in range(0, len(pairs), PART)]
-        self.files = [folder / f"{self.key(vae, hash_once, *part)}.safetensors" for part in parts]
+        parts = [pairs[i:i + PART] for i in range(0, len(pairs), PART)]
+        self.files = [folder / f"{self.key(vae, hash_once, part)}.safetensors" for part in parts]
         for i in tqdm(processes.shard(len(parts)).tolist(), desc="latents", leave=False):
             if not self.files[i].is_file():
-                tensors, metadata = self.make_part(*parts[i])
+                tensors, metadata = self.make_part(parts[i])
                 weights.save(tensors, self.files[i], metadata)
         processes.barrier()                                # for the parts of the others
-        for file, (part, flip) in zip(self.files, parts):
+        blank = []
+        for file, part in zip(self.files, parts):
             metadata = self.read(file, lambda f: f.metadata())
-            self.blank += [part[row].name for row in json.loads(metadata["blank"]) if not flip]
+            blank += [part[row].name for row in json.loads(metadata["blank"])]
             for classes, row in json.loads(metadata["palettes"]):
                 self.palettes.setdefault(tuple(map(tuple, classes)), part[row].name)
+        self.blank = list(dict.fromkeys(blank))
         prompts = sorted({prompt for pair in pairs for prompt in pair.prompts} | {""})
         self.contexts = None                            # too many: encoded when needed
         if len(prompts) <= MOST_PROMPTS:
             self.contexts = dict(zip(prompts, self.encode(prompts)))
 
-    def key(self, vae, hash_files, pairs, flip):
+    def key(self, vae, hash_files, pairs):
         """The name of a part's file: a hash of all that its content depends on."""
         files = hash_files(*dict.fromkeys(file for pair in pairs for file in pair.files))
-        content = [CACHE_VERSION, vae, self.task, self.size, self.extract, flip, files,
-                   [pair.name for pair in pairs]]
+        content = [CACHE_VERSION, vae, self.task, self.size, self.extract, files,
+                   [(pair.name, pair.view) for pair in pairs]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
 
     def read(self, file, get):
@@ -159,7 +202,7 @@ class LatentCache:
         except SafetensorError:
             raise UserError(f"{file} is corrupt. Delete it to compute it again.") from None
 
-    def make_part(self, pairs, flip):
+    def make_part(self, pairs):
         """(tensors, metadata) of some pairs: cond uint8 (n, C, H, W), mean and std fp16.
 
         metadata, as JSON: blank, the rows of conditions that say nothing, and palettes, a row for
@@ -169,7 +212,7 @@ class LatentCache:
         conds, means, stds, blank, palettes = [], [], [], [], {}
         for i in range(0, len(pairs), images_at_a_time(self.size)):
             batch = pairs[i:i + images_at_a_time(self.size)]
-            opened = [open_pair(pair, self.task, self.size, self.extract, flip) for pair in batch]
+            opened = [open_pair(pair, self.task, self.size, self.extract) for pair in batch]
             for cond, _, colours in opened:
                 if is_blank(cond / 255, self.task):
                     blank.append(len(conds))
@@ -195,21 +238,15 @@ class LatentCache:
                             f"another --base.")
         return contexts
 
-    def __len__(self):
-        return len(self.pairs) * len(self.flips)
-
     def rows(self, name, indices):
-        """Rows (n, ..) of "cond", "mean" or "std"; from len(pairs) on, flipped ones."""
-        rows, parts_of_a_flip = [], len(self.files) // len(self.flips)
-        for i in torch.as_tensor(indices).tolist():
-            flip, i = divmod(i, len(self.pairs))
-            file, row = self.files[flip * parts_of_a_flip + i // PART], i % PART
-            rows.append(self.read(file, lambda f: f.get_slice(name)[row].clone()))
-        return torch.stack(rows)
+        """Rows (n, ..) of "cond", "mean" or "std"."""
+        return torch.stack([
+            self.read(self.files[i // PART], lambda f: f.get_slice(name)[i % PART].clone())
+            for i in torch.as_tensor(indices).tolist()])
 
     def image(self, i):
         """The true picture of pair i as it was trained on, an RGB image."""
-        return crop(self.pairs[i].open_image(), self.size, self.size)
+        return show(self.pairs[i].open_image(), self.pairs[i].view, self.size)
 
     def cond(self, indices):
         """Conditions (B, C, H, W) float in [0, 1]."""
@@ -223,7 +260,7 @@ class LatentCache:
 
     def first_prompts(self, indices):
         """The prompt to validate with of each pair."""
-        return [self.pairs[i % len(self.pairs)].prompts[0] for i in indices]
+        return [self.pairs[i].prompts[0] for i in indices]
 
     def batch(self, slots, size, generator, empty_share=EMPTY_SHARE):
         """cond (n, C, H, W), z (n, 4, h, w) and context (n, L, D) of slots (n,) of a batch.
@@ -231,14 +268,14 @@ class LatentCache:
         The whole batch of `size` rows is drawn, so a row is the same whichever slots are asked
         for. A share empty_share of the prompts is empty; the others are any of the pair's own.
         """
-        indices = torch.randint(len(self), (size,), generator=generator)
+        indices = torch.multinomial(self.weights, size, replacement=True, generator=generator)
         mean, std = (self.rows(name, indices[slots]).float() for name in ("mean", "std"))
         noise = torch.randn(size, *mean.shape[1:], generator=generator)[slots]
         choices = torch.rand(size, 2, generator=generator)[slots]
         indices, z = indices[slots], mean + std * noise
         prompts = []
         for i, (u, v) in zip(indices.tolist(), choices.tolist()):
-            captions = self.pairs[i % len(self.pairs)].prompts
+            captions = self.pairs[i].prompts
             prompts.append("" if u < empty_share else captions[int(v * len(captions))])
         return self.cond(indices), z, self.context(prompts)
 
@@ -246,7 +283,7 @@ class LatentCache:
 def check_conditions(caches, task):
     """Warn of conditions that say nothing; refuse pairs if all do, or if palettes differ."""
     blank = [name for cache in caches for name in cache.blank]
-    number_of_pairs = sum(len(cache.pairs) for cache in caches)
+    number_of_pairs = sum(len({pair.name for pair in cache.pairs}) for cache in caches)
     if len(blank) == number_of_pairs:
         raise UserError(f"all conditions are blank (first: {blank[0]}). Drawings need lines; label "
                         f"maps need at least two classes.")

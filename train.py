@@ -2,14 +2,16 @@
 
     python train.py --task sketch                       # embedded base, embedded line drawings
     python train.py --base SD_FOLDER --data PAIRS --size 512 --batch 16 --lr 1e-5
+    python train.py --task sketch --from-base 500       # pictures that the base draws, no pairs
 
-Writes to runs/TASK: bps.safetensors (the weights of the lowest validation loss), samples.png,
+Writes to runs/TASK: bps.safetensors (the moving average of the weights), samples.png,
 condition.png, log.jsonl, curve.png, args.json. If it is interrupted, the same command resumes from
 the last checkpoint; a finished run is never overwritten.
 
 Shapes: B batch, C channels, H W rows and columns of the latent.
 """
 import contextlib
+import copy
 import time
 from pathlib import Path
 
@@ -20,7 +22,8 @@ from tqdm import tqdm
 
 import weights
 from bps import build_bps, config_for, load_bps, save_bps
-from data import CACHE, LatentCache, check_conditions, load_pairs
+from data import CACHE, MIN_PAIRS, LatentCache, check_conditions, load_pairs, with_copies
+from draws import add_draws, draw_splits
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
 from inputs.files import write_json, write_lines
 from inputs.options import (BASE, DTYPES, Parser, add_port_options, check_pixels, in_range,
@@ -39,6 +42,8 @@ from weights import UserError
 
 SPLITS = ("train", "val", "test")
 MAX_GRADIENT_NORM = 1.0
+AVERAGED_STEPS = 100            # of the moving average of the weights
+FEW_PAIRS = 100                 # with fewer, the validation pairs are too few to choose a step
 
 
 # ---- options -------------------------------------------------------------------------------
@@ -48,9 +53,15 @@ def parse_args():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--task", choices=TASKS, default="sketch", help="kind of condition (default: %(default)s)")
-    add("--data", type=Path, help="a folder of your own pairs (default: the embedded ones)")
+    add("--data", type=Path, help="a folder of your own pairs (default: the embedded ones); with "
+        "--from-base also a text file with a prompt per line, and no pairs")
     add("--extract", action="store_true", help="make the conditions from the images' own lines; "
         "--data then needs images only (for sketch and artistic)")
+    add("--from-base", type=positive, metavar="N", help="train on N pictures that the base draws, "
+        "too, with conditions that an extractor learns from your pairs; without --data on these "
+        "alone, whose lines are the conditions (sketch and artistic)")
+    add("--no-mirror", action="store_true", help="never flip pairs, for writing or for left and "
+        "right")
     add("--default-prompt", type=unicode_text, default="", help="for pictures without a caption")
     add("--check-data", action="store_true", help="check --data instead of training: what it "
         "contains, what is wrong, and a sheet of what the network will see")
@@ -80,14 +91,26 @@ def parse_args():
     args.weights = args.weights or task.port_weights
     args.steps = args.steps or task.steps
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
-    for name in ("extract", "check_data", "default_prompt"):
-        if getattr(args, name) and not args.data:
+    has_pairs = args.data is not None and not args.data.is_file()
+    args.without_pairs = args.from_base is not None and not has_pairs
+    needing_pairs = dict(extract=args.extract and not args.without_pairs,
+                         check_data=args.check_data, default_prompt=args.default_prompt)
+    for name, given in needing_pairs.items():
+        if given and not has_pairs:
             parser.error(f"--{name.replace('_', '-')} needs --data, your own pairs.")
+    if args.without_pairs:
+        args.extract = True
+        if args.data is None and args.base.resolve() != BASE.resolve():
+            parser.error("--data is missing. Give a text file with a prompt per line for what the "
+                         "base shall draw.")
+        if args.from_base < MIN_PAIRS:
+            parser.error(f"--from-base must be at least {MIN_PAIRS}, got {args.from_base}.")
     if args.extract and not task.extract:
-        parser.error(f"--extract must be used with --task sketch or artistic, got {args.task}.")
+        option = "--from-base without pairs" if args.without_pairs else "--extract"
+        parser.error(f"{option} must be used with --task sketch or artistic, got {args.task}.")
     check_pixels(args.size, args.size)
     args.out = args.out or Path("runs") / ("check" if args.check_data else args.task)
-    parser.check_out(args.out, *([args.data] if args.extract else []))
+    parser.check_out(args.out, *([args.data] if args.extract and has_pairs else []))
     parser.check_out(args.cache, option="--cache")
     return args
 
@@ -105,14 +128,14 @@ def check_training(args, base, processes):
 # ---- training ------------------------------------------------------------------------------
 
 def train(training, base, cache, args, on_save):
-    """Train training.bps in place up to args.steps; nothing of the base ever changes.
+    """Train training.bps and its average up to args.steps; nothing of the base ever changes.
 
     Everything random is a function of (seed, step), so a resumed run equals an uninterrupted one,
     and several processes equal one: each has its own shard of every batch. on_save(step, loss) is
     called every args.save_every steps and at the end.
     """
     device, schedule, processes = args.device, base.schedule, training.processes
-    bps, average = processes.wrap(training.bps), training.train_loss
+    bps, train_loss = processes.wrap(training.bps), training.train_loss
     shard = processes.shard(args.batch)
     bar = tqdm(range(training.step, args.steps), initial=training.step, total=args.steps,
                desc="train")
@@ -148,11 +171,12 @@ def train(training, base, cache, args, on_save):
                        f"step {step + 1}: the loss or its gradient", args.lr)
         training.scaler.step(training.optimizer)
         training.scaler.update()
+        training.average_weights(step)
 
-        average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-        bar.set_postfix(loss=f"{average:.4f}", refresh=False)
+        train_loss = loss.item() if train_loss is None else 0.98 * train_loss + 0.02 * loss.item()
+        bar.set_postfix(loss=f"{train_loss:.4f}", refresh=False)
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            on_save(step + 1, average)
+            on_save(step + 1, train_loss)
 
 
 class NotFinite(UserError):
@@ -171,14 +195,19 @@ def require_finite(value, name, lr):
 class Training:
     """A training in progress: its network, its optimizer, and the folder they are saved in.
 
-    The folder holds args.json from the first moment, and CHECKPOINT, bps.safetensors, log.jsonl and
-    curve.png from the first validation. bps.safetensors are the weights of the lowest validation
-    loss so far. Only the first process writes.
+    What is validated and saved is the moving average of the network's weights. The folder holds
+    args.json from the first moment, and CHECKPOINT, bps.safetensors, log.jsonl and curve.png from
+    the first validation. Only the first process writes.
     """
 
-    def __init__(self, out, bps, args, processes, metadata=None):
-        """metadata: what a sampler has to know of the network, a dict."""
+    def __init__(self, out, bps, args, processes, metadata=None, keep_best=True):
+        """metadata: what a sampler has to know of the network, a dict.
+
+        keep_best: keep the average of the lowest validation loss, not the last one.
+        """
         self.out, self.bps, self.processes, self.metadata = out, bps, processes, metadata
+        self.average = copy.deepcopy(bps).requires_grad_(False)
+        self.keep_best = keep_best
         self.optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
         self.scaler = torch.amp.GradScaler(args.device.split(":")[0], enabled=args.dtype == "fp16")
         self.step, self.train_loss, self.rows = 0, None, []
@@ -191,7 +220,7 @@ class Training:
         self.processes.barrier()
         checkpoint = self.out / CHECKPOINT
         if checkpoint.exists():
-            state = weights.load_training(checkpoint, dict(bps=self.bps), "bps", self.optimizer)
+            state = weights.load_training(checkpoint, self.networks(), "bps", self.optimizer)
             self.step, self.train_loss = state["step"], state["train_loss"]
             self.best, self.rows = state["best"], state["rows"]
             self.scaler.load_state_dict(state["scaler"])
@@ -199,29 +228,40 @@ class Training:
             if self.processes.rank == 0:
                 self.write()                        # in case it was stopped before that
 
+    def networks(self):
+        """{name: module} of what a checkpoint holds."""
+        return dict(bps=self.bps, average=self.average)
+
+    @torch.no_grad()
+    def average_weights(self, step):
+        """Let the average follow the weights after a step: a mean over about AVERAGED_STEPS."""
+        for average, parameter in zip(self.average.parameters(), self.bps.parameters()):
+            average.lerp_(parameter, 1 / min(step + 1, AVERAGED_STEPS))
+
     def save(self, step, train_loss, base_loss, val_loss):
-        """Write everything to resume from a step, and the weights if they are the best so far."""
+        """Write everything to resume from a step, and the average if it is the one to keep."""
         self.step, self.train_loss = step, train_loss
         self.rows.append(dict(step=step, train_loss=train_loss, val_base=base_loss,
                               val_steered=val_loss))
-        if val_loss < self.best["loss"]:
+        if val_loss < self.best["loss"] or not self.keep_best:
             self.best = dict(step=step, loss=val_loss)
         weights.save_training(
-            self.out / CHECKPOINT, dict(bps=self.bps), "bps", self.optimizer,
+            self.out / CHECKPOINT, self.networks(), "bps", self.optimizer,
             dict(step=step, train_loss=train_loss, best=self.best, rows=self.rows,
                  scaler=self.scaler.state_dict()))
         self.write()
 
     def write(self):
-        """Write what follows from the checkpoint: log, curve, and the weights if they are best."""
+        """Write what follows from the checkpoint: log, curve, and the average if it is kept."""
         if self.best["step"] == self.step:
-            save_bps(self.bps, self.out / "bps.safetensors", self.metadata | dict(best=self.best))
+            save_bps(self.average, self.out / "bps.safetensors",
+                     self.metadata | dict(best=self.best))
         write_lines(self.rows, self.out / "log.jsonl")
         draw_curve(self.rows, self.out / "curve.png")
 
     def restore_best(self):
-        """Load the weights of bps.safetensors, rounded to fp16, into the network."""
-        self.bps.load_state_dict(load_bps(self.out / "bps.safetensors").state_dict())
+        """Load bps.safetensors, which is rounded to fp16, into the average."""
+        self.average.load_state_dict(load_bps(self.out / "bps.safetensors").state_dict())
 
 
 def bps_metadata(args, record, base, cache):
@@ -234,7 +274,7 @@ def bps_metadata(args, record, base, cache):
                 context_dim=base.unet.config.context_dim,
                 prediction_type=base.schedule.prediction_type, size=args.size, steps=args.steps,
                 batch=args.batch, lr=args.lr, seed=args.seed, extracted=args.extract,
-                classes=dict(sorted(names.items())))
+                from_base=args.from_base or 0, classes=dict(sorted(names.items())))
 
 
 def example_condition(task, cache):
@@ -268,9 +308,12 @@ def main():
     check_training(args, base, processes)
     config = config_for(base.unet.config, TASKS[args.task].channels, base.vae.factor, args.weights,
                         args.foot)
-    splits = {split: load_pairs(args.task, split, args.data, args.extract, args.default_prompt)
-              for split in SPLITS}
-    if args.data:
+    if args.without_pairs:
+        splits = draw_splits(base, args, processes)
+    else:
+        splits = {split: load_pairs(args.task, split, args.data, args.extract, args.default_prompt)
+                  for split in SPLITS}
+    if args.data and not args.without_pairs:
         warn_of_losses(args.data, args.extract, args.default_prompt)
     record = processes.broadcast(lambda: run_record(args, splits))
     out = processes.broadcast(lambda: choose_out(args.out, record))
@@ -283,16 +326,19 @@ def main():
 def train_in(out, args, config, record, base, splits, processes):
     """Train a BPS of a BPSConfig and measure it, in a run's folder."""
     started = time.monotonic()
+    print("{} training, {} validation and {} test pairs".format(*map(len, splits.values())))
+    rows = with_copies(splits["train"], not args.no_mirror)
+    if args.from_base and not args.without_pairs:
+        rows = add_draws(rows, splits, base, args, processes)
     cache, val_cache, test_cache = (
-        LatentCache(pairs, args.task, args.size, base, split == "train", args.extract, args.cache,
-                    processes) for split, pairs in splits.items())
+        LatentCache(pairs, args.task, args.size, base, args.extract, args.cache, processes)
+        for pairs in (rows, splits["val"], splits["test"]))
     check_conditions((cache, val_cache, test_cache), args.task)
-    print(f"{len(cache.pairs)} training, {len(val_cache.pairs)} validation and "
-          f"{len(test_cache.pairs)} test pairs")
     torch.manual_seed(args.seed)
     bps = build_bps(config).to(args.device, memory_format=torch.channels_last)
     base.unet.checkpointing = bps.checkpointing = args.checkpointing
-    training = Training(out, bps, args, processes, bps_metadata(args, record, base, cache))
+    training = Training(out, bps, args, processes, bps_metadata(args, record, base, cache),
+                        keep_best=len(splits["train"]) >= FEW_PAIRS)
     training.start_or_resume(record)
     base_loss = paired_errors(base, val_cache).mean()
     if not base_loss.isfinite():
@@ -302,7 +348,7 @@ def train_in(out, args, config, record, base, splits, processes):
 
     def on_save(step, train_loss):
         if processes.rank == 0:
-            val_loss = paired_errors(base, val_cache, bps).mean()
+            val_loss = paired_errors(base, val_cache, training.average).mean()
             require_finite(val_loss, f"step {step}: the validation loss", args.lr)
             training.save(step, train_loss, base_loss, val_loss.item())
             tqdm.write(f"step {step}: validation loss {val_loss:.4f}, frozen base {base_loss:.4f}")
@@ -313,9 +359,9 @@ def train_in(out, args, config, record, base, splits, processes):
         return
     training.restore_best()
     meter = meter_for(args.task, embedded=args.data is None)
-    numbers = report(base, test_cache, bps, out, args.seed, meter)
+    numbers = report(base, test_cache, training.average, out, args.seed, meter)
     file, drawing = out / "bps.safetensors", out / "condition.png"
-    save_bps(bps, file, training.metadata | dict(best=training.best, results=numbers))
+    save_bps(training.average, file, training.metadata | dict(best=training.best, results=numbers))
     example = example_condition(args.task, test_cache)
     with weights.replacing(drawing) as temporary:
         example.save(temporary)

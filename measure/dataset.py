@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from data import load_pairs, open_pair, split_names
+from data import View, load_pairs, open_pair, split_names
 from inputs import conditions
 from inputs.checkpoints import find_tokenizer, load_tokenizer
 from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
@@ -152,8 +152,9 @@ def write_sheet(args):
     pairs = load_pairs(args.task, "train", args.data, args.extract,
                        args.default_prompt)[:SHEET_ROWS]
     columns = []
-    for flip in (False, True):
-        conds, pictures, _ = zip(*(open_pair(pair, args.task, args.size, args.extract, flip)
+    for is_mirrored in (False, not args.no_mirror):
+        conds, pictures, _ = zip(*(open_pair(pair._replace(view=View(is_mirrored=is_mirrored)),
+                                             args.task, args.size, args.extract)
                                    for pair in pairs))
         columns += [conditions.cond_to_x(torch.stack(conds) / 255), torch.stack(pictures)]
     args.out.mkdir(parents=True, exist_ok=True)

@@ -120,7 +120,8 @@ def summarize(squares, schedule, dimensions):
     loss with shuffled conditions minus that with the right ones; it is zero for a network that
     ignores the condition. strength: the calibrated one. bits: what a condition says beyond the
     prompt, as measure/bits.py has it: exact for exact denoisers, but for the range of VALIDATION_T;
-    else an estimate, in which what is learned of the pictures in general counts, too.
+    else an estimate, in which what is learned of the pictures in general counts, too. gain_by_t,
+    strength_by_t: at each of VALIDATION_T; over-fitting shows at low ones first.
     """
     prior, steered, shuffled, steering = squares
     gains, abar = prior - steered, schedule.alphas_cumprod[list(VALIDATION_T)]
@@ -129,7 +130,10 @@ def summarize(squares, schedule, dimensions):
     return dict(pairs=len(prior), base=prior.mean().item(), steered=steered.mean().item(),
                 shuffled=shuffled.mean().item(), gain=mean_and_error(gains.mean(1)),
                 gap=mean_and_error((shuffled - steered).mean(1)), bits=mean_and_error(bits),
-                strength=calibrated_strength(gains.mean(1), steering.mean(1)))
+                strength=calibrated_strength(gains.mean(1), steering.mean(1)),
+                gain_by_t=gains.mean(0).tolist(),
+                strength_by_t=[calibrated_strength(*columns)[0]
+                               for columns in zip(gains.T, steering.T)])
 
 
 def validate(base, cache, bps):
@@ -202,6 +206,9 @@ def print_losses(numbers):
           f"shuffled-condition gap {gap:.4f} +- {gap_error:.4f} ({ratio(gap, gap_error):.1f})")
     print("information beyond the prompt: {:.0f} +- {:.0f} bits (estimate); best strength by loss: "
           "{:.2f} +- {:.2f}".format(*numbers["bits"], *numbers["strength"]))
+    print("timestep:        " + "".join(f"{t:8d}" for t in VALIDATION_T))
+    print("gain there:      " + "".join(f"{value:8.4f}" for value in numbers["gain_by_t"]))
+    print("strength by loss:" + "".join(f"{value:8.2f}" for value in numbers["strength_by_t"]))
     if gain < 0:
         print("Worse than the frozen base. Train for fewer steps with few pairs, else for more, or "
               "with a smaller --lr.")

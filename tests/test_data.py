@@ -8,7 +8,7 @@ from drawings import ring
 from PIL import Image, ImageDraw, ImageOps
 
 import data
-from data import LatentCache, Pair, load_pairs, open_pair, split_names
+from data import LatentCache, Pair, View, load_pairs, open_pair, split_names, with_copies
 from inputs.conditions import (extract_lines, is_light_on_dark, level_drawing, line_f1,
                                open_drawing, open_image, read_condition, to_image, to_x)
 from inputs.files import hash_module
@@ -227,9 +227,9 @@ def test_a_condition_with_another_aspect_ratio_is_refused(base, folder):
 
 
 def test_a_batch_has_mirrored_pairs_their_own_prompts_and_a_tenth_empty(base, pairs, folder):
-    cache = LatentCache(pairs[:6], "sketch", 64, base, mirror=True, folder=folder)
-    assert len(cache) == 12 and torch.equal(
-        cache.cond(range(6)).flip(-1), cache.cond(range(6, 12)))
+    copies = with_copies(pairs[:6])[:12]
+    cache = LatentCache(copies, "sketch", 64, base, folder=folder)
+    assert torch.equal(cache.cond(range(6)).flip(-1), cache.cond(range(6, 12)))
     cond, z, context = cache.batch(torch.arange(1000), 1000, torch.Generator().manual_seed(0))
     which = (cond[:, None] == cache.cond(range(12))[None]).flatten(2).all(dim=2).int().argmax(1)
     empty = (context == cache.context([""])).flatten(1).all(dim=1)
@@ -253,11 +253,11 @@ def test_shards_of_a_batch_are_rows_of_the_whole(base, pairs, folder):
 
 
 def test_a_cache_is_computed_once_and_again_for_different_content(base, pairs, folder, encoded):
-    expected = batches(LatentCache(pairs, "sketch", 64, base, mirror=True, folder=folder))
-    assert sum(encoded) == 120
+    expected = batches(LatentCache(pairs, "sketch", 64, base, folder=folder))
+    assert sum(encoded) == 60
     encoded.clear()
     assert all(map(torch.equal, expected, batches(
-        LatentCache(pairs, "sketch", 64, base, mirror=True, folder=folder))))
+        LatentCache(pairs, "sketch", 64, base, folder=folder))))
     assert not encoded
     for task, size, chosen in (("sketch", 48, pairs), ("sketch", 64, pairs[1:]),
                                ("artistic", 64, pairs)):
@@ -290,7 +290,7 @@ def test_an_interrupted_pass_resumes_with_the_part_that_is_missing(base, pairs, 
             LatentCache(pairs, "sketch", 64, base, folder=folder)
     encoded.clear()
     cache = LatentCache(pairs, "sketch", 64, base, folder=folder)
-    assert sum(encoded) == 12 and len(cache) == 60
+    assert sum(encoded) == 12 and len(cache.files) == 2
 
 
 def test_the_memory_format_of_weights_does_not_change_their_hash():
@@ -325,3 +325,62 @@ def test_many_prompts_are_encoded_when_they_are_needed(base, pairs, folder, monk
     assert cache.contexts is None
     for ours, theirs in zip(batches(cache), expected):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)      # a rounding of fp16
+
+
+# ---- moved copies --------------------------------------------------------------------------
+
+def dots(size, colours):
+    """A palette image with a 6 x 6 block of class 1 at a fifth, and of class 2 at two fifths."""
+    labels = np.zeros((size, size), np.uint8)
+    for number, place in ((1, size // 5), (2, 2 * size // 5)):
+        labels[place:place + 6, 2 * place:2 * place + 6] = number
+    image = Image.fromarray(labels)
+    image.putpalette(bytes(colours))
+    return image
+
+
+def test_fewer_pairs_have_more_copies_and_no_two_are_the_same():
+    pair = Pair("a", None, None, ("",))
+    for count, copies in ((12, 14), (40, 14), (100, 6), (300, 2), (1000, 2)):
+        rows = with_copies([pair] * count)
+        assert len(rows) == copies * count
+        assert len({row.view for row in rows[::count]}) == copies
+        assert all(row.view == View() for row in rows[:count])
+        assert all(row.view == View(is_mirrored=True) for row in rows[count:2 * count])
+
+
+def test_without_mirrored_copies_nothing_is_flipped():
+    rows = with_copies([Pair("a", None, None, ("",))] * 40, with_mirrored=False)
+    assert len(rows) == 14 * 40 and not any(row.view.is_mirrored for row in rows)
+
+
+def test_views_lie_inside_the_picture_and_move_by_at_most_6_percent():
+    views = [row.view for row in with_copies([Pair("a", None, None, ("",))] * 40)]
+    for left, top, side, _ in views:
+        assert 0.8 <= side <= 1
+        for start in (left, top):
+            assert 0 <= start and start + side <= 1 + 1e-9
+            assert abs(start + side / 2 - 0.5) <= 0.06 + 1e-9
+
+
+def test_condition_and_picture_of_a_copy_show_the_same_place():
+    labels = dots(64, (0, 0, 0, 255, 0, 0, 0, 0, 255))
+    pair = Pair("a", lambda: labels, lambda: labels.convert("RGB"), ("",))
+    for row in with_copies([pair])[1:]:
+        cond, x, colours = open_pair(row, "segmentation", 48)
+        assert set(map(tuple, cond.flatten(1).T.tolist())) <= {(0, 0, 0), (255, 0, 0), (0, 0, 255)}
+        assert len(colours) == 3
+        for channel in (0, 2):                  # the centres of both blocks
+            centres = []
+            for weight in (cond[channel] / 255, (x[channel] + 1) / 2):
+                rows, columns = torch.meshgrid(*[torch.arange(48.0)] * 2, indexing="ij")
+                centres.append([(weight * axis).sum() / weight.sum() for axis in (rows, columns)])
+            assert torch.tensor(centres).diff(dim=0).abs().max() < 1
+
+
+def test_a_row_with_a_larger_weight_is_drawn_more_often(base, pairs, folder):
+    rows = [pair._replace(weight=weight) for pair, weight in zip(pairs[:4], (1, 1, 1, 9))]
+    cache = LatentCache(rows, "sketch", 64, base, folder=folder)
+    cond, _, _ = cache.batch(torch.arange(1000), 1000, torch.Generator().manual_seed(0))
+    share = (cond == cache.cond([3])).flatten(1).all(1).float().mean()
+    assert share.item() == pytest.approx(9 / 12, abs=0.04)

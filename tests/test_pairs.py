@@ -13,7 +13,7 @@ from drawings import ring
 from PIL import Image, ImageDraw, ImageOps
 
 import train
-from data import LatentCache, check_conditions, load_pairs, open_pair
+from data import LatentCache, View, check_conditions, load_pairs, open_pair
 from inputs.conditions import (class_colours, class_names, cond_to_x, is_blank, open_boxes,
                                open_drawing, open_image, open_label_map, read_condition, to_image)
 from inputs.options import BASE
@@ -337,7 +337,8 @@ def test_a_label_map_keeps_its_colours_without_blends(folder):
     cond, x, colours = open_pair(pair, "segmentation", 48)
     assert colours == {"#0a141e": 0, "#c86432": 7}
     assert set(map(tuple, cond.flatten(1).T.tolist())) == {(10, 20, 30), (200, 100, 50)}
-    flipped, x_flipped, _ = open_pair(pair, "segmentation", 48, flip=True)
+    flipped, x_flipped, _ = open_pair(pair._replace(view=View(is_mirrored=True)),
+                                      "segmentation", 48)
     assert torch.equal(flipped, cond.flip(-1)) and torch.equal(x_flipped, x.flip(-1))
 
 

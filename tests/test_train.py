@@ -122,6 +122,34 @@ def test_training_changes_all_of_bps_and_nothing_of_the_base(base):
     assert unchanged == []
 
 
+def test_the_average_is_a_mean_at_first_and_then_forgets(tmp_path):
+    args = SimpleNamespace(device="cpu", dtype="fp32", lr=1e-3)
+    training = train.Training(tmp_path, torch.nn.Linear(1, 1), args, Processes())
+    expected = 0.0
+    for step in range(300):
+        with torch.no_grad():
+            training.bps.weight.fill_(step)
+        training.average_weights(step)
+        if step == 49:
+            assert training.average.weight.item() == pytest.approx(sum(range(50)) / 50)
+        share = max(1 / (step + 1), 1 / train.AVERAGED_STEPS)
+        expected = (1 - share) * expected + share * step
+    assert training.average.weight.item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("keep_best, kept", [(True, 1.0), (False, 2.0)])
+def test_few_pairs_keep_the_last_average_others_the_best(keep_best, kept, tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(train, "save_bps", lambda bps, *_: saved.append(bps.weight.item()))
+    args = SimpleNamespace(device="cpu", dtype="fp32", lr=1e-3)
+    training = train.Training(tmp_path, torch.nn.Linear(1, 1), args, Processes(), {}, keep_best)
+    for value, val_loss in ((1.0, 0.5), (2.0, 0.6)):
+        with torch.no_grad():
+            training.average.weight.fill_(value)
+        training.save(int(value), 0.5, 0.7, val_loss)
+    assert saved[-1] == kept and training.best["step"] == kept
+
+
 def test_the_learning_rate_falls_linearly_to_zero(run_train, tmp_path, monkeypatch):
     rates, step = [], torch.optim.AdamW.step
 
