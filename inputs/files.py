@@ -1,5 +1,7 @@
 """JSON, text and fingerprints of files. A file is written completely or not at all.
 
+Only regular files are read: a device or a pipe, which a link may lead to, may never end.
+
     write_json(dict(steps=100), "args.json")
     digest = fingerprint("bps.safetensors")
 """
@@ -12,13 +14,40 @@ from tqdm import tqdm
 
 from weights import UserError, replacing
 
+MAX_TEXT = 1 << 26              # characters in a text file: captions of half a million pictures
+LFS_POINTER = b"version https://git-lfs"
+
+
+def check_file(file):
+    """Raise UserError unless this is a regular file with content of its own."""
+    path = Path(file)
+    if not path.is_file():
+        kind = ("a folder" if path.is_dir() else
+                "a device or a pipe" if path.exists() else "missing")
+        raise UserError(f"{file} is {kind}. Give a regular file.")
+    with open(file, "rb") as f:
+        if f.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(f"{file} is a Git LFS pointer, not the file itself. Run `git lfs "
+                            f"pull`.")
+
+
+def read_utf8(file):
+    """Content of a UTF-8 text file, with or without a byte order mark."""
+    check_file(file)
+    try:
+        with open(file, encoding="utf-8-sig") as f:
+            text = f.read(MAX_TEXT + 1)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} must be UTF-8 ({error}). Save it as UTF-8.") from None
+    if len(text) > MAX_TEXT:
+        raise UserError(f"{file} must have at most {MAX_TEXT:,} characters. Split it.")
+    return text
+
 
 def read_json(file):
     """The dict in a JSON file."""
     try:
-        content = json.loads(Path(file).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing.") from None
+        content = json.loads(read_utf8(file))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file} is not JSON ({error}).") from None
     if not isinstance(content, dict):
@@ -45,6 +74,8 @@ def write_lines(rows, file):
 def fingerprint(*files):
     """First 16 hex digits of the SHA-256 of the files' concatenated bytes."""
     digest = hashlib.sha256()
+    for file in files:
+        check_file(file)
     size = sum(os.path.getsize(file) for file in files)
     with tqdm(total=size, unit="B", unit_scale=True, desc="fingerprint", delay=2,
               leave=False) as bar:
