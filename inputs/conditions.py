@@ -10,34 +10,37 @@
 Shapes: B batch, C channels, H W rows and columns of the image.
 """
 import contextlib
+import functools
 import warnings
-from pathlib import Path
+from collections import Counter
 from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from inputs.files import check_file
 from weights import UserError
 
+# Pillow starts another program for some other formats: Ghostscript for PostScript
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+LOSSLESS = ("PNG", "BMP", "GIF", "TIFF")
 LINE_CONTRAST = 0.1             # slope of x per pixel from which an edge counts as a line
 FAINT, FULL_INK = 0.05, 0.25    # slopes at which a soft line begins, and reaches full ink
 FAINTEST_INK = 0.1              # least contrast of a condition that is not blank
 UNIFORM = 0.97                  # share of one tone in a line of pixels that is frame or margin
 HIDDEN_INK = 2                  # contrast on black relative to white from which black is used
 RARE_LIGHT = 0.3                # a drawing with dark sides and fewer light pixels is chalk
+LIGHT_OF_SHEET = 0.7            # least share of light pixels on a sheet of paper with a drawing
+DESK_LIGHT = 0.1                # greatest share of the light pixels that are beside the sheet
 SMOOTHED = 256                  # side in pixels above which pictures are smoothed for soft lines
 COLOUR_CELLS = 8                # cells of a colour reference along the shorter side
 MAX_CLASSES = 256               # entries of a palette
 INSIDE_NUMBERS = (1, 255)       # the inside of grey masks; 0 is outside
-LOSSLESS = ("PNG", "BMP", "GIF", "TIFF")
 LARGEST_TEXT = 1 << 28          # bytes of text or colour profile in a PNG
-ORIENTATION = 0x0112            # the EXIF tag
-TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
-         8: Image.Transpose.ROTATE_90}              # makes each orientation upright
+LABELS_NOTE = ("drawings look like label maps: palette images in colour. For label maps use --task "
+               "segmentation.")
 PIXELS_AT_A_TIME = 48 * 64**2   # of a batch outside of training: 48 pictures of 64 px
 
 
@@ -52,60 +55,53 @@ def naming_file(file):
         raise UserError(f"{file} must have at most {Image.MAX_IMAGE_PIXELS:,} pixels, because "
                         f"larger pictures can fill the memory. Scale it down.") from None
     except Exception as error:          # each decoder has its own
-        raise UserError(f"{file} can't be read as an image ({error or type(error).__name__}). Use "
-                        f"a format that Pillow reads, such as PNG, JPEG, WebP or TIFF.") from None
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "its format is not read"
+        raise UserError(f"{file} can't be read as an image ({reason}). Save it as "
+                        f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}.") from None
 
 
 def load_image(file):
-    """The PIL image in a file, upright."""
-    if not Path(file).is_file():
-        raise UserError(f"{file} is {'a folder' if Path(file).is_dir() else 'missing'}. Give an "
-                        f"image file.")
+    """The PIL image in a file, upright. Nothing else opens a user's pictures."""
+    check_file(file)
     PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = LARGEST_TEXT
     with naming_file(file), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        image = Image.open(file)
-        image.load()
-        return upright(image)
+        with Image.open(file, formats=FORMATS) as image:
+            image.verify()                  # the checksums of a PNG, which load() ignores
+        with Image.open(file, formats=FORMATS) as image:
+            image.load()
+            with contextlib.suppress(Exception):        # odd EXIF, which viewers ignore
+                ImageOps.exif_transpose(image, in_place=True)
+            return image
 
 
-def upright(image):
-    """The image turned as its EXIF says; unreadable EXIF is ignored."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            turn = TURNS.get(image.getexif().get(ORIENTATION))
-    except Exception:                   # viewers show such pictures too
-        turn = None
-    if turn is None:
-        return image
-    turned = image.transpose(turn)
-    turned.format = image.format
-    return turned
-
-
-def open_image(file):
-    """The RGB image in a file, upright, with transparent parts white."""
-    image = load_image(file)
-    with naming_file(file):
-        return to_rgb(image)
-
-
-def has_alpha(image):
-    """Whether parts of an image may be transparent."""
-    return image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+def to_8_bits(image):
+    """Greys (H, W) uint8 of an image of whole numbers up to 65535, or of floats in [0, 1]."""
+    values = np.asarray(image, np.float64)
+    white = 65535 if values.max() > 255 else 255 if image.mode != "F" or values.max() > 1 else 1
+    if not 0 <= values.min() <= values.max() <= white or white > 1 and (values % 1).any():
+        raise ValueError("its values must be in 0..1, or whole numbers in 0..65535")
+    return (values * (255 / white)).round().astype(np.uint8)
 
 
 def to_rgb(image, ground="white"):
-    """The image in mode RGB: 16-bit greys scaled to 8 bits, transparency over a ground."""
+    """The image in mode RGB: greys scaled to 8 bits, transparency over a ground."""
     if image.mode.startswith("I") or image.mode == "F":
-        values = np.nan_to_num(np.asarray(image, np.float64))
-        values = values / 257 if values.max() > 255 else values
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if has_alpha(image):
+        image = Image.fromarray(to_8_bits(image))
+    if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, ground), image)
     return image.convert("RGB")
+
+
+def open_image(file, convert=to_rgb):
+    """The RGB image in a file, upright, with transparent parts white."""
+    image = load_image(file)
+    with naming_file(file):
+        return convert(image)
 
 
 def to_x(image):
@@ -130,16 +126,15 @@ def crop(image, width, height):
 def read_mask(file, width, height, factor):
     """Mask (1, 1, height / factor, width / factor) in [0, 1] of an image file: 1 is white.
 
-    It covers the picture, width x height, and is cropped like it. Transparent parts are black.
-    Class numbers 0 and 1, which look black, are refused.
+    It covers the picture, width x height, and is cropped like it. Transparent parts are black. A
+    mask that steers nowhere is refused; class numbers 0 and 1 look black, too.
     """
-    image = load_image(file)
-    with naming_file(file):
-        tones = to_rgb(image, "black").convert("L")
-    if tones.getextrema()[1] == 1:
-        raise UserError(f"{file}: mask is almost black (maximum 1 of 255). White means steer: save "
-                        f"it with values 0 and 255.")
+    tones = open_image(file, functools.partial(to_rgb, ground="black")).convert("L")
     tones = ImageOps.fit(tones, (width // factor, height // factor), Image.Resampling.BOX)
+    lightest = tones.getextrema()[1]
+    if lightest <= 1:
+        raise UserError(f"{file}: mask is black where the picture is (maximum {lightest} of 255), "
+                        f"so it steers nowhere. White means steer: save it with values 0 and 255.")
     return torch.from_numpy(np.asarray(tones, np.float32) / 255)[None, None]
 
 
@@ -175,8 +170,9 @@ def is_light_on_dark(image):
     """Whether an RGB drawing has a dark ground.
 
     Frames, margins and letterbox bars are uniform lines at the sides. They are peeled off, and the
-    ground is the innermost layer that is uniform on all four sides. Without such a layer, because
-    the drawing fills the picture, the ground is dark if the sides are dark and light is rare.
+    ground is the innermost layer that is uniform on all four sides, unless a sheet of paper is on
+    it. Without such a layer, because the drawing fills the picture, the ground is dark if the sides
+    are dark and light is rare.
     """
     grey = np.asarray(image.convert("L"), np.float32)
     dark = grey < middle_tone(grey)
@@ -189,9 +185,26 @@ def is_light_on_dark(image):
             break
         ground = tones.pop()
         middle = peel(middle, [ground] * 4)
+    light_is_rare = 1 - dark.mean() < RARE_LIGHT
     if ground is None:
-        ground = np.mean(side_shares(dark)) > 0.5 and 1 - dark.mean() < RARE_LIGHT
-    return bool(ground)
+        return bool(np.mean(side_shares(dark)) > 0.5 and light_is_rare)
+    return bool(ground and (light_is_rare or not is_sheet(middle)))
+
+
+def is_sheet(dark):
+    """Whether the light pixels of (H, W) bool fill a quadrilateral: a sheet, seen at an angle."""
+    if not dark.size:
+        return False
+    shrunk = Image.fromarray(dark).convert("L").resize((64, 64), Image.Resampling.BOX)
+    light = np.asarray(shrunk) < 128                        # without specks
+    y, x = np.nonzero(light)
+    if not light.any():
+        return False
+    ends = (x + y).argmin(), (x - y).argmax(), (x + y).argmax(), (x - y).argmin()
+    sheet = Image.new("1", light.shape)
+    ImageDraw.Draw(sheet).polygon([(int(x[i]), int(y[i])) for i in ends], fill=1)
+    on_sheet = light[np.asarray(sheet)]
+    return on_sheet.mean() > LIGHT_OF_SHEET and on_sheet.sum() > (1 - DESK_LIGHT) * len(x)
 
 
 def tone_range(grey):
@@ -206,10 +219,11 @@ def middle_tone(grey):
 
 
 def level_drawing(image):
-    """An RGB drawing as dark lines on white paper, whatever its polarity and paper tone.
+    """A drawing as dark lines on white paper, RGB, whatever its polarity and paper tone.
 
     The paper is everything lighter than the middle tone; its median becomes white.
     """
+    image = drawing_to_rgb(image)
     if is_light_on_dark(image):
         image = ImageOps.invert(image)
     grey = np.asarray(image.convert("L"), np.float32)
@@ -220,7 +234,7 @@ def level_drawing(image):
 
 def drawing_to_rgb(image):
     """A drawing in mode RGB; transparent parts are white, or black if white hides the ink."""
-    if has_alpha(image):
+    if image.has_transparency_data:
         grey, alpha = (np.asarray(part) for part in image.convert("LA").split())
         if (alpha > 127).any():
             darkest, lightest = tone_range(grey[alpha > 127])
@@ -231,15 +245,16 @@ def drawing_to_rgb(image):
 
 def open_drawing(file):
     """The drawing in a file as dark lines on white paper, RGB."""
-    image = load_image(file)
-    with naming_file(file):
-        return level_drawing(drawing_to_rgb(image))
+    return open_image(file, level_drawing)
 
 
 def drawing_to_cond(image):
-    """cond (1, H, W) float in [0, 1] of a dark-on-light RGB drawing: 1 is ink, 0 paper."""
-    ink = 1 - np.asarray(image.convert("L"), np.float32) / 255
-    return torch.from_numpy(ink)[None]
+    """cond (1, H, W) float in [0, 1] of a dark-on-light RGB drawing: 1 is ink, 0 paper.
+
+    The darkest line is full ink, though a pencil or shrinking made it faint.
+    """
+    ink = torch.from_numpy(1 - np.asarray(image.convert("L"), np.float32) / 255)[None]
+    return ink / ink.max() if ink.max() >= FAINTEST_INK else ink
 
 
 def edges(x):
@@ -304,19 +319,20 @@ def line_f1(lines, reference):
 
 # ---- label maps and colours ----------------------------------------------------------------
 
-def open_label_map(file):
+def open_label_map(file, accepts_rgb=False):
     """The label map in a file as a palette image (mode P), whose colours are the classes.
 
     Grey maps of 8 bits contain class numbers and get the palette of distinct_colours.
     """
-    return to_label_map(load_image(file), file)
-
-
-def to_label_map(image, file):
-    """The loaded image of a file as a palette image; see open_label_map."""
+    image = load_image(file)
     if image.format not in LOSSLESS or image.info.get("compression") == "jpeg":
         raise UserError(f"{file} must be in a lossless format, got {image.format}, which blurs "
                         f"classes into each other. Save label maps as palette PNG.")
+    if image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        raise UserError(f"{file} must be opaque: a transparent part has no class. Fill it with "
+                        f"the colour of the ground.")
+    if accepts_rgb and image.mode in ("RGB", "RGBA", "LA"):
+        return colours_to_labels(image, file)
     if image.mode == "1":
         image = image.convert("L")                          # 0 and 255
     if image.mode.startswith("I") and np.asarray(image).max() < MAX_CLASSES:
@@ -334,16 +350,18 @@ def to_label_map(image, file):
 
 def open_boxes(file):
     """The label map in a file as a palette image; RGB is accepted if it has few colours."""
-    image = load_image(file)
-    if image.format not in LOSSLESS or image.mode in ("1", "L", "P") or image.mode.startswith("I"):
-        return to_label_map(image, file)
-    colours, index = np.unique(np.asarray(image.convert("RGB")).reshape(-1, 3), axis=0,
-                               return_inverse=True)
+    return open_label_map(file, accepts_rgb=True)
+
+
+def colours_to_labels(image, file):
+    """An RGB image with few colours as a palette image."""
+    pixels = np.asarray(image.convert("RGB").convert("RGBX")).view(np.uint32)[..., 0]
+    colours = np.unique(pixels)                 # single numbers, which sort fast
     if len(colours) > MAX_CLASSES:
         raise UserError(f"{file} must have at most {MAX_CLASSES} colours, one per class, got "
                         f"{len(colours):,}. Save it without shades between classes.")
-    labels = Image.fromarray(index.reshape(image.height, image.width).astype(np.uint8))
-    labels.putpalette(colours.astype(np.uint8).tobytes())
+    labels = Image.fromarray(np.searchsorted(colours, pixels).astype(np.uint8))
+    labels.putpalette(colours.tobytes(), "RGBX")
     return labels
 
 
@@ -397,6 +415,24 @@ def palette_fault(palettes):
                       for inside in INSIDE_NUMBERS)
         return f"masks differ: inside is 1 in {one}, but 255 in {other}. Save all masks alike."
     return None
+
+
+def object_note(palettes, number_of_maps):
+    """What to say of label maps whose colours seem to be single objects (panoptic, instances).
+
+    None if they share their colours. palettes: as in palette_fault.
+    """
+    counts = Counter(colour for classes in palettes for colour, _ in classes)
+    rare = sum(count == 1 for count in counts.values())
+    if 2 * rare > len(counts) and 2 * len(palettes) > number_of_maps:
+        return (f"{rare} of {len(counts)} classes occur in one map only. A colour must be a class "
+                f"in all maps, not a single object.")
+    return None
+
+
+def looks_like_label_map(image):
+    """Whether an image has a palette with other colours than greys."""
+    return image.mode == "P" and any(len({c[1:3], c[3:5], c[5:]}) > 1 for c in class_colours(image))
 
 
 def match_mask(labels, classes):
@@ -506,17 +542,21 @@ def open_condition(file, task_name, classes=None):
 def read_condition(file, task_name, width, height, classes=None):
     """(cond (C, height, width), picture of it) of a file to draw with.
 
-    A drawing is fitted in, everything else covers the picture and is cropped. Lines that shrinking
-    made faint are restored to full ink. classes: {colour: name} that BPS was trained on.
+    A drawing is fitted in, everything else covers the picture and is cropped. classes: {colour:
+    name} that BPS was trained on.
     """
-    task = TASKS[task_name]
-    cond = task.to_cond(task.fit(open_condition(file, task_name, classes), width, height))
-    if task.open is open_drawing:
-        if is_blank(cond, task_name):
-            raise UserError(f"{file} has no line. A drawing must be dark on light or light on "
-                            f"dark.")
-        cond = cond / cond.max()
+    task, picture = TASKS[task_name], open_condition(file, task_name, classes)
+    cond = task.to_cond(task.fit(picture, width, height))
+    if task.open is open_drawing and is_blank(cond, task_name):
+        raise UserError(f"{file} {why_blank(picture)}")
     return cond, to_image(cond_to_x(cond[None])[0])
+
+
+def why_blank(drawing):
+    """Why nothing is left of a drawing, dark on white, at the network's size: ends a sentence."""
+    if is_blank(drawing_to_cond(drawing), "sketch"):
+        return "has no line. A drawing must be dark on light or light on dark."
+    return "has only lines thinner than a pixel at this size. Thicken them, or crop the drawing."
 
 
 def check_classes(file, labels, classes):

@@ -19,7 +19,7 @@ from PIL import Image
 import diffusion
 from bps import Condition, load_bps
 from data import load_pairs
-from inputs.conditions import TASKS, open_condition, read_condition, to_image
+from inputs.conditions import TASKS, load_image, open_condition, read_condition, to_image
 from inputs.files import fingerprint
 from inputs.options import BASE, DTYPES, shell_command
 from inputs.pictures import fingerprints, png_fields, write_new
@@ -45,7 +45,7 @@ class Drawn(NamedTuple):
     job: Job
     x: torch.Tensor
     size: tuple
-    drawing: bytes | None
+    drawing: Image.Image | None
 
 
 def data_url(image):
@@ -151,10 +151,10 @@ class Studio:
         """Draw a request's pictures, and last the prior's if that is a new one."""
         _, bps = self.network(request)
         size, is_preview = (bps.metadata["size"],) * 2, bool(request.get("preview"))
-        drawings = []                           # (options, strength, Conditions) of each
+        drawings, drawing = [], None            # (options, strength, Conditions) of each
         content = request.get("drawing") and from_data_url(request["drawing"])
         if content:
-            args, cond = self.read(request, content)
+            args, cond, drawing = self.read(request, content)
             for s in STRIP if request.get("strip") else [args.conditions[0].strength]:
                 drawings.append((args, s, [Condition(bps, cond.to(self.args.device), s)]))
         prior_of = size, [request.get(name) for name in SETTINGS if name != "strength"]
@@ -172,7 +172,7 @@ class Studio:
                 args.sampler, args.steps, args.guidance), conditions, on_step=on_step)
             job = Job("", [args.conditions[0]._replace(strength=strength)] if conditions else [],
                       args.prompt)
-            drawn = Drawn(request["number"], args, job, x, size, content)
+            drawn = Drawn(request["number"], args, job, x, size, drawing)
             if not conditions:
                 self.prior = prior_of, drawn
                 continue
@@ -192,7 +192,7 @@ class Studio:
         return self.networks[request["task"]]
 
     def read(self, request, content):
-        """(sample.py's options, cond (1, C, H, W)) for a drawing's bytes."""
+        """(sample.py's options, cond (1, C, H, W), image) of a drawing's bytes."""
         file, bps = self.network(request)
         drawing = Path(self.scratch.name) / "drawing.png"
         drawing.write_bytes(content)
@@ -200,9 +200,10 @@ class Studio:
         try:
             cond, _ = read_condition(drawing, request["task"], size, size,
                                      bps.metadata.get("classes"))
+            image = load_image(drawing)
         except UserError as error:
             raise UserError(str(error).replace(str(drawing), "drawing")) from None
-        return args, cond[None]
+        return args, cond[None], image
 
     def parse(self, request, bps, drawing=None):
         """sample.py's checked options for a request."""
@@ -254,8 +255,7 @@ class Studio:
             self.args.out.mkdir(parents=True, exist_ok=True)
             job, files = last.job, []
             if job.conditions:
-                drawing = Image.open(io.BytesIO(last.drawing))
-                files.append(write_new(drawing, self.args.out / "pad-drawing.png"))
+                files.append(write_new(last.drawing, self.args.out / "pad-drawing.png"))
                 job = job._replace(conditions=[job.conditions[0]._replace(cond=files[0])])
 
             def hash_once(*paths):
