@@ -278,7 +278,7 @@ def list_jobs(conditions, prompt):
                             f"has {name}.")
     return [Job(f"{name.replace('/', '-')}-",
                 [c._replace(cond=folders.get(c.cond, {}).get(name, c.cond)) for c in conditions],
-                (*read_captions(captions.get(name, [])), prompt)[0]) for name in images]
+                (*read_captions(captions.get(name, []))[0], prompt)[0]) for name in images]
 
 
 # ---- what belongs together -----------------------------------------------------------------

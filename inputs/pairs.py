@@ -7,30 +7,41 @@
 Keys may be in any case, and a caption may have any of CAPTION_KEYS. A picture has several captions
 if its caption is a list, its text file has several lines, or several lines of a listing name the
 pair. If conditions are extracted from the images, only images are needed, which may also be in the
-folder itself. Sub-folders and links are followed.
+folder itself. Sub-folders and links are followed. Generation parameters and boxes, which other
+programs write into NAME.txt, are not captions.
 
     pairs, problems, unused = find_pairs("my_pairs")
 """
-import functools
+import itertools
 import json
 import os
+import re
 import unicodedata
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
+from inputs.conditions import LABELS_NOTE, load_image, looks_like_label_map
+from inputs.files import read_utf8
 from weights import UserError
 
-NO_PICTURES = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")        # known to Pillow, but not read
+IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff",
+                  ".bmp", ".gif", ".avif", ".avifs")
+# pictures too, which are refused by name unless one that is read has the same name
+UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".tga", ".ppm", ".pgm", ".exr",
+                   ".dng", ".cr2", ".cr3", ".nef", ".arw")
 CAPTION_SUFFIXES = (".txt", ".caption")
-LISTINGS = {"prompt.json": (("source",), "target"),
-            "metadata.jsonl": (("conditioning_image", "conditioning_image_file_name"),
-                               "file_name")}            # keys of condition and image
+PARAMETERS = re.compile(r"negative prompt:|steps: \d+,", re.IGNORECASE)     # of AUTOMATIC1111
+BOX = re.compile(r"\S+(\s+-?[\d.]+){4,}")                # of YOLO: a class and its coordinates
+LISTINGS = {"prompt.json": ("source", "target"),           # keys of condition and image
+            "metadata.jsonl": ("conditioning_image", "file_name")}
 CAPTION_KEYS = ("text", "prompt", "caption", "description")
+NO_CAPTIONS = "lines of NAME.txt are parameters or boxes of other programs, not captions."
 RUN_FILE = "args.json"          # in the folder of a training
-SYSTEM_FILES = (".", "__macosx", "thumbs.db", "desktop.ini")        # beginnings of names
+# beginnings of names; network disks keep thumbnails and deleted files beside the pictures
+SYSTEM_FILES = (".", "__macosx", "thumbs.db", "ehthumbs", "desktop.ini", "@eadir", "@recycle",
+                "@__thumb", "#recycle", "#snapshot", "$recycle.bin", "system volume information",
+                "lost+found")
 SAME_SHAPE = 0.02               # how far the aspect ratios of a pair may differ
 
 
@@ -38,7 +49,8 @@ class PairFiles(NamedTuple):
     """The files of a pair. cond is the image itself if conditions are extracted."""
     cond: Path
     image: Path
-    prompts: tuple
+    prompts: tuple = ()
+    other_lines: int = 0        # of the image's text files, which are no captions
 
 
 class FolderFiles(NamedTuple):
@@ -46,14 +58,6 @@ class FolderFiles(NamedTuple):
     images: dict                # {name: file}
     captions: dict              # {name: files}
     problems: list
-
-
-def check_folder(folder):
-    """Raise UserError if this is no folder of pairs."""
-    if folder.suffix.lower() == ".zip" and folder.is_file():
-        raise UserError(f"--data must be a folder of pairs, got {folder}. Unpack it.")
-    if not folder.is_dir():
-        raise UserError(f"--data must be a folder of pairs, got {folder}.")
 
 
 def walk(folder, visited=None):
@@ -64,7 +68,8 @@ def walk(folder, visited=None):
     """
     real = Path(os.path.realpath(folder))
     if visited is None:
-        parent = Path(os.path.realpath(folder.parent))          # of a link, not of its target
+        # of a link, not of its target; "." and ".." have one, too
+        parent = Path(os.path.realpath(os.path.dirname(os.path.abspath(folder))))
         visited = {*real.parents, parent, *parent.parents}
     if not folder.is_dir() or real in visited or (folder / RUN_FILE).exists():
         return
@@ -78,13 +83,6 @@ def walk(folder, visited=None):
             yield entry
 
 
-@functools.cache
-def image_suffixes():
-    """The suffixes, in lower case, of the pictures that Pillow reads."""
-    return {suffix for suffix, image_format in Image.registered_extensions().items()
-            if image_format in Image.OPEN and image_format not in NO_PICTURES}
-
-
 def name_in(folder, file):
     """A file's path in a folder as text, with accents composed.
 
@@ -93,33 +91,32 @@ def name_in(folder, file):
     return unicodedata.normalize("NFC", file.relative_to(folder).as_posix())
 
 
-def read_text(file):
-    """Content of a text file in UTF-8, with or without a byte order mark."""
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} must be UTF-8 ({error}). Save it as UTF-8.") from None
-
-
 def read_captions(files):
-    """The captions in an image's text files: their lines that are not blank."""
-    lines = [line.strip() for file in files for line in read_text(file).split("\n")]
-    return tuple(dict.fromkeys(line for line in lines if line))
+    """(captions, number of other lines) of an image's text files; blank lines don't count."""
+    captions, count = [], 0
+    for file in files:
+        lines = [line.strip() for line in read_utf8(file).split("\n") if line.strip()]
+        count += len(lines)
+        captions += itertools.takewhile(lambda line: not PARAMETERS.match(line), lines)
+    captions = [line for line in captions if not BOX.fullmatch(line)]
+    return tuple(dict.fromkeys(captions)), count - len(captions)
 
 
 def list_files(folder):
     """The FolderFiles of a folder, which may be missing."""
-    images, captions, problems = {}, {}, []
+    images, captions, unread, problems = {}, {}, {}, []
     for file in walk(folder):
-        name = name_in(folder, file.with_suffix(""))
-        if file.suffix.lower() in CAPTION_SUFFIXES:
+        name, suffix = name_in(folder, file.with_suffix("")), file.suffix.lower()
+        if suffix in CAPTION_SUFFIXES:
             captions.setdefault(name, []).append(file)
-        elif file.suffix.lower() in image_suffixes():
+        elif suffix in IMAGE_SUFFIXES:
             if name in images:
                 problems.append(f"{images[name]} and {file.name} have the same name. Names must "
                                 f"differ in more than the suffix or the spelling of an accent.")
             images[name] = file
-    return FolderFiles(images, captions, problems)
+        elif suffix in UNREAD_SUFFIXES:
+            unread[name] = file
+    return FolderFiles(unread | images, captions, problems)
 
 
 def find_pairs(folder, extract=False):
@@ -129,7 +126,9 @@ def find_pairs(folder, extract=False):
     the folder that belong to no pair.
     """
     folder = Path(folder)
-    check_folder(folder)
+    if not folder.is_dir():
+        fix = " Unpack it." if folder.suffix.lower() == ".zip" else ""
+        raise UserError(f"--data must be a folder of pairs, got {folder}.{fix}")
     listings = {file.name.lower(): file for file in folder.iterdir()}
     listing = next((listings[name] for name in LISTINGS if name in listings), None)
     if listing:
@@ -144,18 +143,22 @@ def find_pairs(folder, extract=False):
     return pairs, problems, unused
 
 
-def warn_of_losses(folder, extract, default_prompt):
-    """Warn of files in a user's folder that are not read, and if most pairs have no caption."""
+def warn_of_losses(folder, extract, default_prompt, task_name="sketch"):
+    """Warn of what is not read of a user's folder, of missing captions, and of a forgotten task."""
     pairs, _, unused = find_pairs(folder, extract)
     if unused:
         warnings.warn(f"{folder}: {len(unused)} files belong to no pair, such as {unused[0]}. "
                       f"--check-data lists them.")
+    if other_lines := sum(pair.other_lines for pair in pairs):
+        warnings.warn(f"{folder}: {other_lines} {NO_CAPTIONS}")
     without_caption = sum(not pair.prompts for pair in pairs)
     if without_caption > len(pairs) / 2 and not default_prompt:
         warnings.warn(f"{folder}: {without_caption} of {len(pairs)} pairs have no caption and "
                       f"train with an empty prompt. Give --default-prompt, or captions in NAME.txt "
                       f"or NAME.caption beside the image, or in a listing as "
                       f"{', '.join(CAPTION_KEYS)}.")
+    if task_name == "sketch" and not extract and looks_like_label_map(load_image(pairs[0].cond)):
+        warnings.warn(f"{folder}: {LABELS_NOTE}")
 
 
 def _named_pairs(folder, extract):
@@ -167,52 +170,50 @@ def _named_pairs(folder, extract):
     if not extract:
         conds, _, cond_problems = list_files(folder / "conditions")
         problems += cond_problems
-    pairs, captions = [], []
+    pairs, used = [], []
     for name in sorted(conds.keys() | images.keys()):
-        for part, part_files in (("conditions", conds), ("images", images)):
-            if name not in part_files:
-                problems.append(f"{folder / part}/{name}.* is missing. Each name must be in both "
-                                f"conditions/ and images/.")
-        if name in conds and name in images:
-            prompts, caption_files = (), files.captions.get(name, [])
-            captions += caption_files
-            try:
-                prompts = read_captions(caption_files)
-            except UserError as error:
-                problems.append(str(error))
-            pairs.append(PairFiles(conds[name], images[name], prompts))
+        missing = [part for part, part_files in (("conditions", conds), ("images", images))
+                   if name not in part_files]
+        problems += [f"{folder / part}/{name}.* is missing. Each name must be in both conditions/ "
+                     f"and images/." for part in missing]
+        if missing:
+            continue
+        captions, caption_files = (), files.captions.get(name, [])
+        try:
+            captions = read_captions(caption_files)
+        except UserError as error:
+            problems.append(str(error))
+        pairs.append(PairFiles(conds[name], images[name], *captions))
+        used += caption_files
     if not pairs and not problems:
         problems.append(f"{folder} has no pairs. It must contain prompt.json (fill50k), "
                         f"metadata.jsonl (imagefolder) or the folders images/ and conditions/; "
                         f"with --extract, images alone.")
-    return pairs, problems, captions
+    return pairs, problems, used
 
 
 def _listed_pairs(folder, listing, extract):
     """(pairs, problems) of a file with one JSON object per line."""
     captions, problems = {}, []
-    text = read_text(listing)
+    text = read_utf8(listing)
     if text.lstrip().startswith("["):
         return [], [f"{listing} must have one JSON object per line, got an array. Remove the "
                     f"brackets and the commas between objects."]
     files = {name_in(folder, file): file for file in walk(folder)}
-    cond_keys, image_key = LISTINGS[listing.name.lower()]
+    keys = LISTINGS[listing.name.lower()]
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         place = f"{listing}, line {number}"
         try:
-            names, prompts = _read_row(json.loads(line), cond_keys, image_key, extract)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            problems.append(f"{place} must be a JSON object with the keys {cond_keys[0]}, "
-                            f"{image_key}, {' or '.join(CAPTION_KEYS)} ({error}).")
-            continue
-        try:
+            names, prompts = _read_row(json.loads(line), keys[1:] if extract else keys)
             pair = tuple(_find(folder, name, files) for name in (names[0], names[-1]))
-        except ValueError as error:
+            captions.setdefault(pair, []).extend(prompts)
+        except UserError as error:
             problems.append(f"{place}: {error}")
-            continue
-        captions.setdefault(pair, []).extend(prompts)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            problems.append(f"{place} must be a JSON object with the keys {', '.join(keys)}, "
+                            f"{' or '.join(CAPTION_KEYS)} ({error}).")
     if not captions and not problems:
         problems.append(f"{listing} has no pairs.")
     return [PairFiles(cond, image, tuple(dict.fromkeys(prompts)))
@@ -220,23 +221,21 @@ def _listed_pairs(folder, listing, extract):
 
 
 def _find(folder, name, files):
-    """The file that a listing names; a ValueError says what is wrong with the name."""
+    """The file that a listing names. files: {name in the folder: file}."""
     if name.startswith(("../", "/")) or name[1:2] == ":":
-        raise ValueError(f"{name} is outside the folder. Only files inside it are read.")
+        raise UserError(f"{name} is outside the folder. Only files inside it are read.")
     file = folder / name
     if not file.is_file():
         file = files.get(unicodedata.normalize("NFC", name))
     if file is None:
-        raise ValueError(f"{folder / name} is missing.")
+        raise UserError(f"{folder / name} is missing.")
     return file
 
 
-def _read_row(row, cond_keys, image_key, extract):
-    """(file names, captions) of a listing's line; the condition's name first, unless extracted."""
-    row = {key.lower(): value for key, value in row.items()}
-    names = [row[image_key]]
-    if not extract:
-        names.insert(0, row[next((key for key in cond_keys if key in row), cond_keys[0])])
+def _read_row(row, keys):
+    """(file names, captions) of a listing's line. keys: of the names."""
+    row = {key.lower().removesuffix("_file_name"): value for key, value in row.items()}
+    names = [row[key] for key in keys]
     prompts = next((row[key] for key in CAPTION_KEYS if row.get(key)), [])
     prompts = [prompts] if isinstance(prompts, str) else prompts
     if not isinstance(prompts, list):
