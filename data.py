@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from tqdm import tqdm
 
 import weights
-from inputs.conditions import (TASKS, class_colours, images_at_a_time, is_blank, open_image,
-                               palette_fault, to_x)
+from inputs.conditions import (TASKS, class_colours, images_at_a_time, is_blank, object_note,
+                               open_image, palette_fault, to_x)
 from inputs.files import fingerprint, hash_module
 from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
 from inputs.processes import Processes
@@ -285,12 +285,14 @@ def check_conditions(caches, task):
     blank = [name for cache in caches for name in cache.blank]
     number_of_pairs = sum(len({pair.name for pair in cache.pairs}) for cache in caches)
     if len(blank) == number_of_pairs:
-        raise UserError(f"all conditions are blank (first: {blank[0]}). Drawings need lines; label "
-                        f"maps need at least two classes.")
+        raise UserError(f"all conditions are blank (first: {blank[0]}). Drawings need lines of a "
+                        f"pixel or more at --size; label maps need at least two classes.")
     if blank:
         warnings.warn(f"{len(blank)} of {number_of_pairs} conditions are blank, such as "
                       f"{blank[0]}. --check-data lists them.")
-    fault = palette_fault({classes: name for cache in caches
-                           for classes, name in cache.palettes.items()})
+    palettes = {classes: name for cache in caches for classes, name in cache.palettes.items()}
+    fault = palette_fault(palettes)
     if fault and TASKS[task].has_numbers:
         raise UserError(fault)
+    if note := object_note(palettes, number_of_pairs):
+        warnings.warn(note)

@@ -314,7 +314,7 @@ def main():
         splits = {split: load_pairs(args.task, split, args.data, args.extract, args.default_prompt)
                   for split in SPLITS}
     if args.data and not args.without_pairs:
-        warn_of_losses(args.data, args.extract, args.default_prompt)
+        warn_of_losses(args.data, args.extract, args.default_prompt, args.task)
     record = processes.broadcast(lambda: run_record(args, splits))
     out = processes.broadcast(lambda: choose_out(args.out, record))
     is_renamed = out.resolve() != args.out.resolve()
