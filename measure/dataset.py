@@ -2,22 +2,20 @@
 
     check_data(args)            # prints it, and writes a sheet of what the network will see
 """
-import hashlib
 from collections import Counter
 
 import torch
-from PIL import Image
 from tqdm import tqdm
 
 from data import View, load_pairs, open_pair, split_names
 from inputs import conditions
 from inputs.checkpoints import find_tokenizer, load_tokenizer
-from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
+from inputs.files import fingerprint
+from inputs.pairs import NO_CAPTIONS, find_pairs, group_pairs, same_shape, shape_fault
 from measure.report import SHEET_ROWS, contact_sheet
-from weights import UserError
+from weights import UserError, shortened
 
 MANY_CLASSES = 64               # more than this in all maps may be shades
-MAX_ENTRIES = 8                 # sizes, modes or files that are listed
 
 
 class Survey:
@@ -26,12 +24,11 @@ class Survey:
     def __init__(self, task_name, extract, size):
         self.task_name, self.task = task_name, conditions.TASKS[task_name]
         self.extract, self.size = extract, size
-        self.is_drawing = self.task.open is conditions.open_drawing
         self.problems, self.blank = [], []
         self.sizes, self.modes, self.classes = Counter(), Counter(), Counter()
-        self.files_of_digest = {}                   # (role, SHA-256): files
+        self.files_of_digest = {}                   # (role, fingerprint): files
         self.palettes = {}                          # ((colour, number), ..): a map that has them
-        self.light_on_dark = 0                      # number of drawings
+        self.notes = Counter()                      # of drawings
 
     def add(self, role, file):
         """Count a file and return its image, or None if it can't be used.
@@ -39,12 +36,10 @@ class Survey:
         role: "image" or "condition".
         """
         try:
-            with conditions.naming_file(file), Image.open(file) as image:
-                image.verify()                      # also the checksums, which load() ignores
             image = conditions.load_image(file)
             if role == "condition" or self.extract:
                 self.add_condition(file, image)
-            digest = hashlib.sha256(file.read_bytes()).digest()
+            digest = fingerprint(file)
         except (UserError, OSError) as error:
             self.problems.append(str(error))
             return None
@@ -54,18 +49,22 @@ class Survey:
         return image
 
     def add_condition(self, file, image):
-        """Count a label map's classes, a drawing that is light on dark, or a blank condition."""
+        """Count a label map's classes, what is odd about a drawing, or a blank condition."""
         picture = conditions.open_image(file) if self.extract else self.task.open(file)
         to_cond = self.task.extract if self.extract else self.task.to_cond
         cond = to_cond(conditions.crop(picture, self.size, self.size))
+        is_drawing = self.task_name == "sketch" and not self.extract
         if conditions.is_blank(cond, self.task_name):
-            self.blank.append(file)
+            reason = conditions.why_blank(picture) if is_drawing else "is the same everywhere."
+            self.blank.append(f"{file} {reason}")
         if self.task.has_labels:
             colours = conditions.class_colours(picture)
             self.classes.update(colours.keys())
             self.palettes.setdefault(tuple(colours.items()), file)
-        elif self.is_drawing and not self.extract:
-            self.light_on_dark += conditions.is_light_on_dark(conditions.drawing_to_rgb(image))
+        elif is_drawing:
+            is_inverted = conditions.is_light_on_dark(conditions.drawing_to_rgb(image))
+            self.notes["drawings are light on dark and will be inverted"] += is_inverted
+            self.notes[conditions.LABELS_NOTE] += conditions.looks_like_label_map(image)
 
     def report(self, folder, number_of_pairs):
         """Print sizes, modes, classes, blank conditions and duplicates.
@@ -73,28 +72,26 @@ class Survey:
         Add a problem if palettes differ, or if all conditions are blank.
         """
         for name, counts in (("sizes", self.sizes), ("modes", self.modes)):
-            entries = [f"{entry} ({n})" for entry, n in counts.most_common(MAX_ENTRIES)]
-            omitted = len(counts) - len(entries)
-            print(f"{name}: {', '.join(entries)}" + (f" and {omitted} more" if omitted else ""))
+            print(f"{name}: {shortened([f'{entry} ({n})' for entry, n in counts.most_common()])}")
         if self.task.has_labels:
             names = conditions.class_names(dict(sum(self.palettes, ())))
             print("classes: " + ", ".join(f"{names[colour]} in {n} maps"
                                           for colour, n in sorted(self.classes.items())))
+            if len(self.classes) > MANY_CLASSES:
+                print(f"note: {len(self.classes)} classes may be the shades of a picture")
+            if note := conditions.object_note(self.palettes, number_of_pairs):
+                print(f"note: {note}")
         fault = conditions.palette_fault(self.palettes)
         if fault and self.task.has_numbers:
             self.problems.append(f"{folder}: {fault}")
-        for file in self.blank:
-            print(f"blank condition: {file}")
+        for line in self.blank:
+            print(f"blank condition: {line}")
         if self.blank and len(self.blank) == number_of_pairs:
-            self.problems.append(f"{folder}: all conditions are blank. Drawings need lines; label "
-                                 f"maps need at least two classes.")
-        if self.is_drawing:
-            print(f"drawings that are light on dark and will be inverted: {self.light_on_dark}")
-            if "condition P" in self.modes:
-                print("note: the drawings include palette images. For label maps use --task "
-                      "segmentation.")
-        if len(self.classes) > MANY_CLASSES:
-            print(f"note: {len(self.classes)} classes may be the shades of a picture")
+            self.problems.append(f"{folder}: all conditions are blank. Drawings need lines of a "
+                                 f"pixel or more at --size; label maps need at least two classes.")
+        for note, n in self.notes.items():
+            if n:
+                print(f"note: {n} {note}")
         for (role, _), files in self.files_of_digest.items():
             if len(files) > 1:
                 print(f"duplicates: {role} {' = '.join(map(str, sorted(files)))}")
@@ -106,10 +103,11 @@ def check_captions(pairs, tokenizer, default_prompt):
     without_caption = [pair.image for pair in pairs if not pair.prompts]
     print(f"captions: {len(captions)}; pictures without one: {len(without_caption)}, which train "
           f"with --default-prompt {default_prompt!r}")
+    if other_lines := sum(pair.other_lines for pair in pairs):
+        print(f"note: {other_lines} {NO_CAPTIONS}")
     if without_caption:
         captions.append(("--default-prompt", default_prompt))
-    for image in without_caption[:MAX_ENTRIES]:
-        print(f"no caption: {image}")
+        print(f"no caption: {shortened(list(map(str, without_caption)))}")
     for place, text in captions:
         _, dropped = tokenizer.truncate(text)
         if dropped:
@@ -131,10 +129,8 @@ def check_data(args):
     counts = Counter(split_of[group] for group in groups)
     print(f"pairs: {len(pairs)} (" + ", ".join(
         f"{counts[split]} {split}" for split in ("train", "val", "test")) + ")")
-    for file in unused[:MAX_ENTRIES]:
-        print(f"belongs to no pair: {file}")
-    if unused[MAX_ENTRIES:]:
-        print(f"and {len(unused) - MAX_ENTRIES} more files belong to no pair")
+    if unused:
+        print(f"belong to no pair: {shortened(list(map(str, unused)))}")
     survey.report(args.data, len(pairs))
     check_captions(pairs, tokenizer, args.default_prompt)
     problems += survey.problems

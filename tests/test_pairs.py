@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from data import LatentCache, View, check_conditions, load_pairs, open_pair
 from inputs.conditions import (class_colours, class_names, cond_to_x, is_blank, open_boxes,
                                open_drawing, open_image, open_label_map, read_condition, to_image)
 from inputs.options import BASE
-from inputs.pairs import PairFiles, find_pairs, group_pairs, warn_of_losses
+from inputs.pairs import PairFiles, find_pairs, group_pairs, list_files, warn_of_losses
 from weights import UserError
 
 NAMES = [f"{i:02d}" for i in range(12)]
@@ -171,13 +172,13 @@ def test_images_in_subfolders_are_used_and_unused_files_listed(folder, check):
         (folder / part / "03.png").rename(folder / part / "more" / "03.png")
     (folder / "images" / "more" / "03.Caption").write_text("three")
     assert prompts_of(folder) == 11 * [()] + [("three",)]
-    for name in ("images/12.svg", "images/99.txt", "notes.docx"):
+    for name in ("images/12.json", "images/99.txt", "notes.docx"):
         (folder / name).write_text("")
     assert [str(file.relative_to(folder)) for file in find_pairs(folder)[2]] == [
-        "images/12.svg", "images/99.txt", "notes.docx"]
-    with pytest.warns(UserWarning, match="3 files belong to no pair, such as .*images/12.svg"):
+        "images/12.json", "images/99.txt", "notes.docx"]
+    with pytest.warns(UserWarning, match="3 files belong to no pair, such as .*images/12.json"):
         warn_of_losses(folder, False, "a ring")
-    assert f"belongs to no pair: {folder}/images/12.svg" in check()
+    assert f"belong to no pair: {folder}/images/12.json; {folder}/images/99.txt" in check()
 
 
 def test_links_are_followed_and_loops_end(folder, tmp_path):
@@ -210,8 +211,7 @@ def test_pairs_in_folders_of_their_own_are_told_apart(tmp_path):
     assert counts == [9, 1, 2]
 
 
-@pytest.mark.parametrize("suffix", [".JPG", ".jfif", ".jpe", ".tif", ".TIFF", ".avif", ".gif",
-                                    ".tga", ".ppm", ".jp2"])
+@pytest.mark.parametrize("suffix", [".JPG", ".jfif", ".jpe", ".tif", ".TIFF", ".avif", ".gif"])
 def test_images_of_every_suffix_that_pillow_reads_are_used(folder, suffix):
     if suffix.lower() not in Image.registered_extensions():
         pytest.skip(f"this Pillow reads no {suffix}")
@@ -245,6 +245,52 @@ def test_pairs_that_share_a_file_are_in_one_split(folder):
     write_listing(folder, [row(f"{i:02d}", target=f"images/{i % 6:02d}.png") for i in range(12)])
     with pytest.raises(UserError, match="at least 10 pairs .* got 6"):
         load_pairs("sketch", "train", folder)
+
+
+# ---- what other programs leave beside the pictures -----------------------------------------
+
+@pytest.mark.parametrize("text, captions, other_lines", [
+    ("a thing, best\nNegative prompt: dull,\nblurry\nSteps: 25, Sampler: DDIM", ("a thing, best",), 3),
+    ("a thing\nSteps: 9, Seed: 3", ("a thing",), 1),
+    ("0 0.45 0.50 0.66 0.69\n3 0.2 0.31 0.1 0.12", (), 2),
+    ("car 0.00 0 -1.57 599.41 156.40\na red car", ("a red car",), 1),
+    ("7\n2 cats, 3 dogs, 4 5 6\nsteps: up to a door", ("7", "2 cats, 3 dogs, 4 5 6",
+                                                      "steps: up to a door"), 0)])
+def test_parameters_and_boxes_are_not_captions(folder, check, text, captions, other_lines):
+    (folder / "images" / "03.txt").write_text(text)
+    pair = find(folder)[3]
+    assert (pair.prompts, pair.other_lines) == (captions, other_lines)
+    note = f"{other_lines} lines of NAME.txt are parameters or boxes of other programs"
+    assert (f"note: {note}" in check()) == bool(other_lines)
+    if other_lines:
+        with pytest.warns(UserWarning, match=note):
+            warn_of_losses(folder, False, "a ring")
+
+
+@pytest.mark.parametrize("name", ["@eaDir/00.png", ".thumbnails", "__MACOSX/images", ".@__thumb",
+                                  "@Recycle", "#recycle", "$RECYCLE.BIN", "lost+found"])
+def test_thumbnails_and_deleted_files_of_a_disk_are_no_pairs(folder, name):
+    for part in ("images", "conditions"):
+        (folder / part / name).mkdir(parents=True)
+        ring(9, 9).save(folder / part / name / "small.png")
+    assert len(find(folder)) == len(list_files(folder / "images").images) == 12
+    assert find_pairs(folder)[2] == []
+
+
+@pytest.mark.parametrize("suffix", [".HEIC", ".svg", ".jp2"])
+def test_a_format_that_is_not_read_is_named_unless_it_is_a_source(folder, check, suffix):
+    (folder / "images" / f"02{suffix}").write_text("<svg/>")                # of 02.png
+    (folder / "images" / "03.png").rename(folder / "images" / f"03{suffix}")
+    (folder / "images" / f"03{suffix}").write_text("<svg/>")
+    assert f"problem: {folder}/images/03{suffix} can't be read as an image (its format is not " \
+           "read). Save it as PNG, JPEG" in check(problems=1)
+
+
+@pytest.mark.parametrize("place, name", [(".", "."), ("images", ".."), (".", "images/..")])
+def test_a_folder_may_be_named_by_dots(folder, monkeypatch, place, name):
+    monkeypatch.chdir(folder / place)
+    assert len(find(name)) == len(list_files(Path(name) / "images").images) == 12
+    assert len(list_files(Path(name)).images) == 24
 
 
 # ---- what is wrong in a folder -------------------------------------------------------------
@@ -427,6 +473,19 @@ def test_palettes_may_number_the_same_colours_differently(folder, check_caches):
         check_caches("segmentation")
 
 
+def test_colours_that_are_objects_are_told_from_classes(folder, check, check_caches, recwarn):
+    write_maps(folder, [recoloured([0, 0, 0], [9 * i, 90, 200]) for i in range(12)])
+    note = "12 of 13 classes occur in one map only. A colour must be a class"
+    assert f"note: {note}" in check("--task", "layout")
+    with pytest.warns(UserWarning, match=note):
+        check_caches("layout")
+    write_maps(folder, [recoloured([0, 0, 0], [9 * (i % 3), 90, 200]) for i in range(12)])
+    assert "occur in one map" not in check("--task", "layout")
+    recwarn.clear()
+    check_caches("layout")
+    assert not recwarn.list
+
+
 def test_masks_with_different_numbers_inside_are_refused(folder, check, check_caches):
     write_maps(folder, 6 * [mask("L", 1)] + 6 * [mask("L", 255)])
     assert "masks differ: inside is 1 in" in check("--task", "segmentation", problems=1)
@@ -580,7 +639,7 @@ def test_a_check_prints_what_a_folder_contains(check, folder):
         ImageOps.invert(Image.open(folder / "conditions" / name)).save(folder / "conditions" / name)
     printed = check()
     for text in ("pairs: 12 (9 train, 1 val, 2 test)", "image 33 x 33 (2)", "condition RGB (12)",
-                 "light on dark and will be inverted: 2",
+                 "note: 2 drawings are light on dark and will be inverted",
                  "captions: 1; pictures without one: 11, which train with --default-prompt ''",
                  f"truncated caption: {folder}/images/01.png loses 'hair red hair",
                  f"duplicates: image {folder}/images/01.png = {folder}/images/05.png"):
@@ -627,4 +686,6 @@ def test_a_check_of_label_maps_lists_classes_and_other_palettes(check, folder):
     recoloured([10, 20, 30], [0, 0, 255]).save(folder / "conditions" / "00.png")
     printed = check("--task", "segmentation", problems=1)
     assert f"class 7 is #0000ff in {folder}/conditions/00.png, #c86432 in {folder}/" in printed
-    assert "note: the drawings include palette images" in check("--task", "sketch")
+    assert "note: 12 drawings look like label maps" in check("--task", "sketch")
+    with pytest.warns(UserWarning, match="drawings look like label maps.* use --task segmentation"):
+        warn_of_losses(folder, False, "a ring")
