@@ -17,7 +17,7 @@ import torch
 
 from clip import ACTIVATIONS, END, CLIPTextConfig, CLIPTextModel, Tokenizer
 from diffusion import PREDICTION_TYPES, NoiseSchedule
-from inputs.files import read_json
+from inputs.files import read_json, read_utf8
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
 from weights import (
@@ -516,7 +516,7 @@ def read_tokenizer(folder):
         vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
     else:
         vocab = read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        lines = read_utf8(folder / "merges.txt").splitlines()
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
     merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
     config = read("tokenizer_config.json")
