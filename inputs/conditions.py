@@ -32,8 +32,8 @@ FAINTEST_INK = 0.1              # least contrast of a condition that is not blan
 UNIFORM = 0.97                  # share of one tone in a line of pixels that is frame or margin
 HIDDEN_INK = 2                  # contrast on black relative to white from which black is used
 RARE_LIGHT = 0.3                # a drawing with dark sides and fewer light pixels is chalk
-LIGHT_OF_SHEET = 0.7            # least share of light pixels on a sheet of paper with a drawing
-DESK_LIGHT = 0.1                # greatest share of the light pixels that are beside the sheet
+SMALLEST_SHEET = 0.1            # share of light pixels in a photo of a sheet on a dark desk
+SHEET_FIT = 0.7                 # how well light pixels fill a quadrilateral (IoU) that is a sheet
 SMOOTHED = 256                  # side in pixels above which pictures are smoothed for soft lines
 COLOUR_CELLS = 8                # cells of a colour reference along the shorter side
 MAX_CLASSES = 256               # entries of a palette
@@ -156,6 +156,17 @@ def side_tones(dark):
             for share in side_shares(dark)]
 
 
+def layer_tone(dark):
+    """True if all four sides of (H, W) bool are dark, False if light, None if mixed.
+
+    One side may be mixed, where a drawing touches it, if other tones are rare.
+    """
+    tones = side_tones(dark)
+    tone = max(tones, key=tones.count)
+    needed = 3 if (dark != tone).mean() < RARE_LIGHT else 4
+    return tone if tones.count(tone) >= needed else None
+
+
 def peel(dark, tones):
     """The middle of (H, W) bool, without the uniform lines at its sides."""
     for tone in tones:
@@ -176,19 +187,14 @@ def is_light_on_dark(image):
     """
     grey = np.asarray(image.convert("L"), np.float32)
     dark = grey < middle_tone(grey)
-    tones = side_tones(dark)
-    ground = tones[0] if len(set(tones)) == 1 else None
-    middle = peel(dark, tones)
-    while min(middle.shape) > 2:
-        tones = set(side_tones(middle))
-        if len(tones) > 1 or None in tones:
-            break
-        ground = tones.pop()
+    ground, middle = layer_tone(dark), peel(dark, side_tones(dark))
+    while min(middle.shape) > 2 and layer_tone(middle) is not None:
+        ground = layer_tone(middle)
         middle = peel(middle, [ground] * 4)
-    light_is_rare = 1 - dark.mean() < RARE_LIGHT
+    light = 1 - dark.mean()
     if ground is None:
-        return bool(np.mean(side_shares(dark)) > 0.5 and light_is_rare)
-    return bool(ground and (light_is_rare or not is_sheet(middle)))
+        return bool(np.mean(side_shares(dark)) > 0.5 and light < RARE_LIGHT)
+    return bool(ground and not (light > SMALLEST_SHEET and is_sheet(middle)))
 
 
 def is_sheet(dark):
@@ -197,14 +203,14 @@ def is_sheet(dark):
         return False
     shrunk = Image.fromarray(dark).convert("L").resize((64, 64), Image.Resampling.BOX)
     light = np.asarray(shrunk) < 128                        # without specks
-    y, x = np.nonzero(light)
     if not light.any():
         return False
+    y, x = np.nonzero(light)
     ends = (x + y).argmin(), (x - y).argmax(), (x + y).argmax(), (x - y).argmin()
     sheet = Image.new("1", light.shape)
     ImageDraw.Draw(sheet).polygon([(int(x[i]), int(y[i])) for i in ends], fill=1)
-    on_sheet = light[np.asarray(sheet)]
-    return on_sheet.mean() > LIGHT_OF_SHEET and on_sheet.sum() > (1 - DESK_LIGHT) * len(x)
+    sheet = np.asarray(sheet)
+    return (light & sheet).sum() > SHEET_FIT * (light | sheet).sum()
 
 
 def tone_range(grey):
