@@ -39,13 +39,12 @@ class Survey:
             image = conditions.load_image(file)
             if role == "condition" or self.extract:
                 self.add_condition(file, image)
-            digest = fingerprint(file)
+            self.files_of_digest.setdefault((role, fingerprint(file)), set()).add(file)
         except (UserError, OSError) as error:
             self.problems.append(str(error))
             return None
         self.modes[f"{role} {image.mode}"] += 1
         self.sizes[f"{role} {image.width} x {image.height}"] += 1
-        self.files_of_digest.setdefault((role, digest), set()).add(file)
         return image
 
     def add_condition(self, file, image):
