@@ -1,4 +1,5 @@
 """The pairs' splits, and what a training step gets from the cache."""
+import numpy as np
 import pytest
 import torch
 from drawings import ring
