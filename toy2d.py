@@ -1,21 +1,22 @@
-"""The plane, where every denoiser can be measured against the exact posterior.
+"""Bayesian Power Steering in the plane, where the exact posterior is known.
 
     python toy2d.py                     one figure and one table in runs/toy2d, about 3 minutes
     python -m studies.toy prior         studies: prior, modes, robustness, bits, algebra
 
 The large probability space (arXiv 2406.03683, Fig. 1) is a pinwheel of K Gaussians. A condition
-names an arm and reads, with some error, how far out on it a point lies; the points that fit it are
-the small space. Prior, posterior and steering then have closed forms, which follow from the mixture
+names an arm and measures, with some error, a point's place on it. The points that fit a condition
+are its small space. Prior, posterior and steering have closed forms, which follow from the mixture
 and Bayes' rule. The networks are unet.py and bps.py with vectors in place of maps.
 
-100 labels, points with a condition, have to teach the posterior. Three ways (docs/method.md):
+A label is a point with its condition. Three methods learn the posterior from 100 labels and are
+compared with the exact one (docs/method.md):
 
-    scratch     a new network, trained on the labels
-    labels      BPS on the frozen prior, trained on the labels: the paper's way
-    draws       BPS on the frozen prior, trained on the prior's own points, each with a condition
-                from a likelihood fitted to the labels
+    scratch     train a new network on the labels
+    labels      train BPS on the frozen prior and the labels, as the paper does
+    draws       fit a likelihood p(c | z_0) to the labels, let the prior draw points, give each a
+                condition from that likelihood, and train BPS on the frozen prior and these points
 
-Shapes: B points, 2 coordinates, K components, N conditions of 6 numbers (5 arms and a place).
+Shapes: B points of 2 coordinates, K components, N conditions of 6 numbers (5 arms and a place).
 """
 import argparse
 import itertools
@@ -32,35 +33,34 @@ from tqdm import tqdm
 import diffusion
 
 ARMS, BEADS = 5, 12                     # arms of the pinwheel, components on each
-PLACE_ERROR = 0.2                       # standard error of a reading of the place, 0 to 1
+PLACE_ERROR = 0.2                       # standard error of a measured place; places are 0 to 1
 WIDTHS, TIME_DIM = (96, 64, 48), 32
 HEAD_HEAVY = (16, 8, 4, 16, 1, 1, 1)    # port weights: three on CP, one on TP, three on EP
-PRIOR_STEPS, PRIOR_BATCH, PRIOR_LR = 2500, 1000, 2e-3
 PRIOR_SAMPLES = 500_000                 # as in the paper's Fig. 2
-LABELS, DRAWS = 100, 4000               # labels to learn from; points the prior draws for them
+PRIOR_STEPS, PRIOR_BATCH, PRIOR_LR = 2500, 1000, 2e-3
+LABELS, DRAWS = 100, 4000               # labels to learn from; points that the prior draws
 BATCH, PASSES = 400, 4                  # a batch has at most BATCH points, each PASSES times
 # Steps and rate: of those tried on seed 7 the best, or within 15 % of it, in energy and bits
 METHODS = dict(scratch=(160, 3e-3), labels=(625, 3e-4), draws=(2500, 1e-3))
-TITLES = {"true": "true points", "prior": "prior, no condition", "exact": "exact posterior",
-          "scratch": f"from scratch, {LABELS} labels", "labels": f"BPS on {LABELS} labels",
-          "draws": "BPS on the prior's draws"}
 KERNEL_WIDTHS = torch.logspace(-1.5, 0.2, 12).tolist()      # of the likelihood, in the plane
-DOUBTS = (0.003, 0.01, 0.03, 0.1, 0.2)  # share of labels whose arm the likelihood calls random
+DOUBTS = (0.003, 0.01, 0.03, 0.1, 0.2)  # of the likelihood about the arm of a label
 STEPS = 100                             # DDIM steps
-CONDITIONS, SAMPLES = 25, 200           # fresh conditions to measure on, points of each
+CONDITIONS, SAMPLES = 25, 200           # held-out conditions, points of each
 SCHEDULE = diffusion.NoiseSchedule()    # Stable Diffusion's
-CLEAN = torch.ones(1, 1), torch.zeros(1, 1)     # alpha and sigma without noise
 # Timesteps to integrate bits over, denser at low noise, where log snr changes fastest
 BITS_T = (999 * torch.linspace(0, 1, 101) ** 2).round().long().unique()
-# Of the large space, then of one condition each
-COLORS = ("#d5d8dd", "#d1495b", "#e28413", "#2a9d5c", "#2f6fb5", "#7b4fa3")
+TITLES = dict(true="true points", prior="prior, no condition", exact="exact posterior",
+              scratch=f"from scratch, {LABELS} labels", labels=f"BPS on {LABELS} labels",
+              draws="BPS on the prior's draws")
+COLORS = ("#d5d8dd", "#d1495b", "#e28413", "#2a9d5c", "#2f6fb5", "#7b4fa3")     # grey: large space
+SIDE = 900                              # pixels of a panel, before the figure shrinks to a third
 
 
 # ---- the world: every quantity in closed form ----------------------------------------------
 
 @dataclass(frozen=True)
 class World:
-    """A mixture of K equal, round components N(mu_k, std^2 I), and the likelihood of conditions.
+    """A mixture of K round Gaussians N(mu_k, std^2 I) of equal weight, and conditions.
 
     means: mu (K, 2). arms: (K,) integers. places: (K,) in [0, 1]. A condition depends on the
     component alone, so a small space is the same mixture with other weights: log_p_cond, which is
@@ -73,33 +73,26 @@ class World:
     std: float = 0.09
 
     def draw(self, n, generator, log_p_cond=None):
-        """Clean points z_0 (n, 2) from p(z_0 | c), and their components k (n,)."""
+        """Clean points z_0 (n, 2) from p(z_0 | c)."""
         p = torch.ones(len(self.means)) if log_p_cond is None else log_p_cond.exp()
-        k = torch.multinomial(p, n, replacement=True, generator=generator)
-        return self.scatter(k, generator), k
-
-    def scatter(self, k, generator):
-        """A clean point z_0 (n, 2) from each of the components k (n,)."""
-        return self.means[k] + self.std * torch.randn(len(k), 2, generator=generator)
-
-    def label(self, k, generator):
-        """A condition (n, 6) for each of the components k (n,)."""
-        reading = self.places[k] + PLACE_ERROR * torch.randn(len(k), generator=generator)
-        return condition(self.arms[k], reading)
+        k = p.multinomial(n, replacement=True, generator=generator)
+        return self.means[k] + self.std * torch.randn(n, 2, generator=generator)
 
     def draw_labelled(self, n, generator):
         """Labels from the arms in turn: z_0 (n, 2) and cond (n, 6)."""
         on_arm = self.arms == torch.arange(n)[:, None] % ARMS                   # (n, K)
-        k = torch.multinomial(on_arm.float(), 1, generator=generator).squeeze(1)
-        return self.scatter(k, generator), self.label(k, generator)
+        k = on_arm.float().multinomial(1, generator=generator).squeeze(1)
+        z_0 = self.means[k] + self.std * torch.randn(n, 2, generator=generator)
+        measured = self.places[k] + PLACE_ERROR * torch.randn(n, generator=generator)
+        return z_0, condition(self.arms[k], measured)
 
     def log_p_cond(self, cond):
         """log p(c | k) (N, K), up to a constant, of conditions (N, 6)."""
-        log_arm = (cond[:, :ARMS] @ F.one_hot(self.arms, ARMS).to(cond).T).log()
+        log_arm = cond[:, self.arms].log()                  # 0 on the condition's arm, else -inf
         return log_arm - (cond[:, ARMS:] - self.places) ** 2 / (2 * PLACE_ERROR**2)
 
     def variance(self, alpha, sigma):
-        """Variance of a component with noise."""
+        """Variance of a component of z_t."""
         return alpha**2 * self.std**2 + sigma**2
 
     def log_components(self, z_t, alpha, sigma, log_p_cond=0.0):
@@ -116,8 +109,8 @@ class World:
     def eps(self, z_t, alpha, sigma, log_p_cond=0.0):
         """eps* = E[noise | z_t] (B, 2), or with log_p_cond eps_bar* = E[noise | z_t, c].
 
-        One component has E[noise | z_t, k] = sigma (z_t - alpha mu_k) / variance; the mean over
-        components has the weights p(k | z_t, c).
+        One component has E[noise | z_t, k] = sigma (z_t - alpha mu_k) / variance. The components'
+        weights are p(k | z_t, c).
         """
         p_k = self.log_components(z_t, alpha, sigma, log_p_cond).softmax(1)
         return sigma * (z_t - alpha * (p_k @ self.means)) / self.variance(alpha, sigma)
@@ -128,25 +121,16 @@ class World:
         w_k = p(c | k) / p_t(c | z_t), so p(k | z_t) w_k = p(k | z_t, c).
         """
         p_k = self.log_components(z_t, alpha, sigma).softmax(1)
-        # not p_k * w: far from the arm w overflows
+        # not p_k * w, because w overflows far from the arm
         p_k_cond = self.log_components(z_t, alpha, sigma, log_p_cond).softmax(1)
         eps_k = sigma[..., None] * (z_t[:, None] - alpha[..., None] * self.means)   # (B, K, 2)
         eps_k = eps_k / self.variance(alpha, sigma)[..., None]
         return ((p_k_cond - p_k)[..., None] * eps_k).sum(1)        # E[noise w] - E[noise] E[w]
 
-    def denoiser(self, log_p_cond=0.0):
-        """The exact denoise(z_t, t) for diffusion.sample."""
-        return lambda z_t, t: self.eps(z_t, *signal_and_noise(t, z_t), log_p_cond)
 
-
-def condition(arms, readings):
-    """Conditions (n, 6) from arms (n,) and readings of the place (n,)."""
-    return torch.cat([F.one_hot(arms, ARMS).to(readings), readings[:, None]], dim=1)
-
-
-def signal_and_noise(t, z_t):
-    """alpha_t and sigma_t: (1, 1) for a number t, (B, 1) for t (B,)."""
-    return SCHEDULE.signal_and_noise(torch.as_tensor(t).view(-1), z_t)
+def condition(arms, places):
+    """Conditions (n, 6) from arms (n,) and measured places (n,)."""
+    return torch.cat([F.one_hot(arms, ARMS).to(places), places[:, None]], dim=1)
 
 
 def pinwheel():
@@ -172,33 +156,31 @@ class Block(nn.Module):
         self.skip = nn.Identity() if width_in == width else nn.Linear(width_in, width)
 
     def forward(self, h, t_emb):
+        """(B, width) for h (B, width_in) and t_emb (B, 2 TIME_DIM)."""
         shifted = self.in_layer(F.silu(h)) + self.emb_layer(t_emb)
         return self.skip(h) + self.out_layer(F.silu(shifted))
 
 
 class UShape(nn.Module):
-    """What U-Net and BPS share: contracting, transition and expansive path, with skips."""
+    """Seven blocks; the three of the expansive path also read those of the contracting path."""
 
     def __init__(self, width_in):
         super().__init__()
         outer, middle, inner = WIDTHS
         self.stem = nn.Linear(width_in, outer)
-        self.contracting = nn.ModuleList(
-            [Block(outer, outer), Block(outer, middle), Block(middle, inner)])
-        self.transition = Block(inner, inner)
-        self.expansive = nn.ModuleList([Block(inner + inner, inner), Block(inner + middle, middle),
-                                        Block(middle + outer, outer)])
+        contracting = Block(outer, outer), Block(outer, middle), Block(middle, inner)
+        transition = Block(inner, inner)
+        expansive = (Block(inner + inner, inner), Block(inner + middle, middle),
+                     Block(middle + outer, outer))
+        self.blocks = nn.ModuleList([*contracting, transition, *expansive])
 
     def outputs(self, x, t_emb, residuals=(0.0,) * 7):
-        """Outputs (B, width) of the 3 + 1 + 3 blocks, each with its residual added."""
-        h, skips = self.stem(x), []
-        for block, residual in zip(self.contracting, residuals[:3]):
+        """Outputs (B, width) of the blocks, each with its residual added."""
+        h, outputs = self.stem(x), []
+        for i, (block, residual) in enumerate(zip(self.blocks, residuals)):
+            if i > 3:                                               # the expansive path
+                h = torch.cat([h, outputs[6 - i]], dim=1)
             h = block(h, t_emb) + residual
-            skips.append(h)
-        h = self.transition(h, t_emb) + residuals[3]
-        outputs = [*skips, h]
-        for block, residual in zip(self.expansive, residuals[4:]):
-            h = block(torch.cat([h, skips.pop()], dim=1), t_emb) + residual
             outputs.append(h)
         return outputs
 
@@ -224,10 +206,7 @@ class ToyUNet(UShape):
 
 
 class ToyBPS(UShape):
-    """The steering network: residuals from condition and time, through ports that start at zero.
-
-    A port of weight 0 adds nothing.
-    """
+    """The steering network: residuals from condition and time, through ports that start at zero."""
 
     def __init__(self, port_weights=HEAD_HEAVY):
         super().__init__(ARMS + 1)
@@ -238,9 +217,9 @@ class ToyBPS(UShape):
             nn.init.zeros_(parameter)
 
     def forward(self, cond, t_emb):
-        """Seven residuals, each (B, width) or 0, for cond (B, 6) and t_emb (B, 2 TIME_DIM)."""
+        """Seven residuals (B, width) for cond (B, 6) and t_emb (B, 2 TIME_DIM)."""
         outputs = self.outputs(cond, t_emb)
-        return [weight * port(h) if weight else 0.0
+        return [weight * port(h)
                 for weight, port, h in zip(self.port_weights, self.ports, outputs)]
 
 
@@ -254,7 +233,7 @@ def steer(unet, bps):
 def train(eps, parameters, points, steps, lr, batch, seed):
     """Train parameters in place, so that eps(z_t, t, cond) predicts the noise: MSE, t uniform.
 
-    The rate falls linearly to zero. Each step takes the next `batch` of points (z_0, cond).
+    Each step takes the next `batch` of points (z_0, cond). The rate falls linearly to zero.
     """
     z_0, cond = points
     generator = torch.Generator().manual_seed(seed)
@@ -275,23 +254,25 @@ def train_prior(world, seed, effort=1.0):
     """The frozen prior network, after a share `effort` of its training on the large space."""
     torch.manual_seed(seed)
     unet = ToyUNet()
-    z_0, _ = world.draw(PRIOR_SAMPLES, torch.Generator().manual_seed(seed))
-    train(lambda z_t, t, _: unet(z_t, t), unet.parameters(), (z_0, z_0),
-          math.ceil(PRIOR_STEPS * effort), PRIOR_LR, PRIOR_BATCH, seed)
+    z_0 = world.draw(PRIOR_SAMPLES, torch.Generator().manual_seed(seed))
+    no_cond = torch.zeros(len(z_0), 0)
+    steps = math.ceil(PRIOR_STEPS * effort)
+    train(lambda z_t, t, _: unet(z_t, t), unet.parameters(), (z_0, no_cond), steps, PRIOR_LR,
+          PRIOR_BATCH, seed)
     return unet.requires_grad_(False)
 
 
 def fit(points, steps, lr, seed, prior=None, make_bps=ToyBPS):
-    """The posterior's eps(z_t, t, cond), learned from points (z_0, cond).
+    """eps(z_t, t, cond) of a steered network that is trained on points (z_0, cond).
 
-    prior: the network to steer, trained along unless it is frozen. None is a new one.
+    prior: the network to steer, trained too unless it is frozen. None is a new one.
     """
     torch.manual_seed(seed)
     new, bps = ToyUNet(), make_bps()
     unet = prior or new
-    trained = [p for p in (*unet.parameters(), *bps.parameters()) if p.requires_grad]
+    parameters = [p for p in (*unet.parameters(), *bps.parameters()) if p.requires_grad]
     batch = min(BATCH, PASSES * len(points[0]))
-    train(steer(unet, bps), trained, points, steps, lr, batch, seed)
+    train(steer(unet, bps), parameters, points, steps, lr, batch, seed)
     return steer(unet, bps)
 
 
@@ -303,7 +284,7 @@ def draw(denoise, n, seed):
     return z
 
 
-# ---- labels, and the prior's points with conditions from a fitted likelihood ---------------
+# ---- the methods ---------------------------------------------------------------------------
 
 def draw_labels(world, n, seed):
     """The n labels of a seed: z_0 (n, 2) and cond (n, 6)."""
@@ -313,46 +294,49 @@ def draw_labels(world, n, seed):
 def likelihood(z_0, cond):
     """Fit p(c | z) to labels z_0 (n, 2), cond (n, 6).
 
-    The result takes points z (m, 2) to probabilities of the arms (m, ARMS), and to mean (m,) and
-    error of a normal reading of the place. Both are averages over the labels near z. Kernel widths
-    and doubt are those that predict each label best from the others.
+    A kernel estimate: arm probabilities and mean place at z are averages over the labels near z,
+    and the measured place is normal. Kernel widths and doubt predict each label best from all
+    others.
     """
     arms, places = cond[:, :ARMS], cond[:, ARMS]
 
-    def weights(square, width):
+    def nearness(square, width):
+        """Weights of the labels at points, from squared distances (m, n); each row sums to 1."""
         return (-square / (2 * width**2)).softmax(1)                            # (m, n)
 
     def arm_probabilities(near, doubt):
+        """Probabilities (m, ARMS) if a label's arm is random with probability `doubt`."""
         return (1 - doubt) * near @ arms + doubt / ARMS
 
     def fitted(z):
+        """Arm probabilities, mean place and its standard error at z (m, 2)."""
         square = torch.cdist(z, z_0).square()
-        return (arm_probabilities(weights(square, arm_width), doubt),
-                weights(square, place_width) @ places, error)
+        return (arm_probabilities(nearness(square, arm_width), doubt),
+                nearness(square, place_width) @ places, error)
 
-    others = torch.cdist(z_0, z_0).square().fill_diagonal_(math.inf)
-    near = {width: weights(others, width) for width in KERNEL_WIDTHS}
-    arm_width, doubt = max(itertools.product(near, DOUBTS), key=lambda pair: (
+    to_others = torch.cdist(z_0, z_0).square().fill_diagonal_(math.inf)
+    near = {width: nearness(to_others, width) for width in KERNEL_WIDTHS}
+    arm_width, doubt = max(itertools.product(KERNEL_WIDTHS, DOUBTS), key=lambda pair: (
         arm_probabilities(near[pair[0]], pair[1]) * arms).sum(1).log().sum())
-    errors = {width: (near[width] @ places - places).square().mean() for width in near}
+    errors = {width: (near[width] @ places - places).square().mean() for width in KERNEL_WIDTHS}
     place_width = min(errors, key=errors.get)
     error = errors[place_width].sqrt()
     return fitted
 
 
-def draw_and_label(prior, labels, seed, n):
-    """Points (n, 2) that the prior draws, and conditions (n, 6) from the labels' likelihood."""
-    z_0 = draw(prior, n, 40_000 + seed)
+def draw_and_label(prior, labels, seed):
+    """DRAWS points (n, 2) from the prior, with conditions (n, 6) from the labels' likelihood."""
+    z_0 = draw(prior, DRAWS, 40_000 + seed)
     generator = torch.Generator().manual_seed(40_000 + seed)
     arm_p, place, error = likelihood(*labels)(z_0)
-    arm = torch.multinomial(arm_p, 1, generator=generator).squeeze(1)
-    return z_0, condition(arm, place + error * torch.randn(n, generator=generator))
+    arm = arm_p.multinomial(1, generator=generator).squeeze(1)
+    return z_0, condition(arm, place + error * torch.randn(len(z_0), generator=generator))
 
 
-def learn(method, prior, labels, seed, steps, lr):
+def learn(method, prior, labels, steps, lr, seed):
     """eps(z_t, t, cond) that a method of METHODS learns from labels (z_0, cond)."""
-    points = draw_and_label(prior, labels, seed, DRAWS) if method == "draws" else labels
-    return fit(points, steps, lr, seed, None if method == "scratch" else prior)
+    points = draw_and_label(prior, labels, seed) if method == "draws" else labels
+    return fit(points, steps, lr, seed, prior=None if method == "scratch" else prior)
 
 
 # ---- measurements --------------------------------------------------------------------------
@@ -373,8 +357,8 @@ def energy_distance(x, y):
 class HeldOut:
     """Conditions that no method was trained on, and true points that fit them.
 
-    cond (N, 6), log_p_cond (N, K), `true` (N, 5 SAMPLES, 2), `fresh` (N, SAMPLES, 2); rows
-    (N SAMPLES,) is the condition of each of the points that draw makes.
+    cond (N, 6), log_p_cond (N, K), `true` (N, 5 SAMPLES, 2), `fresh` (N, SAMPLES, 2). rows
+    (N SAMPLES,) is the number of the condition of each point that `draw` draws.
     """
 
     def __init__(self, world, seed):
@@ -383,9 +367,13 @@ class HeldOut:
         _, self.cond = world.draw_labelled(CONDITIONS, generator)
         self.log_p_cond = world.log_p_cond(self.cond)
         self.true, self.fresh = (
-            torch.stack([world.draw(n, generator, row)[0] for row in self.log_p_cond])
+            torch.stack([world.draw(n, generator, row) for row in self.log_p_cond])
             for n in (5 * SAMPLES, SAMPLES))
         self.rows = torch.arange(CONDITIONS).repeat_interleave(SAMPLES)
+
+    def exact(self, z_t, t, cond=None):
+        """eps_bar* (N SAMPLES, 2); the conditions are those of `rows`."""
+        return self.world.eps(z_t, *SCHEDULE.signal_and_noise(t, z_t), self.log_p_cond[self.rows])
 
     def draw(self, eps):
         """Points (N, SAMPLES, 2) that eps(z_t, t, cond) draws."""
@@ -413,13 +401,12 @@ class HeldOut:
         divergence of what is drawn (arXiv 2101.09258).
         """
         generator = torch.Generator().manual_seed(20_000 + self.seed)
-        cond, log_p_cond = self.cond[self.rows], self.log_p_cond[self.rows]
+        z_0, cond = self.fresh.view(-1, 2), self.cond[self.rows]
         errors = []
         for t in BITS_T:
-            z_0, t = self.fresh.view(-1, 2), t.expand(len(cond))
+            t = t.expand(len(z_0))
             z_t = SCHEDULE.add_noise(z_0, torch.randn(z_0.shape, generator=generator), t)
-            exact = self.world.eps(z_t, *signal_and_noise(t, z_t), log_p_cond)
-            errors.append((eps(z_t, t, cond) - exact).square().sum(1).mean())
+            errors.append((eps(z_t, t, cond) - self.exact(z_t, t)).square().sum(1).mean())
         errors, log_snr = torch.stack(errors), SCHEDULE.alphas_cumprod[BITS_T].logit()
         nats = (errors[1:] + errors[:-1]) / 2 * (log_snr[:-1] - log_snr[1:]) / 2    # trapezoids
         return torch.zeros(4).index_add(0, BITS_T[:-1] // 250, nats.float() / math.log(2))
@@ -435,55 +422,53 @@ def markdown(rows):
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def draw_figure(panels, file, side=300, zoom=3):
-    """Write panels {text: (point clouds, one for each of COLORS)} as a PNG, three in a row."""
-    size = 3 * side, math.ceil(len(panels) / 3) * side
-    image = Image.new("RGB", (size[0] * zoom, size[1] * zoom), "white")
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(14 * zoom)
-    for i, (text, clouds) in enumerate(panels.items()):
-        center = torch.tensor([i % 3 + 0.5, i // 3 + 0.56]) * side
+def draw_figure(panels, file):
+    """Write six panels {title: (points (n, 2), one for each of COLORS)} as a PNG, 3 in a row."""
+    image = Image.new("RGB", (3 * SIDE, 2 * SIDE), "white")
+    pen, font = ImageDraw.Draw(image), ImageFont.load_default(42)
+    for i, (title, clouds) in enumerate(panels.items()):
+        left, top = i % 3 * SIDE, i // 3 * SIDE
         for color, points in zip(COLORS, clouds):
-            for x, y in (center + points * torch.tensor([1, -1]) * side / 5.6).tolist():
-                pen.circle((x * zoom, y * zoom), 0.9 * zoom, color)
-        pen.text((center[0].item() * zoom, (i // 3 * side + 8) * zoom), text, "black", font, "ma",
-                 align="center")
-    image.resize(size, Image.Resampling.LANCZOS).quantize(128).save(file, optimize=True)
+            for x, y in (points * SIDE / 5.6).tolist():
+                pen.circle((left + 0.5 * SIDE + x, top + 0.56 * SIDE - y), 2.7, color)
+        pen.text((left + SIDE / 2, top + 24), title, "black", font, "ma", align="center")
+    image.reduce(3).quantize(128).save(file, optimize=True)
 
 
-def compare(seed, effort, out):
-    """Measure prior, exact posterior and all methods on one seed; write a table and a figure."""
+def compare(effort, seed, out):
+    """Measure all methods on one seed; write a table and a figure."""
     world = pinwheel()
     prior = train_prior(world, seed, effort)
-    labels, held_out = draw_labels(world, LABELS, seed), HeldOut(world, seed)
-    exact = world.denoiser(held_out.log_p_cond[held_out.rows])
-    denoisers = {"true": lambda z_t, t, _: exact(z_t, t), "prior": lambda z_t, t, _: prior(z_t, t)}
-    denoisers["exact"] = denoisers["true"]
+    labels = draw_labels(world, LABELS, seed)
+    held_out = HeldOut(world, seed)
+    denoisers = dict(true=held_out.exact, prior=lambda z_t, t, _: prior(z_t, t),
+                     exact=held_out.exact)
     for method, (steps, lr) in METHODS.items():
-        denoisers[method] = learn(method, prior, labels, seed, math.ceil(steps * effort), lr)
+        denoisers[method] = learn(method, prior, labels, math.ceil(steps * effort), lr, seed)
 
     rows, panels = [], {}
-    large, _ = world.draw(5000, torch.Generator().manual_seed(seed))
+    large = world.draw(5000, torch.Generator().manual_seed(seed))
     for name, eps in denoisers.items():
         points = held_out.fresh if name == "true" else held_out.draw(eps)
-        bits = held_out.bits_lost(eps).tolist()
+        scores, bits = held_out.scores(points), held_out.bits_lost(eps).tolist()
         quarters = {f"bits, t {250 * i}..{250 * i + 249}": bits[i] for i in range(4)}
-        rows.append(dict(points=name) | held_out.scores(points) | quarters | dict(bits=sum(bits)))
-        scores = f"energy distance {rows[-1]['energy']:z.3f}, {sum(bits):.2f} bits lost"
-        panels[f"{TITLES[name]}\n{scores}"] = large, *points[:ARMS]
+        rows.append(dict(points=name) | scores | quarters | dict(bits=sum(bits)))
+        caption = f"energy distance {scores['energy']:z.3f}, {sum(bits):.2f} bits lost"
+        panels[f"{TITLES[name]}\n{caption}"] = large, *points[:ARMS]
     (out / "toy2d.md").write_text(markdown(rows), encoding="utf-8")
     draw_figure(panels, out / "toy2d.png")
     print(markdown(rows) + f"{out / 'toy2d.md'}\n{out / 'toy2d.png'}")
 
 
 def main():
+    """Check the options and compare the methods."""
     parser = argparse.ArgumentParser(
         description=__doc__, usage=argparse.SUPPRESS, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--effort", type=float, default=1.0,
-                        help="share of all training steps (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("runs/toy2d"),
-                        help="folder (default: %(default)s)")
+    add = parser.add_argument
+    add("--effort", type=float, default=1.0, help="share of all training steps (default: 1)")
+    add("--seed", type=int, default=0, help="(default: 0)")
+    add("--out", type=Path, default=Path("runs/toy2d"), help="folder (default: %(default)s)")
     args = parser.parse_args()
     if not 0 < args.effort <= 1:
         parser.error(f"--effort must be in (0, 1], got {args.effort}.")
@@ -491,7 +476,7 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out must be a folder to write to, got {args.out} ({error.strerror}).")
-    compare(args.seed, args.effort, args.out)
+    compare(args.effort, args.seed, args.out)
 
 
 if __name__ == "__main__":

@@ -37,8 +37,9 @@ def test_the_bits_of_exact_denoisers_in_the_plane_are_the_mutual_information(kin
     world = toy2d.pinwheel()
     z_0, cond = world.draw_labelled(2000, torch.Generator().manual_seed(0))
     exact = toy.exact_bits(world, z_0, cond, kind)
-    posterior = world.denoiser(toy.log_p_cond(world, cond, kind))
-    estimate = toy.denoisers_bits(range(0, 1000, 10), z_0, world.denoiser(), posterior, seed=0)
+    posterior = toy.exact_denoiser(world, toy.log_p_cond(world, cond, kind))
+    prior = toy.exact_denoiser(world)
+    estimate = toy.denoisers_bits(range(0, 1000, 10), z_0, prior, posterior, seed=0)
     difference, error = report.mean_and_error(estimate - exact)
     assert error < 0.05
     assert abs(difference) < 3 * error

@@ -10,7 +10,7 @@ import torch
 import toy2d
 from bps import posterior
 from studies import toy
-from toy2d import World, energy_distance, signal_and_noise
+from toy2d import SCHEDULE, World, energy_distance
 from unet import timestep_embedding
 
 B, T = 7, (5, 300, 700)
@@ -32,7 +32,7 @@ def noisy_points(world, t):
     """z_t (B, 2), alpha and sigma (1, 1) at t, and log_p_cond (B, K) of B conditions."""
     generator = torch.Generator().manual_seed(t)
     z_0, cond = world.draw_labelled(B, generator)
-    alpha, sigma = signal_and_noise(t, z_0)
+    alpha, sigma = SCHEDULE.signal_and_noise(t, z_0)
     z_t = alpha * z_0 + sigma * torch.randn(z_0.shape, generator=generator, dtype=z_0.dtype)
     return z_t, alpha, sigma, world.log_p_cond(cond)
 
@@ -51,7 +51,7 @@ def test_the_exact_denoiser_is_the_gradient_of_the_log_density(world, t, conditi
 
 def test_the_density_integrates_to_one(world):
     side = torch.linspace(-5, 5, 400, dtype=torch.float64)
-    alpha, sigma = signal_and_noise(200, world.means)
+    alpha, sigma = SCHEDULE.signal_and_noise(200, world.means)
     p = world.log_p(torch.cartesian_prod(side, side), alpha, sigma).exp()
     assert p.sum().item() * (side[1] - side[0]).item() ** 2 == pytest.approx(1, abs=1e-6)
 
@@ -66,7 +66,7 @@ def test_steering_is_the_posterior_minus_the_prior(world, t):
 def test_steering_is_finite_in_float32_far_from_the_arm():
     world = toy2d.pinwheel()
     points = torch.cartesian_prod(*2 * [torch.linspace(-2.2, 2.2, 19)])
-    alpha, sigma = signal_and_noise(5, points)
+    alpha, sigma = SCHEDULE.signal_and_noise(5, points)
     log_p_cond = world.log_p_cond(world.draw_labelled(1, torch.Generator().manual_seed(0))[1])
     difference = world.eps(points, alpha, sigma, log_p_cond) - world.eps(points, alpha, sigma)
     torch.testing.assert_close(world.steering(points, alpha, sigma, log_p_cond), difference,
@@ -77,8 +77,8 @@ def test_steering_is_finite_in_float32_far_from_the_arm():
 def test_steering_is_the_covariance_of_noise_and_w_by_monte_carlo(world):
     # z_0 given z_t, by importance from the large space
     z_t, alpha, sigma, log_p_cond = noisy_points(world, 700)
-    z_0, _ = world.draw(200_000, torch.Generator().manual_seed(0))
-    clean = [value.double() for value in toy2d.CLEAN]
+    z_0 = world.draw(200_000, torch.Generator().manual_seed(0))
+    clean = [value.double() for value in toy.CLEAN]
     for i in range(3):
         weight = (-(z_t[i] - alpha * z_0).square().sum(1) / (2 * sigma.item() ** 2)).softmax(0)
         noise = (z_t[i] - alpha * z_0) / sigma
@@ -89,27 +89,23 @@ def test_steering_is_the_covariance_of_noise_and_w_by_monte_carlo(world):
         torch.testing.assert_close(covariance, exact, atol=0.01, rtol=0.02)
 
 
-def test_a_condition_without_information_steers_nothing(world):
-    z_t, alpha, sigma, log_p_cond = noisy_points(world, 300)
-    uniform = torch.full_like(log_p_cond, -0.7)
-    torch.testing.assert_close(world.steering(z_t, alpha, sigma, uniform),
-                               torch.zeros(B, 2).double())
-
-
 def test_ddim_with_the_exact_denoiser_draws_the_large_space():
     world, generator = toy2d.pinwheel(), torch.Generator().manual_seed(1)
-    true, _ = world.draw(4000, generator)
-    drawn = toy2d.draw(world.denoiser(), 4000, seed=2)
+    true = world.draw(4000, generator)
+    drawn = toy2d.draw(toy.exact_denoiser(world), 4000, seed=2)
     assert abs(energy_distance(drawn, true)) < 1e-3
     assert energy_distance(drawn + 0.1, true) > 5e-3        # about one component's width
 
 
-def test_a_reading_of_the_place_errs_as_its_likelihood_says(world):
-    k = torch.arange(20_000) % len(world.means)
-    cond = world.label(k, torch.Generator().manual_seed(0))
-    assert (cond[:, 5] - world.places[k]).std().item() == pytest.approx(0.2, rel=0.03)
+def test_conditions_are_as_likely_as_log_p_cond_claims(world):
+    one_per_arm = World(world.means[3::12], world.arms[3::12], world.places[3::12] + 0.5)
+    _, cond = one_per_arm.draw_labelled(20_000, torch.Generator().manual_seed(0))
+    assert torch.equal(cond[:, :5].argmax(1), torch.arange(20_000) % 5)         # arms in turn
+    errors = cond[:, 5] - one_per_arm.places[0]
+    assert errors.mean().item() == pytest.approx(0, abs=0.01)
+    assert errors.std().item() == pytest.approx(0.2, rel=0.03)
     normal = torch.distributions.Normal(world.places, 0.2).log_prob(cond[:, 5:])
-    right_arm = torch.nn.functional.one_hot(cond[:, :5].argmax(1), 5)[:, world.arms] > 0
+    right_arm = cond[:, :5].argmax(1)[:, None] == world.arms
     expected = normal.masked_fill(~right_arm, -math.inf).softmax(1)
     torch.testing.assert_close(world.log_p_cond(cond).softmax(1), expected)
 
@@ -120,7 +116,7 @@ def test_composition_is_exact_only_for_independent_coordinates(world, independen
         columns, rows = torch.cartesian_prod(torch.arange(5), torch.arange(5)).double().unbind(1)
         world = World(torch.stack([columns, rows], 1) * 0.8, columns.long(), rows / 4)
     z_0, cond = world.draw_labelled(B, torch.Generator().manual_seed(0))
-    alpha, sigma = signal_and_noise(500, z_0)
+    alpha, sigma = SCHEDULE.signal_and_noise(500, z_0)
     eps = {kind: world.eps(z_0, alpha, sigma, toy.log_p_cond(world, cond, kind))
            for kind in toy.KINDS}
     composed = posterior(world.eps(z_0, alpha, sigma), [eps["arm"], eps["place"]], [1.0, 1.0])
@@ -133,7 +129,7 @@ def test_composition_is_exact_only_for_independent_coordinates(world, independen
 def exact_likelihood(world):
     """What toy2d.likelihood returns, with the first two moments of the exact p(c | z)."""
     def fitted(z):
-        p_k = world.log_components(z, *toy2d.CLEAN).softmax(1)
+        p_k = world.log_components(z, *toy.CLEAN).softmax(1)
         place = p_k @ world.places
         error = (p_k @ world.places**2 - place**2 + toy2d.PLACE_ERROR**2).sqrt()
         return p_k @ torch.nn.functional.one_hot(world.arms, 5).to(z), place, error
@@ -142,8 +138,9 @@ def exact_likelihood(world):
 
 def test_draws_with_exact_conditions_have_the_law_of_labels(monkeypatch):
     world, n = toy2d.pinwheel(), 20_000
+    monkeypatch.setattr(toy2d, "DRAWS", n)
     monkeypatch.setattr(toy2d, "likelihood", lambda *labels: exact_likelihood(world))
-    z_0, cond = toy2d.draw_and_label(world.denoiser(), (None, None), 0, n)
+    z_0, cond = toy2d.draw_and_label(toy.exact_denoiser(world), (None, None), 0)
     for arm in range(5):
         drawn = torch.cat([z_0, cond[:, 5:]], 1)[cond[:, arm] == 1]
         k = world.arms == arm
@@ -187,36 +184,17 @@ def test_a_kernel_density_of_more_labels_is_closer():
 
 # ---- bits lost -----------------------------------------------------------------------------
 
-def test_the_exact_steering_loses_no_bits(held_out):
-    world, log_p_cond = held_out.world, held_out.log_p_cond[held_out.rows]
-
-    def eps(z_t, t, cond):
-        level = signal_and_noise(t, z_t)
-        return world.eps(z_t, *level) + world.steering(z_t, *level, log_p_cond)
-
-    assert held_out.bits_lost(eps) == pytest.approx([0] * 4, abs=1e-6)
-
-
 def test_a_wrong_likelihood_loses_the_divergence_of_its_density(held_out):
     world = held_out.world
     log_p_cond = toy.log_p_cond(world, held_out.cond, "arm") + torch.distributions.Normal(
         world.places, 2 * toy2d.PLACE_ERROR).log_prob(held_out.cond[:, 5:])
     log_p_c = log_p_cond.logsumexp(1) - math.log(len(world.means))
-    log_density = torch.stack([world.log_p(points, *toy2d.CLEAN, row)
+    log_density = torch.stack([world.log_p(points, *toy.CLEAN, row)
                                for points, row in zip(held_out.true, log_p_cond)])
     known = toy.excess_bits(held_out, log_density - log_p_c[:, None])
-    denoise = world.denoiser(log_p_cond[held_out.rows])
+    denoise = toy.exact_denoiser(world, log_p_cond[held_out.rows])
     lost = held_out.bits_lost(lambda z_t, t, _: denoise(z_t, t)).sum().item()
     assert known > 0.05 and lost == pytest.approx(known, rel=0.03)
-
-
-def test_the_prior_alone_loses_the_mutual_information(held_out):
-    world = held_out.world
-    z_0, rows = held_out.fresh.view(-1, 2), held_out.rows
-    known = toy.exact_bits(world, z_0, held_out.cond[rows], "both").mean().item()
-    denoise = world.denoiser()
-    lost = held_out.bits_lost(lambda z_t, t, _: denoise(z_t, t)).sum().item()
-    assert lost == pytest.approx(known, rel=0.02) and lost == pytest.approx(3.2, abs=0.4)
 
 
 # ---- the networks --------------------------------------------------------------------------
@@ -239,16 +217,6 @@ def test_a_steered_network_is_the_prior_until_it_is_trained(port_weights):
         assert (port.weight.grad is not None and port.weight.grad.any()) == bool(weight)
         torch.nn.init.normal_(port.weight)
     assert not torch.equal(toy2d.steer(unet, bps)(z_t, t, cond), eps)
-
-
-@pytest.mark.parametrize("make_bps, blind", ((toy2d.ToyBPS, False), (toy.TimeBlindBPS, True)))
-def test_only_a_time_blind_bps_is_the_same_at_all_times(make_bps, blind):
-    torch.manual_seed(0)
-    bps = make_bps()
-    for port in bps.ports:
-        torch.nn.init.normal_(port.weight)
-    early, late = (bps(torch.full((1, 6), 0.5), t_emb)[0] for t_emb in torch.randn(2, 1, 64))
-    assert torch.equal(early, late) == blind
 
 
 @pytest.mark.parametrize("blind", (True, False))
@@ -318,7 +286,7 @@ def test_a_tempered_law_is_the_small_space_at_strength_1(held_out):
     # the square root of a normal likelihood is one of sqrt(2) times the error
     reading = torch.distributions.Normal(held_out.world.places, toy2d.PLACE_ERROR * 2**0.5)
     for i, points in enumerate(toy.law_points(held_out, dict(place=0.5))[:5]):
-        wide, _ = held_out.world.draw(4000, torch.Generator().manual_seed(i),
+        wide = held_out.world.draw(4000, torch.Generator().manual_seed(i),
                                       reading.log_prob(held_out.cond[i, 5]))
         assert abs(energy_distance(points, wide)) < 4e-3
 
@@ -390,15 +358,6 @@ def test_a_run_writes_its_tables_and_figures(short, tmp_path, arguments, names):
     assert not any("nan" in file.read_text() for file in tmp_path.glob("*.md"))
 
 
-def test_each_row_of_prior_has_its_score_and_number_of_labels(short, tmp_path):
-    run(toy, tmp_path, "prior")
-    lines = (tmp_path / "prior.md").read_text().split("\n| ")
-    header, _, *rows = [line.split(" | ") for line in lines]
-    assert header[1:] == ["n", *toy.LINES[:-1], "bound |"]
-    assert [row[:2] for row in rows] == [[score, n] for score in ("energy", "bits")
-                                         for n in ("12", "100")]
-
-
 def test_a_study_resumes_from_its_record(short, tmp_path, monkeypatch):
     run(toy, tmp_path, "robustness")
     record, table = tmp_path / "runs.jsonl", (tmp_path / "robustness.md").read_text()
@@ -413,10 +372,15 @@ def test_a_study_resumes_from_its_record(short, tmp_path, monkeypatch):
     assert (tmp_path / "robustness.md").read_text() == table
 
 
-def test_a_record_of_another_effort_is_not_used(short, tmp_path):
-    line = dict(method="labels", n=12, steps=160, lr=3e-4, seed=0, effort=0.5, scores={})
+@pytest.mark.parametrize("effort, measured", ((0.5, 0), (1.0, 1)))
+def test_a_recorded_run_is_not_repeated_at_its_own_effort(tmp_path, monkeypatch, effort, measured):
+    line = dict(method="labels", n=12, steps=160, lr=3e-4, seed=0, effort=0.5, scores=dict(bits=7))
     (tmp_path / "runs.jsonl").write_text(json.dumps(line))
-    assert len(toy.Lab(tmp_path, 0.5).record) == 1 and not toy.Lab(tmp_path, 1.0).record
+    runs = []
+    monkeypatch.setattr(toy.Lab, "measure", lambda lab, run: runs.append(run) or dict(bits=8))
+    lab = toy.Lab(tmp_path, effort)
+    scores = lab.scores(toy.Run("labels", 12, 160, 3e-4, 0, lab.effort))
+    assert len(runs) == measured and scores == dict(bits=7 + measured)
 
 
 def test_the_best_run_has_the_least_score_on_a_seed_of_its_own(tmp_path, monkeypatch):
@@ -436,10 +400,9 @@ def test_the_same_seed_prints_the_same_table_and_another_does_not(short, tmp_pat
 
 
 @pytest.mark.parametrize("main, arguments, words", (
-    (toy.main, ["all"], "study"), (toy.main, [], "study"), (toy2d.main, ["rates"], "rates"),
-    (toy.main, ["bits", "--effort", "0"], "(0, 1], got 0.0"),
-    (toy2d.main, ["--effort", "1.5"], "--effort must be in (0, 1], got 1.5"),
-    (toy2d.main, ["--seed", "a"], "--seed"), (toy2d.main, ["--out", __file__], "a folder"),
+    (toy.main, ["all"], "study"), (toy.main, ["bits", "--effort", "0"], "(0, 1], got 0.0"),
+    (toy2d.main, ["rates"], "rates"), (toy2d.main, ["--effort", "1.5"], "(0, 1], got 1.5"),
+    (toy2d.main, ["--out", __file__], "a folder"),
     (toy2d.main, ["--out", f"{__file__}/inside"], "a folder")))
 def test_a_wrong_option_is_one_line_and_exit_code_2(main, arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["toy", *arguments])
