@@ -311,7 +311,7 @@ def test_worth_reads_the_number_of_labels_off_the_line_of_scratch(drawn, words):
 def test_a_short_training_steers():
     world = toy2d.pinwheel()
     prior, held_out = toy2d.train_prior(world, 0, effort=0.1), toy2d.HeldOut(world, 0)
-    eps = toy2d.learn("labels", prior, toy2d.draw_labels(world, 100, 0), 0, 310, 3e-4)
+    eps = toy2d.learn("labels", prior, toy2d.draw_labels(world, 100, 0), 310, 3e-4, 0)
     steered, alone = (held_out.scores(held_out.draw(denoise))
                       for denoise in (eps, lambda z_t, t, _: prior(z_t, t)))
     assert alone["accuracy"] < 0.3 and alone["energy"] > 1
