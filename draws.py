@@ -187,7 +187,7 @@ def draw_splits(base, args, processes):
     The prompts are the lines of the text file --data, or those of the embedded pairs.
     """
     if args.data:
-        prompts = read_captions((args.data,))
+        prompts, _ = read_captions((args.data,))
     else:
         prompts = [pair.prompts[0] for pair in load_pairs(args.task, "train")]
     if not prompts:

@@ -6,14 +6,13 @@
     python sample.py --from pictures/0000.png
 
 Without options it draws from a drawing and a BPS file that are included; with --base alone it is a
-plain Stable Diffusion sampler. Of --cond, --strength, --window and --mask give one for all --bps,
-or one for each. A condition may have any size, a drawing either polarity; --cond FOLDER draws from
+plain Stable Diffusion sampler. Give --cond, --strength, --window and --mask once for all --bps, or
+once for each. A condition may have any size, a drawing either polarity; --cond FOLDER draws from
 each image in it, with NAME.txt as its prompt if there is one. Picture i depends on seed + i alone,
 not on --n. Each PNG stores the options that draw it again with --from.
 
 Shapes: B batch, L tokens, D width, H W rows and columns of the picture.
 """
-import argparse
 import contextlib
 import functools
 import sys
@@ -27,14 +26,15 @@ import diffusion
 from bps import Condition, load_bps, make_denoiser
 from clip import CLIPTextModel, Tokenizer
 from inputs import checkpoints
-from inputs.conditions import (TASKS, crop, images_at_a_time, open_image, read_condition,
-                               read_mask, to_image, to_x)
+from inputs.conditions import (TASKS, cond_to_x, crop, images_at_a_time, open_image,
+                               read_condition, read_mask, to_image, to_x)
 from inputs.files import fingerprint
 from inputs.options import (BASE, DEFAULT_BPS, DEFAULT_DRAWING, DTYPES, MAX_SEEDS, NONE, Parser,
                             check_pixels, in_range, positive, run_script, seed_number, to_argv,
-                            unicode_text)
+                            unicode_text, width_and_height)
 from inputs.pairs import list_files, read_captions
-from inputs.pictures import find_drawn, fingerprints, png_fields, read_stored, write_new
+from inputs.pictures import (fingerprints, note_changes, png_fields, read_stored, without_drawn,
+                             write_new)
 from unet import UNet
 from vae import AutoencoderKL
 from weights import UserError, is_finite
@@ -46,6 +46,139 @@ SIDE_BY_SIDE = 8                # pictures that share the passes of BPS and are 
 PROMPTS_AT_A_TIME = 16
 FAR_OUTSIDE = 10                # mean of |x|, which is about 1 at most
 
+
+# ---- options -------------------------------------------------------------------------------
+
+class ConditionArgs(NamedTuple):
+    """A --bps with its own options."""
+    bps: Path
+    cond: Path
+    strength: float
+    window: tuple
+    mask: Path | None           # None steers everywhere
+
+
+class Job(NamedTuple):
+    """A prompt and its conditions; the names of its pictures begin with `name`."""
+    name: str
+    conditions: list
+    prompt: str
+
+
+def make_parser():
+    """The parser of sample.py's command line."""
+    parser, default = Parser(__doc__), "(default: %(default)s)"
+    add = parser.add_argument
+    add("--bps", type=Path, nargs="+", help="trained BPS files, or the word none (default: the "
+        "included one for drawings, none for another --base)")
+    add("--cond", type=Path, nargs="+", help="the condition of each --bps: a picture, or a folder "
+        "of pictures (default: tiny/drawing.png)")
+    add("--strength", type=in_range(float, -1000, 1000), nargs="+", default=[1.0], help="0 is the "
+        "prior, 1 the posterior; others cost a second pass of the U-Net (default: 1)")
+    add("--window", type=in_range(float, 0, 1), nargs="+", default=[0.0, 1.0],
+        metavar="START END", help="steer only this part of the denoising (default: 0 1)")
+    add("--mask", type=Path, nargs="+", help="a picture, white where to steer, or the word none; "
+        "costs a second pass")
+    add("--prompt", type=unicode_text, default=DEFAULT_PROMPT, help=default)
+    add("--negative-prompt", type=unicode_text, default="", help="what guidance avoids")
+    add("--n", type=in_range(int, 1, 10_000), default=4, help=f"pictures {default}")
+    add("--batch", type=positive, default=1, help="pictures per U-Net call; >1 is faster on GPUs, "
+        f"last bits may differ {default}")
+    add("--seed", type=seed_number, default=0, help=f"of the first picture {default}")
+    add("--size", type=width_and_height, help="pixels, as in 768x512 (default: as trained)")
+    add("--init", type=Path, help="a picture to start from instead of noise")
+    add("--denoise", type=in_range(float, 0.001, 1), default=0.6, help="share of the steps that "
+        f"--init goes through; 1 forgets it {default}")
+    add("--sampler", choices=diffusion.SAMPLERS, default=DEFAULTS.sampler, help=default)
+    add("--steps", type=in_range(int, 1, 999), default=DEFAULTS.steps, help=default)
+    add("--guidance", type=in_range(float, -1000, 1000), help="how much the prompt counts; 1 is "
+        f"no guidance (default: {DEFAULTS.guidance_scale:g}, for another --base {SD_GUIDANCE})")
+    parser.add_base()
+    add("--dtype", choices=DTYPES, default="fp32", help=f"of all but the autoencoder {default}")
+    add("--from", type=Path, dest="picture", help="draw this picture again; other options "
+        "override those that it stores")
+    add("--out", type=Path, default=Path("pictures"), help=f"folder {default}")
+    parser.add_device()
+    return parser
+
+
+def parse_args(argv, parser=None):
+    """The checked options; args.conditions is a list of ConditionArgs.
+
+    With --from, the picture's options go in front of the user's, so the user's win.
+    args.stored_files are the fingerprints of the files that the picture was drawn with.
+    """
+    parser = parser or make_parser()
+    args, stored_files = parser.parse_args(argv), {}
+    if args.picture:
+        stored, stored_files = read_stored(args.picture)
+        args = parser.parse_args([*to_argv(stored), "--n=1", *argv])
+    given = {word.partition("=")[0].removeprefix("--") for word in argv}
+    args.stored_files = {role: digest for role, digest in stored_files.items()
+                         if role.split()[0] not in given}
+    is_embedded = args.base.resolve() == BASE.resolve()
+    args.bps = args.bps or [DEFAULT_BPS if is_embedded else NONE]
+    args.conditions = join_conditions(parser, args)
+    if args.guidance is None:
+        args.guidance = DEFAULTS.guidance_scale if is_embedded else SD_GUIDANCE
+    if args.seed + args.n > MAX_SEEDS:
+        parser.error(f"--seed plus --n must be at most {MAX_SEEDS}, got {args.seed + args.n}.")
+    if args.guidance == 1 and args.negative_prompt:
+        parser.error("--guidance must not be 1 with a --negative-prompt, which it ignores.")
+    args.start = args.steps - max(1, round(args.denoise * args.steps)) if args.init else 0
+    parser.check_out(args.out, *(c.cond for c in args.conditions))
+    return args
+
+
+def join_conditions(parser, args):
+    """A ConditionArgs for each --bps, none for --bps none."""
+    if NONE in args.bps:
+        if len(args.bps) > 1:
+            parser.error("--bps none can't be combined with files.")
+        for name in ("cond", "strength", "window", "mask"):
+            if getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name} needs --bps FILE, which train.py writes for this base.")
+        return []
+    if len(args.window) % 2:
+        parser.error(f"--window must be pairs of START END, got {len(args.window)} numbers.")
+    if len(args.bps) > 1 and not args.cond:
+        parser.error("--cond is missing. Give one per --bps.")
+    windows = list(zip(args.window[::2], args.window[1::2]))
+    for start, end in windows:
+        if start >= end:
+            parser.error(f"--window must have START < END, got {start:g} {end:g}.")
+    masks = [None if mask == NONE else mask for mask in args.mask or [NONE]]
+    columns = dict(cond=args.cond or [DEFAULT_DRAWING], strength=args.strength, window=windows,
+                   mask=masks)
+    for name, values in columns.items():
+        if len(values) not in (1, len(args.bps)):
+            parser.error(f"--{name} must be given once or {len(args.bps)} times, got "
+                         f"{len(values)}.")
+        columns[name] = values * len(args.bps) if len(values) == 1 else values
+    return [ConditionArgs(*row) for row in zip(args.bps, *columns.values())]
+
+
+def list_jobs(conditions, prompt):
+    """One Job, or if conditions are folders a Job for each name in them."""
+    folders, captions = {}, {}
+    for folder in dict.fromkeys(c.cond for c in conditions if c.cond.is_dir()):
+        folders[folder], texts, problems = list_files(folder)
+        if problems or not folders[folder]:
+            raise UserError(*problems[:1] or [f"--cond {folder} has no images."])
+        captions = texts | captions                     # those of the first folder win
+    if not folders:
+        return [Job("", conditions, prompt)]
+    first, *rest = folders
+    for folder in rest:
+        for name in sorted(folders[folder].keys() ^ folders[first].keys()):
+            raise UserError(f"--cond {folder} and {first} must have the same names, but only one "
+                            f"has {name}.")
+    return [Job(f"{name.replace('/', '-')}-",
+                [c._replace(cond=folders.get(c.cond, {}).get(name, c.cond)) for c in conditions],
+                (*read_captions(captions.get(name, []))[0], prompt)[0]) for name in folders[first]]
+
+
+# ---- the base ------------------------------------------------------------------------------
 
 class StableDiffusion(NamedTuple):
     """A loaded base: the frozen networks and their noise schedule."""
@@ -105,186 +238,8 @@ def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_
     return StableDiffusion(unet, vae, tokenizer, text_model, schedule, path, vae_path or path)
 
 
-@torch.inference_mode()
-def draw(base, context, context_empty, seeds, size, sampling=DEFAULTS, conditions=(), batch=None,
-         init=None, on_step=None):
-    """Pictures x (B, 3, height, width), one per text state and seed.
-
-    context: (B, L, D). context_empty: (1, L, D). seeds: B integers. size: (width, height).
-    conditions: Conditions of one condition for all, or of B each. batch: pictures per call of the
-    U-Net (default: all). The batches go side by side, so BPS runs once per timestep for all of
-    them, while a picture drawn with batch 1 is the same to the last bit whatever B is. init:
-    (clean latent (1, 4, h, w), first step), or None for pure noise. on_step() is called after
-    each step; an exception that it raises ends the drawing.
-    """
-    sampler, steps, guidance_scale = sampling
-    _, alphas_sigmas = diffusion.sampler_steps(steps, base.schedule, sampler)
-    z_init, start = init or (0.0, 0)
-    alpha, sigma = alphas_sigmas[start] if init else (0.0, 1.0)
-    width, height = (side // base.vae.factor for side in size)
-    samplers = []
-    for i in torch.arange(len(seeds)).split(batch or len(seeds)):
-        denoise = make_denoiser(base.unet, context[i], context_empty, guidance_scale, conditions)
-        noise = diffusion.draw_noise([seeds[k] for k in i],
-                                     (base.unet.config.latent_channels, height, width))
-        z_t = alpha * z_init + sigma * noise.to(context.device)
-        samplers.append(diffusion.sample(denoise, z_t, base.schedule, steps, sampler, start))
-    for latents in tqdm(zip(*samplers), total=steps - start, leave=False,
-                        desc="draw with BPS" if conditions else "draw"):
-        if on_step:
-            on_step()
-    return torch.cat([base.vae.decode(z) for part in latents
-                      for z in part.split(images_at_a_time(max(size)))])
-
-
-# ---- options -------------------------------------------------------------------------------
-
-class ConditionArgs(NamedTuple):
-    """A --bps with what belongs to it."""
-    bps: Path
-    cond: Path
-    strength: float
-    window: tuple
-    mask: Path | None           # None steers everywhere
-
-
-class Job(NamedTuple):
-    """A prompt and its conditions; the names of its pictures begin with `name`."""
-    name: str
-    conditions: list
-    prompt: str
-
-
-def width_and_height(text):
-    """(width, height) of a text like 768x512 or 512."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT or one number, got {text}")
-    return int(sides[0]), int(sides[-1])
-
-
-def make_parser():
-    """The parser of sample.py's command line."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--bps", type=Path, nargs="+", help="trained BPS files, or the word none (default: the "
-        "included one for drawings, none for another --base)")
-    add("--cond", type=Path, nargs="+", help="the condition of each --bps: a picture, or a folder "
-        "of pictures (default: tiny/drawing.png)")
-    add("--strength", type=in_range(float, -1000, 1000), nargs="+", default=[1.0], help="0 is the "
-        "prior, 1 the posterior; others cost a second pass of the U-Net (default: 1)")
-    add("--window", type=in_range(float, 0, 1), nargs="+", default=[0.0, 1.0],
-        metavar="START END", help="steer only this part of the denoising (default: 0 1)")
-    add("--mask", type=Path, nargs="+", help="a picture, white where to steer, or the word none; "
-        "costs a second pass")
-    add("--prompt", type=unicode_text, default=DEFAULT_PROMPT, help="(default: %(default)s)")
-    add("--negative-prompt", type=unicode_text, default="", help="what guidance avoids")
-    add("--n", type=in_range(int, 1, 10_000), default=4, help="pictures (default: %(default)s)")
-    add("--batch", type=positive, default=1, help="pictures per U-Net call; >1 is faster on GPUs, "
-        "last bits may differ (default: %(default)s)")
-    add("--seed", type=seed_number, default=0, help="of the first picture (default: %(default)s)")
-    add("--size", type=width_and_height, help="pixels, as in 768x512 (default: as trained)")
-    add("--init", type=Path, help="a picture to start from instead of noise")
-    add("--denoise", type=in_range(float, 0.001, 1), default=0.6, help="share of the steps that "
-        "--init goes through; 1 forgets it (default: %(default)s)")
-    add("--sampler", choices=diffusion.SAMPLERS, default=DEFAULTS.sampler,
-        help="(default: %(default)s)")
-    add("--steps", type=in_range(int, 1, 999), default=DEFAULTS.steps, help="(default: "
-        "%(default)s)")
-    add("--guidance", type=in_range(float, -1000, 1000), help="how much the prompt counts; 1 is "
-        f"no guidance (default: {DEFAULTS.guidance_scale:g}, for another --base {SD_GUIDANCE})")
-    parser.add_base()
-    add("--dtype", choices=DTYPES, default="fp32", help="of all but the autoencoder (default: "
-        "%(default)s)")
-    add("--from", type=Path, dest="picture", help="draw this picture again; other options "
-        "override those that it stores")
-    add("--out", type=Path, default=Path("pictures"), help="folder (default: %(default)s)")
-    parser.add_device()
-    return parser
-
-
-def parse_args(argv, parser=None):
-    """The checked options; args.conditions is a list of ConditionArgs.
-
-    With --from, the picture's options go in front of the user's, so the user's win.
-    args.stored_files are the fingerprints of the files that the picture was drawn with.
-    """
-    parser = parser or make_parser()
-    args, stored_files = parser.parse_args(argv), {}
-    if args.picture:
-        stored, stored_files = read_stored(args.picture)
-        args = parser.parse_args([*to_argv(stored), "--n=1", *argv])
-    given = {word.partition("=")[0].removeprefix("--") for word in argv}
-    args.stored_files = {role: digest for role, digest in stored_files.items()
-                         if role.split()[0] not in given}
-    is_embedded = args.base.resolve() == BASE.resolve()
-    args.conditions = join_conditions(parser, args, is_embedded)
-    if args.guidance is None:
-        args.guidance = DEFAULTS.guidance_scale if is_embedded else SD_GUIDANCE
-    if args.seed + args.n > MAX_SEEDS:
-        parser.error(f"--seed plus --n must be at most {MAX_SEEDS}, got {args.seed + args.n}.")
-    if args.guidance == 1 and args.negative_prompt:
-        parser.error("--guidance must not be 1 with a --negative-prompt, which it ignores.")
-    args.start = args.steps - max(1, round(args.denoise * args.steps)) if args.init else 0
-    parser.check_out(args.out, *(c.cond for c in args.conditions))
-    return args
-
-
-def join_conditions(parser, args, is_embedded):
-    """A ConditionArgs for each --bps."""
-    files = args.bps or ([DEFAULT_BPS] if is_embedded else [NONE])
-    if NONE in files:
-        given = [name for name in ("cond", "strength", "window", "mask")
-                 if getattr(args, name) != parser.get_default(name)]
-        if len(files) > 1:
-            parser.error("--bps none can't be combined with files.")
-        if given:
-            parser.error(f"--{given[0]} needs --bps FILE, which train.py writes for this base.")
-        return []
-    if len(args.window) % 2:
-        parser.error(f"--window must be pairs of START END, got {len(args.window)} numbers.")
-    if len(files) > 1 and not args.cond:
-        parser.error("--cond is missing. Give one per --bps.")
-    windows = list(zip(args.window[::2], args.window[1::2]))
-    for start, end in windows:
-        if start >= end:
-            parser.error(f"--window must have START < END, got {start:g} {end:g}.")
-    masks = [None if mask == NONE else mask for mask in args.mask or [NONE]]
-    columns = dict(cond=args.cond or [DEFAULT_DRAWING], strength=args.strength, window=windows,
-                   mask=masks)
-    for name, values in columns.items():
-        if len(values) not in (1, len(files)):
-            parser.error(f"--{name} must be given once or {len(files)} times, got {len(values)}.")
-        columns[name] = values * len(files) if len(values) == 1 else values
-    return [ConditionArgs(*row) for row in zip(files, *columns.values())]
-
-
-def list_jobs(conditions, prompt):
-    """One Job, or if conditions are folders a Job for each name in them."""
-    folders, captions = {}, {}
-    for condition in conditions:
-        if condition.cond.is_dir():
-            images, texts, problems = list_files(condition.cond)
-            if problems or not images:
-                raise UserError(*problems[:1] or [f"--cond {condition.cond} has no images."])
-            folders[condition.cond] = images
-            captions = texts | captions                 # those of the first folder win
-    if not folders:
-        return [Job("", conditions, prompt)]
-    first, images = next(iter(folders.items()))
-    for folder, others in folders.items():
-        for name in sorted(others.keys() ^ images.keys()):
-            raise UserError(f"--cond {folder} and {first} must have the same names, but only one "
-                            f"has {name}.")
-    return [Job(f"{name.replace('/', '-')}-",
-                [c._replace(cond=folders.get(c.cond, {}).get(name, c.cond)) for c in conditions],
-                (*read_captions(captions.get(name, []))[0], prompt)[0]) for name in images]
-
-
-# ---- what belongs together -----------------------------------------------------------------
-
 def check_fit(bps, file, base):
-    """Raise UserError if a BPS was trained for a base of other sizes or another kind.
+    """Raise UserError if a BPS is broken, or was trained for a base of other sizes or another kind.
 
     SD 1 and SD 2 differ only in the width of their text states. A fine-tune of the same sizes
     fits.
@@ -306,6 +261,8 @@ def check_fit(bps, file, base):
         if trained != given:
             raise UserError(f"{file} was trained for {name} {trained}, but {base.path} has "
                             f"{given}. Use the --base it was trained on.")
+    if not is_finite(bps):
+        raise UserError(f"{file}: its weights are not finite. Train it again.")
 
 
 def picture_size(size, metadata, base):
@@ -322,79 +279,85 @@ def picture_size(size, metadata, base):
     return width, height
 
 
-def check_pictures(x, job, networks, base):
-    """Raise UserError, which names the likely cause, if numbers of pictures x overflowed."""
-    if (x.abs().mean((1, 2, 3)) < FAR_OUTSIDE).all():           # NaN is not less either
-        return
-    base.check_finite()
-    for condition in job.conditions:
-        if not is_finite(networks[condition.bps]):
-            raise UserError(f"{condition.bps}: its weights are not finite. Train it again.")
-    raise UserError("the numbers of the pictures overflowed. Use --dtype fp32 (or bf16), another "
-                    "--vae, or --guidance and --strength closer to 1.")
+# ---- drawing -------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def draw(base, context, empty, seeds, size, sampling=DEFAULTS, conditions=(), batch=None, init=None,
+         on_step=None):
+    """Pictures x (B, 3, height, width), one per text state and seed.
+
+    context: (B, L, D). empty: (1, L, D) of the empty or negative prompt. seeds: B integers. size:
+    (width, height). conditions: Conditions with one cond for all, or with B. batch: pictures per
+    call of the U-Net (default: all). The batches go side by side, so BPS runs once per timestep for
+    all of them, and a picture drawn with batch 1 is bit for bit the same whatever B is. init:
+    (clean latent (1, 4, h, w), first step), or None for pure noise. on_step() is called after each
+    step; an exception that it raises ends the drawing.
+    """
+    sampler, steps, guidance_scale = sampling
+    _, alphas_sigmas = diffusion.sampler_steps(steps, base.schedule, sampler)
+    z_init, start = init or (0.0, 0)
+    alpha, sigma = alphas_sigmas[start] if init else (0.0, 1.0)
+    width, height = (side // base.vae.factor for side in size)
+    samplers = []
+    for i in torch.arange(len(seeds)).split(batch or len(seeds)):
+        denoise = make_denoiser(base.unet, context[i], empty, guidance_scale, conditions)
+        noise = diffusion.draw_noise([seeds[k] for k in i],
+                                     (base.unet.config.latent_channels, height, width))
+        z_t = alpha * z_init + sigma * noise.to(context.device)
+        samplers.append(diffusion.sample(denoise, z_t, base.schedule, steps, sampler, start))
+    for latents in tqdm(zip(*samplers), total=steps - start, leave=False,
+                        desc="draw with BPS" if conditions else "draw"):
+        if on_step:
+            on_step()
+    return torch.cat([base.vae.decode(z) for part in latents
+                      for z in part.split(images_at_a_time(max(size)))])
 
 
 # ---- the script ----------------------------------------------------------------------------
 
 def read_conditions(job, networks, size, base, device):
-    """(Conditions, pictures of what they show the network) of a job."""
-    conditions, images = [], []
+    """The Conditions of a job."""
+    conditions = []
     for c in job.conditions:
         bps = networks[c.bps]
         if c.cond == DEFAULT_DRAWING and bps.metadata["task"] != "sketch":
             raise UserError(f"--cond is missing. {c.bps} was trained for {bps.metadata['task']}.")
-        cond, image = read_condition(c.cond, bps.metadata["task"], *size,
-                                     bps.metadata.get("classes"))
+        cond, _ = read_condition(c.cond, bps.metadata["task"], *size, bps.metadata.get("classes"))
         mask = c.mask and read_mask(c.mask, *size, base.vae.factor).to(device)
         conditions.append(Condition(bps, cond[None], c.strength, c.window, mask))
-        images.append(image)
-    return conditions, images
+    return conditions
 
 
-def draw_job(job, networks, files, args, base, size, init):
-    """Draw the pictures of a job that do not exist yet, and write each group when it is done."""
-    conditions, images = read_conditions(job, networks, size, base, args.device)
+def draw_job(job, conditions, pictures, args, base, size, init):
+    """Draw the pictures {file: PNG fields} of a job, and write each group when it is done."""
+    print(f"prompt: {job.prompt}")
+    for i, (c, condition) in enumerate(zip(job.conditions, conditions), 1):
+        number = i if len(conditions) > 1 else ""
+        print(f"steered by {c.bps} and {c.cond}, which the network sees as", end=" ")
+        write_new(to_image(cond_to_x(condition.cond)[0]),
+                  args.out / f"{job.name}condition{number}.png")
     context, empty = base.encode([job.prompt, args.negative_prompt]).split(1)
-    fields = {seed: png_fields(args, job, seed, size, files, base)
-              for seed in range(args.seed, args.seed + args.n)}
-    drawn = {seed: None if args.picture else
-             find_drawn(args.out / f"{job.name}{seed:04d}.png", fields[seed]) for seed in fields}
-    missing = [seed for seed in fields if not drawn[seed]]
-    for seed in drawn.keys() - missing:
-        print(f"{drawn[seed]} (already drawn)")
-    if missing:
-        print(f"prompt: {job.prompt}")
-        for i, (c, image) in enumerate(zip(job.conditions, images), 1):
-            number = i if len(images) > 1 else ""
-            print(f"steered by {c.bps} and {c.cond}, which the network sees as", end=" ")
-            write_new(image, args.out / f"{job.name}condition{number}.png")
     sampling = diffusion.Sampling(args.sampler, args.steps, args.guidance)
-    for i in range(0, len(missing), SIDE_BY_SIDE):
-        seeds = missing[i:i + SIDE_BY_SIDE]
-        x = draw(base, context.expand(len(seeds), -1, -1), empty, seeds, size, sampling,
+    files = list(pictures)
+    for i in range(0, len(files), SIDE_BY_SIDE):
+        group = files[i:i + SIDE_BY_SIDE]
+        seeds = [pictures[file]["seed"] for file in group]
+        x = draw(base, context.expand(len(group), -1, -1), empty, seeds, size, sampling,
                  conditions, args.batch, init)
-        check_pictures(x, job, networks, base)
-        for seed, picture in zip(seeds, x):
-            write_new(to_image(picture), args.out / f"{job.name}{seed:04d}.png", fields[seed])
-
-
-def note_changes(args, files, networks):
-    """Print a note for each file that is not the one that a picture or a BPS was made with."""
-    for role in args.stored_files.keys() & files.keys():
-        if args.stored_files[role] != files[role]:
-            print(f"note: {args.picture} was drawn with another {role} file", file=sys.stderr)
-    for file, bps in networks.items():
-        if files["base"] != bps.metadata.get("base"):
-            print(f"note: {file} was trained on other weights than {args.base}; it fits, but may "
-                  f"follow the condition less", file=sys.stderr)
+        if not (x.abs().mean((1, 2, 3)) < FAR_OUTSIDE).all():       # NaN is not less either
+            raise UserError("the numbers of the pictures overflowed. Use --dtype fp32 (or bf16), "
+                            "another --vae, or --guidance and --strength closer to 1.")
+        for file, picture in zip(group, x):
+            write_new(to_image(picture), file, pictures[file])
 
 
 def main():
-    """Draw --n pictures of each job."""
+    """Load networks and read conditions, then draw --n pictures of each job."""
     args = parse_args(sys.argv[1:])
     dtype = DTYPES[args.dtype]
     networks = {c.bps: load_bps(c.bps, dtype, args.device) for c in args.conditions}
     base = load_base(args.base, args.tokenizer, args.device, dtype, args.vae, args.prediction_type)
+    base.check_finite()
     for file, bps in networks.items():
         check_fit(bps, file, base)
     size = picture_size(args.size, [bps.metadata for bps in networks.values()], base)
@@ -403,14 +366,21 @@ def main():
         x = to_x(crop(open_image(args.init), *size))[None].to(args.device)
         init = base.vae.encode(x).mean, args.start
     jobs = list_jobs(args.conditions, args.prompt)
-    for job in jobs:                    # before the work, in case one is not readable
-        read_conditions(job, networks, size, base, args.device)
+    # all before the first picture, so that an unreadable one costs no work
+    read = [read_conditions(job, networks, size, base, args.device) for job in jobs]
     hash_once = functools.cache(fingerprint)            # of a base it takes seconds
     files = [fingerprints(args, job.conditions, hash_once) for job in jobs]
     note_changes(args, files[0], networks)
     args.out.mkdir(parents=True, exist_ok=True)
-    for job, used in zip(jobs, files):
-        draw_job(job, networks, used, args, base, size, init)
+    for job, conditions, used in zip(jobs, read, files):
+        fields = [png_fields(args, job, seed, size, used, base)
+                  for seed in range(args.seed, args.seed + args.n)]
+        pictures = {args.out / f"{job.name}{each['seed']:04d}.png": each for each in fields}
+        if not args.picture:
+            pictures = without_drawn(pictures)
+        if pictures:
+            draw_job(job, conditions, pictures, args, base, size, init)
+        conditions.clear()                              # frees BPS's maps, which each keeps
 
 
 if __name__ == "__main__":

@@ -193,6 +193,14 @@ def positive(text):
     return int(text)
 
 
+def width_and_height(text):
+    """argparse type: (width, height) of a text like 768x512 or 512."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
+        raise argparse.ArgumentTypeError(f"must be WIDTHxHEIGHT or one number, got {text}")
+    return int(sides[0]), int(sides[-1])
+
+
 def run_script(main, interrupted="interrupted"):
     """Run a script's main(); a user error ends it with one line on stderr and exit code 2.
 

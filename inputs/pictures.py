@@ -6,6 +6,7 @@
 import contextlib
 import itertools
 import json
+import sys
 
 import torch
 from PIL import PngImagePlugin
@@ -77,6 +78,20 @@ def read_stored(picture):
                         f"wrote it; other programs drop its text.") from None
 
 
+def note_changes(args, files, networks):
+    """Print a note for each file that is not the one that a picture or a BPS was made with.
+
+    args: sample.py's. files: fingerprints(..). networks: {BPS file: BPS}.
+    """
+    for role in args.stored_files.keys() & files.keys():
+        if args.stored_files[role] != files[role]:
+            print(f"note: {args.picture} was drawn with another {role} file", file=sys.stderr)
+    for file, bps in networks.items():
+        if files["base"] != bps.metadata.get("base"):
+            print(f"note: {file} was trained on other weights than {args.base}; it fits, but may "
+                  f"follow the condition less", file=sys.stderr)
+
+
 def find_drawn(file, fields):
     """The existing picture FILE, FILE-2 .. that the same options drew from the same files."""
     for candidate in (file, *sorted(file.parent.glob(f"{file.stem}-[0-9]*{file.suffix}"))):
@@ -85,6 +100,18 @@ def find_drawn(file, fields):
             if all(text.get(key) == str(fields[key]) for key in ("options", "files")):
                 return candidate
     return None
+
+
+def without_drawn(pictures):
+    """Those of the pictures {file: PNG fields} that have not been drawn yet."""
+    missing = {}
+    for file, fields in pictures.items():
+        drawn = find_drawn(file, fields)
+        if drawn:
+            print(f"{drawn} (already drawn)")
+        else:
+            missing[file] = fields
+    return missing
 
 
 def write_new(image, file, fields=()):

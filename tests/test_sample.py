@@ -88,15 +88,6 @@ def test_a_batch_draws_the_same_pictures_up_to_rounding(draw, pixels, monkeypatc
     assert sizes == [4, 2] * 2 + [6] * 2                    # two steps, both passes of guidance
 
 
-def test_guidance_one_needs_half_the_work(draw, monkeypatch):
-    sizes, forward = [], UNet.forward
-    monkeypatch.setattr(UNet, "forward", lambda self, z, *rest: (
-        sizes.append(len(z)), forward(self, z, *rest))[1])
-    for guidance in (1, 2):
-        draw("--n", 1, "--guidance", guidance)
-    assert sizes == [1, 1, 2, 2]
-
-
 def test_bps_runs_once_per_step_for_all_pictures_of_a_group(draw, monkeypatch):
     calls, forward = [], BPS.forward
     monkeypatch.setattr(BPS, "forward", lambda self, cond, t_emb: (
@@ -223,12 +214,6 @@ def test_a_picture_is_drawn_again_from_itself(draw, pixels, other, mask, bps_fil
     assert "another cond" not in capsys.readouterr().err
 
 
-def test_given_options_override_those_of_the_picture(draw, pixels):
-    single = draw("--n", 1, "--strength", 0.5) / "0000.png"
-    stronger = draw("--from", single, "--strength", 1, "--n", 1)
-    assert np.array_equal(pixels(stronger / "0000.png"), pixels(draw("--n", 1) / "0000.png"))
-
-
 def test_the_command_in_a_picture_draws_it_again(draw, run_script, pixels, tmp_path):
     file = draw("--n", 1, "--prompt", "-a pear", "--strength", 0.5, "--window", 0, 0.5) / "0000.png"
     argv = shlex.split(Image.open(file).text["command"])
@@ -308,6 +293,21 @@ def test_only_missing_pictures_are_drawn_again(draw, tmp_path, monkeypatch, caps
     assert {name: (out / name).read_bytes() for name in before} == before
     draw("--cond", folder, "--n", 2, "--steps", 3, "--out", out)    # another command
     assert (out / "a-0000-2.png").exists()
+
+
+def test_conditions_are_read_once_and_before_the_first_picture(draw, tmp_path, monkeypatch, capsys):
+    folder, read, read_file = tmp_path / "conditions", [], sample.read_condition
+    folder.mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(DEFAULT_DRAWING, folder / name)
+    monkeypatch.setattr(sample, "read_condition", lambda file, *rest: (
+        read.append(file.name), read_file(file, *rest))[1])
+    draw("--cond", folder, "--n", 1)
+    assert read == ["a.png", "b.png"]
+    Image.new("RGB", (64, 64), "white").save(folder / "b.png")
+    with pytest.raises(SystemExit):
+        draw("--cond", folder, "--out", tmp_path / "none")
+    assert "b.png has no line" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_two_programs_never_take_the_same_name(tmp_path):
