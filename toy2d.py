@@ -115,6 +115,10 @@ class World:
         p_k = self.log_components(z_t, alpha, sigma, log_p_cond).softmax(1)
         return sigma * (z_t - alpha * (p_k @ self.means)) / self.variance(alpha, sigma)
 
+    def eps_bar(self, z_t, t, cond):
+        """eps_bar* (B, 2) for timesteps t (B,) and conditions (B, 6)."""
+        return self.eps(z_t, *SCHEDULE.signal_and_noise(t, z_t), self.log_p_cond(cond))
+
     def steering(self, z_t, alpha, sigma, log_p_cond):
         """M = eps_bar* - eps* (B, 2), computed as the covariance Cov(noise, w | z_t).
 
@@ -371,10 +375,6 @@ class HeldOut:
             for n in (5 * SAMPLES, SAMPLES))
         self.rows = torch.arange(CONDITIONS).repeat_interleave(SAMPLES)
 
-    def exact(self, z_t, t, cond=None):
-        """eps_bar* (N SAMPLES, 2); the conditions are those of `rows`."""
-        return self.world.eps(z_t, *SCHEDULE.signal_and_noise(t, z_t), self.log_p_cond[self.rows])
-
     def draw(self, eps):
         """Points (N, SAMPLES, 2) that eps(z_t, t, cond) draws."""
         cond = self.cond[self.rows]
@@ -406,7 +406,8 @@ class HeldOut:
         for t in BITS_T:
             t = t.expand(len(z_0))
             z_t = SCHEDULE.add_noise(z_0, torch.randn(z_0.shape, generator=generator), t)
-            errors.append((eps(z_t, t, cond) - self.exact(z_t, t)).square().sum(1).mean())
+            error = eps(z_t, t, cond) - self.world.eps_bar(z_t, t, cond)
+            errors.append(error.square().sum(1).mean())
         errors, log_snr = torch.stack(errors), SCHEDULE.alphas_cumprod[BITS_T].logit()
         nats = (errors[1:] + errors[:-1]) / 2 * (log_snr[:-1] - log_snr[1:]) / 2    # trapezoids
         return torch.zeros(4).index_add(0, BITS_T[:-1] // 250, nats.float() / math.log(2))
@@ -441,8 +442,8 @@ def compare(effort, seed, out):
     prior = train_prior(world, seed, effort)
     labels = draw_labels(world, LABELS, seed)
     held_out = HeldOut(world, seed)
-    denoisers = dict(true=held_out.exact, prior=lambda z_t, t, _: prior(z_t, t),
-                     exact=held_out.exact)
+    denoisers = dict(true=world.eps_bar, prior=lambda z_t, t, _: prior(z_t, t),
+                     exact=world.eps_bar)
     for method, (steps, lr) in METHODS.items():
         denoisers[method] = learn(method, prior, labels, math.ceil(steps * effort), lr, seed)
 

@@ -386,7 +386,7 @@ def sources(lab, labels_eps):
     log_p = held_out.log_p_cond[held_out.rows]
     draws = Run("draws", toy2d.LABELS, *toy2d.METHODS["draws"], seed=0, effort=lab.effort)
     denoisers = {
-        "exact": held_out.exact,
+        "exact": world.eps_bar,
         "prior network + exact M": lambda z_t, t, _: prior(z_t, t) + world.steering(
             z_t, *toy2d.SCHEDULE.signal_and_noise(t, z_t), log_p),
         "prior network + M of draws": learn(draws, prior, toy2d.draw_labels(
