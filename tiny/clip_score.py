@@ -19,20 +19,21 @@ from inputs.checkpoints import load_clip
 from inputs.options import BASE
 from tiny import world
 
-BATCH = 64                  # pictures or captions at a time
+BATCH = 64                  # pictures at a time
+WIDTHS = (32, 64, 128, 192)
 
 
 class ImageTower(nn.Module):
     """Image to vector: strided convolutions, a residual block per size, and the mean."""
 
-    def __init__(self, widths, dim):
+    def __init__(self, dim):
         super().__init__()
-        self.stem = nn.Conv2d(3, widths[0], 3, stride=2, padding=1)
+        self.stem = nn.Conv2d(3, WIDTHS[0], 3, stride=2, padding=1)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1)
-                                  for a, b in zip(widths, widths[1:]))
-        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in widths)
-        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in widths)
-        self.projection = nn.Linear(widths[-1], dim, bias=False)
+                                  for a, b in zip(WIDTHS, WIDTHS[1:]))
+        self.norms = nn.ModuleList(nn.GroupNorm(8, width) for width in WIDTHS)
+        self.blocks = nn.ModuleList(nn.Conv2d(width, width, 3, padding=1) for width in WIDTHS)
+        self.projection = nn.Linear(WIDTHS[-1], dim, bias=False)
 
     def forward(self, x):
         """Vectors (B, dim), not normalised, of images x (B, 3, H, W) in [-1, 1]."""
@@ -47,11 +48,12 @@ class ImageTower(nn.Module):
 class CLIPScore(nn.Module):
     """Cosine similarities between texts and images: text encoder, image tower, projections."""
 
-    def __init__(self, text_model, image_widths, dim):
+    def __init__(self, text_model):
         super().__init__()
+        dim = text_model.config.width
         self.text_model = text_model
-        self.image_tower = ImageTower(image_widths, dim)
-        self.text_projection = nn.Linear(text_model.config.width, dim, bias=False)
+        self.image_tower = ImageTower(dim)
+        self.text_projection = nn.Linear(dim, dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(2.66))       # exp: 1 / 0.07, as CLIP's start
 
     def embed_text(self, ids, end):
@@ -72,41 +74,28 @@ def save_score(score, file):
     weights.save(tensors, file, dict(format="pt"))
 
 
-def load_score(path, device="cpu"):
-    """(tokenizer, frozen CLIPScore) of the embedded base's folder."""
-    tokenizer, text_model = load_clip(path)
-    file = Path(path) / "clip_score.safetensors"
-    state = weights.read_header(file)
-    norms = sorted(name for name in state if ".norms." in name and name.endswith(".weight"))
-    score = CLIPScore(text_model, [state[name].shape[0] for name in norms],
-                      state["text_projection.weight"].shape[0])
-    state |= {f"text_model.{name}": stored
-              for name, stored in checkpoints.read_text(path).state.items()}
-    return tokenizer, weights.load_strict(score, weights.Checkpoint({}, state, str, file),
-                                          device=device)
-
-
 class Reader:
     """Reads pictures with the embedded base's CLIP."""
 
     def __init__(self, base=BASE, device="cpu"):
         self.device = device
-        self.tokenizer, self.score = load_score(base, device)
-
-    @torch.inference_mode()
-    def embed_captions(self, captions):
-        """Unit vectors (captions, dim)."""
-        return torch.cat([self.score.embed_text(
-            self.tokenizer(captions[i:i + BATCH]).to(self.device), self.tokenizer.end)
-            for i in range(0, len(captions), BATCH)])
+        self.tokenizer, text_model = load_clip(base)
+        file = Path(base) / "clip_score.safetensors"
+        state = weights.read_header(file) | {
+            f"text_model.{name}": stored
+            for name, stored in checkpoints.read_text(base).state.items()}
+        self.score = weights.load_strict(
+            CLIPScore(text_model), weights.Checkpoint({}, state, str, file), device=device)
 
     @torch.inference_mode()
     def embed_pictures(self, x):
         """Unit vectors (n, dim) of pictures x (n, 3, 64, 64)."""
         return torch.cat([self.score.embed_image(part) for part in x.to(self.device).split(BATCH)])
 
+    @torch.inference_mode()
     def styles(self, x):
         """Index (n,) into world.STYLES of the style that fits each picture x (n, 3, 64, 64) best.
         """
-        captions = self.embed_captions(world.style_captions())
+        ids = self.tokenizer(world.style_captions()).to(self.device)
+        captions = self.score.embed_text(ids, self.tokenizer.end)
         return (self.embed_pictures(x) @ captions.T).argmax(dim=1).cpu()

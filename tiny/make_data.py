@@ -11,6 +11,7 @@ colours and without mirroring decides.
 
 Shapes: H W rows and columns, up to 256 where a figure is drawn, 64 where it is stored.
 """
+import functools
 import hashlib
 import importlib.util
 import io
@@ -52,8 +53,7 @@ PENS = (3, 5, 7)                # widths at 256 px
 FRAMES = {"adventurer": (0.02, 0.04, 0.96), "avataaars": (0.04, 0, 0.94),
           "bigEars": (0.05, 0.05, 0.9), "bigSmile": (0.02, 0, 0.96), "bottts": (0, 0, 1),
           "dylan": (0.04, 0.01, 0.92), "lorelei": (0.06, 0.07, 0.9), "micah": (0.02, 0, 0.96),
-          "miniavs": (0, 0, 1), "toonHead": (0.03, 0, 0.95),
-          "pixelArt": (0, 0, 1)}
+          "miniavs": (0, 0, 1), "toonHead": (0.03, 0, 0.95), "pixelArt": (0, 0, 1)}
 HAIR_KEYS = {"avataaars": "top", "bottts": "top", "toonHead": "rearHair"}
 UNSEEN_HAIR = {
     "adventurer": ("long13", "short01", "short07", "long05", "short12"),
@@ -68,7 +68,7 @@ UNSEEN_HAIR = {
 # ---- drawing with DiceBear and resvg -------------------------------------------------------
 
 def install(folder):
-    """Installs DiceBear in `folder`, and checks that resvg-py is there."""
+    """Install DiceBear in `folder`, and check that resvg-py is there."""
     if importlib.util.find_spec("resvg_py") is None:
         raise UserError("resvg-py is not installed. Run `pip install resvg-py`.")
     if shutil.which("npm") is None:
@@ -76,8 +76,14 @@ def install(folder):
     subprocess.run(["npm", "install", "--silent", "--prefix", folder, *PACKAGES], check=True)
 
 
-def create_avatars(jobs, folder):
-    """DiceBear's answer to each job {style, seed, colours}: {svgs: three texts, parts}."""
+def create_avatars(figures, folder):
+    """DiceBear's answer to each planned figure: {svgs: true, black and coded, parts}."""
+    jobs = []
+    for figure in figures:
+        body = "robot" if figure["style"] == "bottts" else "skin"
+        colours = {part: world.COLOURS[part][figure[part]] for part in ("hair", "clothes")}
+        colours["skin"] = world.COLOURS[body][figure[body]]
+        jobs.append(dict(style=figure["style"], seed=figure["name"], colours=colours))
     script = (Path(__file__).parent / "avatars.mjs").read_text()
     process = subprocess.run(["node", "--input-type=module", "--eval", script], cwd=folder,
                              input="\n".join(map(json.dumps, jobs)), capture_output=True,
@@ -154,8 +160,6 @@ def wobble(ink, share, rng):
 def erase(ink, share, rng):
     """The ink with gaps: `share` of it is missing."""
     noise = smooth_noise(rng, cells=16)
-    if not ink.any():
-        return ink
     return np.where(noise < np.quantile(noise[ink > 0], share), 0, ink).astype(np.uint8)
 
 
@@ -168,12 +172,10 @@ def to_part_map(black, coded, is_robot):
     """Indices into tasks.CLASSES (64, 64) uint8: what most of each pixel is."""
     shares, alpha = shrink(part_shares(black, coded)), shrink(black[..., 3])
     hair, body, clothes = np.moveaxis(shares, -1, 0)
-    features = alpha - shares.sum(-1)
-    zero = np.zeros_like(alpha)
-    skin, robot = (zero, body) if is_robot else (body, zero)
-    each = dict(ground=1 - alpha, hair=hair, skin=skin, clothes=clothes, robot=robot,
-                features=features)
-    return np.stack([each[name] for name in CLASSES]).argmax(0).astype(np.uint8)
+    each = {"ground": 1 - alpha, "hair": hair, "robot" if is_robot else "skin": body,
+            "clothes": clothes, "features": alpha - shares.sum(-1)}
+    absent = np.zeros_like(alpha)
+    return np.stack([each.get(name, absent) for name in CLASSES]).argmax(0).astype(np.uint8)
 
 
 # ---- figures -------------------------------------------------------------------------------
@@ -208,15 +210,6 @@ def plan(seed, i, styles, contrast):
     return figure | colours | dict(frame=(left, top, side), mirror=bool(rng.random() < 0.5))
 
 
-def job_of(figure):
-    """The job that create_avatars gets for a planned figure."""
-    body = "robot" if figure["style"] == "bottts" else "skin"
-    names = dict(hair=figure["hair"], clothes=figure["clothes"])
-    colours = {part: world.COLOURS[part][name] for part, name in names.items()}
-    colours["skin"] = world.COLOURS[body][figure[body]]
-    return dict(style=figure["style"], seed=figure["name"], colours=colours)
-
-
 def split_of(figure, parts, digest):
     """The split of a figure, from its style, DiceBear's parts and the hash of its drawing."""
     hair = parts.get(HAIR_KEYS.get(figure["style"], "hair"))
@@ -231,17 +224,17 @@ def hash_shapes(coded):
     return hashlib.sha256(np.round(15 * shrink(coded)).astype(np.uint8).tobytes()).hexdigest()
 
 
-def finish(figure, avatar, splits, sizes):
-    """(row, renderings) of a planned figure, or None if its split is none of `splits`.
+def draw_figure(figure, avatar, splits, for_pool):
+    """(row of figures.jsonl, pictures) of a planned figure, or None if its split is not wanted.
 
-    row: what figures.jsonl stores. renderings: true, black and coded, of these sizes, mirrored
-    as planned.
+    pictures: {folder: image} of a task's figure, or the pool's array of one picture.
     """
     style, parts = figure["style"], avatar["parts"]
     digest = hash_shapes(render(avatar["svgs"][2], FRAMES[style], world.SIZE))
     split = split_of(figure, parts, digest)
     if split not in splits:
         return None
+    sizes = POOL_SIZES if for_pool else [LARGE] * 3
     renderings = [render(svg, figure["frame"], size) for svg, size in zip(avatar["svgs"], sizes)]
     if figure["mirror"]:
         renderings = [image[:, ::-1] for image in renderings]
@@ -250,12 +243,13 @@ def finish(figure, avatar, splits, sizes):
     row = {key: figure[key] for key in ("name", "style", "ground")}
     row |= {part: figure[part] for part in world.PARTS if visible.get(part)}
     row |= world.describe(parts, HAIR_KEYS.get(style, "hair"))
-    return row | dict(split=split, hash=digest[:16]), renderings
+    row |= dict(split=split, hash=digest[:16])
+    picture = to_picture(renderings[0], row["ground"])
+    return row, picture if for_pool else make_pictures(row, picture, *renderings[1:])
 
 
-def make_pictures(figure, row, renderings):
+def make_pictures(row, picture, black, coded):
     """{folder: image} of a task's figure; see world.open_part."""
-    true, black, coded = renderings
     rng = np.random.default_rng((TASK_SEED, int(row["hash"], 16)))
     pen = int(rng.choice(PENS))
     ink = find_ink(black, coded, pen)
@@ -264,7 +258,7 @@ def make_pictures(figure, row, renderings):
     hand = erase(wobble(hand, 0.02, rng), 0.1, rng)
     parts = Image.fromarray(to_part_map(black, coded, "robot" in row))
     parts.putpalette(bytes.fromhex("".join(CLASSES.values()).replace("#", "")))
-    images = dict(picture=Image.fromarray(to_picture(true, row["ground"])))
+    images = dict(picture=Image.fromarray(picture))
     if row["style"] != world.ARTISTIC_STYLE:
         images |= dict(drawing=Image.fromarray(to_drawing(shaky)), parts=parts)
         if row["split"] == "test":
@@ -272,41 +266,30 @@ def make_pictures(figure, row, renderings):
     return images
 
 
-class Maker:
-    """Draw a chunk of figures in a process of its own; picklable."""
-
-    def __init__(self, seed, styles, splits, contrast, folder, pool):
-        self.seed, self.styles, self.splits = seed, styles, splits
-        self.contrast, self.folder, self.pool = contrast, folder, pool
-
-    def __call__(self, first):
-        """[(row, pictures)] of the figures from `first` on whose split is wanted."""
-        figures = [plan(self.seed, i, self.styles, self.contrast)
-                   for i in range(first, first + CHUNK)]
-        finished = []
-        for figure, avatar in zip(figures, create_avatars(map(job_of, figures), self.folder)):
-            done = finish(figure, avatar, self.splits, POOL_SIZES if self.pool else [LARGE] * 3)
-            if done:
-                row, renderings = done
-                finished.append((row, to_picture(renderings[0], row["ground"]) if self.pool
-                                 else make_pictures(figure, row, renderings)))
-        return finished
+def draw_chunk(first, folder, seed, styles, splits, contrast):
+    """[(row, pictures)] of the figures from `first` on whose split is wanted."""
+    figures = [plan(seed, i, styles, contrast) for i in range(first, first + CHUNK)]
+    drawn = (draw_figure(figure, avatar, splits, for_pool=seed == POOL_SEED)
+             for figure, avatar in zip(figures, create_avatars(figures, folder)))
+    return list(filter(None, drawn))
 
 
-def chunks(maker):
-    """Yield (row, pictures) of figure 0, 1, 2 ..; two processes work ahead."""
+def draw_figures(folder, seed, styles, splits, contrast=CONTRAST):
+    """Yield (row, pictures) of figure 0, 1, 2 .. of a seed; two processes work ahead."""
+    draw = functools.partial(draw_chunk, folder=folder, seed=seed, styles=tuple(styles),
+                             splits=tuple(splits), contrast=contrast)
     with multiprocessing.Pool(2) as processes:
-        for finished in processes.imap(maker, itertools.count(step=CHUNK)):
-            yield from finished
+        for chunk in processes.imap(draw, itertools.count(step=CHUNK)):
+            yield from chunk
 
 
 # ---- writing -------------------------------------------------------------------------------
 
-def collect(maker, counts):
+def collect(figures, counts):
     """[(row, pictures)] with so many figures of each split, no two of the same shapes."""
     left, hashes, chosen = dict(counts), set(), []
     with tqdm(total=sum(counts.values()), desc="figures") as bar:
-        for row, pictures in chunks(maker):
+        for row, pictures in figures:
             if left[row["split"]] and row["hash"] not in hashes:
                 left[row["split"]] -= 1
                 hashes.add(row["hash"])
@@ -316,13 +299,11 @@ def collect(maker, counts):
                 return sorted(chosen, key=lambda entry: world.SPLITS.index(entry[0]["split"]))
 
 
-def write_figures(folder, out):
+def write_figures(folder, out=world.DATA):
     """Write figures.jsonl and figures.zip: the figures of the four tasks."""
-    chosen = collect(Maker(TASK_SEED, tuple(world.STYLES), tuple(COUNTS), CONTRAST, folder,
-                           pool=False), COUNTS)
-    chosen += collect(Maker(ARTISTIC_SEED, (world.ARTISTIC_STYLE,), tuple(ARTISTIC_COUNTS),
-                            CONTRAST, folder, pool=False), ARTISTIC_COUNTS)
-    out.mkdir(parents=True, exist_ok=True)
+    chosen = collect(draw_figures(folder, TASK_SEED, world.STYLES, COUNTS), COUNTS)
+    chosen += collect(draw_figures(folder, ARTISTIC_SEED, [world.ARTISTIC_STYLE], ARTISTIC_COUNTS),
+                      ARTISTIC_COUNTS)
     with (replacing(out / "figures.zip") as temporary,
           zipfile.ZipFile(temporary, "w", zipfile.ZIP_STORED) as archive):
         for row, pictures in chosen:
@@ -335,11 +316,10 @@ def write_figures(folder, out):
     print(f"{len(chosen)} figures -> {out}")
 
 
-def write_pool(folder, count, out):
+def write_pool(folder, count, out=BASE.parent / "work" / "pool"):
     """Write figures.jsonl and pictures.npy (count, 64, 64, 3): training figures for the base."""
-    maker = Maker(POOL_SEED, tuple(world.STYLES), ("train",), 0, folder, pool=True)
-    figures = tqdm(itertools.islice(chunks(maker), count), total=count, desc="pool")
-    rows, pictures = zip(*figures)
+    figures = draw_figures(folder, POOL_SEED, world.STYLES, ["train"], contrast=0)
+    rows, pictures = zip(*tqdm(itertools.islice(figures, count), total=count, desc="pool"))
     out.mkdir(parents=True, exist_ok=True)
     with replacing(out / "pictures.npy") as temporary:
         np.save(temporary, np.stack(pictures))
@@ -352,16 +332,15 @@ def write_pool(folder, count, out):
 def main():
     """Draw and write the tasks' figures, or the pool."""
     parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--pool", type=positive, help="figures to train the base on (default: draw the tasks' own)")
-    add("--out", type=Path, help="(default: tiny/data, or tiny/work/pool)")
+    parser.add_argument("--pool", type=positive, help="figures to train the base on (default: "
+                        "draw the tasks' own)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         install(folder)
         if args.pool:
-            write_pool(folder, args.pool, args.out or BASE.parent / "work" / "pool")
+            write_pool(folder, args.pool)
         else:
-            write_figures(folder, args.out or world.DATA)
+            write_figures(folder)
 
 
 if __name__ == "__main__":

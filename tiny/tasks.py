@@ -16,9 +16,8 @@ from PIL import Image
 
 from tiny import world
 
-GROUND = "ground"
 # class -> its colour in label maps
-CLASSES = {GROUND: "#000000", "hair": "#d62728", "skin": "#ffdd55", "clothes": "#1f77b4",
+CLASSES = {"ground": "#000000", "hair": "#d62728", "skin": "#ffdd55", "clothes": "#1f77b4",
            "robot": "#2ca02c", "features": "#9467bd"}
 LEAST_IN_BOX = 2                # pixels of a class in a row or column that its box has to hold
 

@@ -155,10 +155,6 @@ def open_part(folder, name):
 
 
 @functools.cache
-def _rows_by_name():
-    return {row["name"]: row for row in figures(None, (*STYLES, ARTISTIC_STYLE))}
-
-
 def figure(name):
     """The row of figures.jsonl with this name."""
-    return _rows_by_name()[name]
+    return next(row for row in figures(None, (*STYLES, ARTISTIC_STYLE)) if row["name"] == name)
