@@ -9,7 +9,7 @@ import numpy as np
 
 from inputs.conditions import coarse_colours, cond_to_x, extract_lines, line_f1, soft_lines
 from tiny import world
-from tiny.tasks import CLASSES
+from tiny.tasks import CLASSES, area
 
 SURE_INK = 0.25                 # ink from which a soft line counts
 SEEN_PIXELS = 24                # of a part in the map, from which its colour is read
@@ -73,16 +73,15 @@ def read_parts(x, figure):
 
 
 def segmentation(pictures, conds, names):
-    """Pixel accuracy and mean IoU of the parts that are read from pictures, apart from features."""
-    hits, intersection, union = [], np.zeros(len(CLASSES)), np.zeros(len(CLASSES))
+    """Pixel accuracy and mean IoU of the parts read from pictures, apart from features."""
+    hits, confusion = [], np.zeros((len(CLASSES), len(CLASSES)))
     for x, name in zip(pictures, names):
         target, found = part_map(name), read_parts(x, world.figure(name))
         known = target != FEATURES
         hits.append((target == found)[known].mean())
-        for k in range(len(CLASSES)):
-            a, b = (target == k)[known], (found == k)[known]
-            intersection[k] += (a & b).sum()
-            union[k] += (a | b).sum()
+        np.add.at(confusion, (target[known], found[known]), 1)
+    intersection = confusion.diagonal()
+    union = confusion.sum(0) + confusion.sum(1) - intersection
     return {"pixel accuracy": float(np.mean(hits)),
             "mIoU": float((intersection / union.clip(1))[union > 0].mean())}
 
@@ -108,8 +107,7 @@ def box_iou(a, b):
     width = min(a[2], b[2]) - max(a[0], b[0])
     height = min(a[3], b[3]) - max(a[1], b[1])
     overlap = max(width, 0) * max(height, 0)
-    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (a, b))
-    return overlap / (areas - overlap)
+    return overlap / (area(a) + area(b) - overlap)
 
 
 def layout(pictures, conds, names):
