@@ -3,9 +3,9 @@
     python -m studies.base                                      # the base alone
     python -m studies.base --bps runs/*/bps.safetensors         # and each trained BPS
 
-Prints the tables of tiny/README.md and writes two sheets for the eye to --out: drawn.png has true
-pictures beside what the base draws from their captions; with a BPS for sketch, matching.png has
-twelve test drawings above twelve shuffled pictures of them (the order is printed), and prompts.png
+Prints Markdown tables and writes sheets for the eye to --out: drawn.png has true pictures beside
+what the base draws from their captions. With a BPS for sketch, matching.png has twelve test
+drawings beside the pictures drawn from them, shuffled (it prints the order), and prompts.png has
 three test drawings, each with four prompts.
 
 Shapes: n pictures.
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bps import Condition
 from data import LatentCache, load_pairs
-from inputs.conditions import cond_to_x, to_x
+from inputs.conditions import cond_to_x
 from inputs.options import BASE, Parser, run_script, seed_number
 from measure.obedience import colour_fidelity, meter_for, prompt_fidelity
 from measure.report import contact_sheet, draw_pairs, load_fitting, ratio
@@ -26,22 +26,18 @@ from sample import draw, load_base
 from studies.figures import draw_rows
 from tiny import world
 from tiny.clip_score import BATCH, Reader
-from tiny.pretrain import decoder_errors, encode_means
+from tiny.pretrain import decoder_errors, encode_means, true_pictures
 
 T_EDGES = (0, 250, 500, 750, 1000)
 TIMESTEPS_PER_RANGE = 4         # for each picture
 SHEET_ROWS = 24
-MATCHED = 12                    # drawings that fresh eyes match with pictures
+LETTERS = "ABCDEFGHIJKL"
+MATCHED = len(LETTERS)          # drawings that fresh eyes match with pictures
 # What a drawing is drawn with to see that colours come from the prompt and shapes from it.
 PROMPTS = ("person, purple hair, light skin, toon style, on white",
            "person, blond hair, dark skin, red clothes, avataaars style, on pale blue",
            "person, green hair, brown skin, lorelei style, on yellow",
            "teal robot, bottts style, on pink")
-
-
-def true_pictures(figures):
-    """Pictures x (n, 3, 64, 64) in [-1, 1] of figures."""
-    return torch.stack([to_x(world.open_part("picture", row["name"])) for row in figures])
 
 
 def eps_losses(base, context, z, seed):
@@ -76,80 +72,65 @@ def print_base(base, reader, args):
     print(f"| measure, {len(x)} test figures | drawn by the base | true pictures |\n|---|---|---|")
     print(f"| autoencoder, PSNR (dB) | | {psnr:.2f} |")
     print(f"| the same, L1 (images in [-1, 1]) | | {l1:.4f} |")
-    context = base.encode(list(map(world.full_caption, figures)))
+    captions = list(map(world.full_caption, figures))
+    context = base.encode(captions)
     for low, high, loss in zip(T_EDGES, T_EDGES[1:], eps_losses(base, context, z, args.seed)):
         print(f"| loss of eps, t {low} to {high - 1} | {loss:.4f} | |")
-    drawn = draw_captions(base, list(map(world.full_caption, figures)), args.seed)
+    drawn = draw_captions(base, captions, args.seed)
     ours, bound = prompt_fidelity(drawn, figures), prompt_fidelity(x.cpu(), figures)
     for part in world.PARTS:
         print(f"| colour of {part} as named | {ours[part]:.1%} | {bound[part]:.1%} |")
     styles = torch.tensor([list(world.STYLES).index(row["style"]) for row in figures])
     rates = [(reader.styles(pictures) == styles).float().mean() for pictures in (drawn, x)]
     print(f"| style as named, read by CLIP | {rates[0]:.1%} | {rates[1]:.1%} |")
-    names = [world.full_caption(row) for row in figures[:SHEET_ROWS]]
-    contact_sheet([x.cpu(), drawn], ["true picture", "drawn"], names, args.out / "drawn.png")
+    contact_sheet([x.cpu(), drawn], ["true picture", "drawn"], captions[:SHEET_ROWS],
+                  args.out / "drawn.png")
 
 
-def with_hand(pair):
-    """The pair with its drawing as a hand makes it: shaky, with gaps and another pen."""
-    return pair._replace(open_cond=functools.partial(world.open_part, "hand", pair.name))
-
-
-def follow(base, bps, task, pairs, seed, clean=None):
-    """{measure: (base, steered, round trip)} over pairs, and the steered pictures.
+def follow(name, base, bps, pairs, seed, clean=None):
+    """Print how pictures follow their pairs' conditions; (conditions, pictures with BPS).
 
     clean: conditions to measure against, if not the pairs' own.
     """
-    cache, device = LatentCache(pairs, task, world.SIZE, base), next(bps.parameters()).device
-    n, names = len(pairs), [pair.name for pair in pairs]
-    conds = cache.cond(range(n))
-    meter = meter_for(task, embedded=True)
-    steered = draw_pairs(base, cache, bps, n, seed)
-    pictures = (draw_pairs(base, cache, None, n, seed), steered, torch.cat(
-        [base.vae.decode(cache.rows("mean", i).float().to(device)).cpu()
-         for i in torch.arange(n).split(BATCH)]))
-    scores = [meter(x, conds if clean is None else clean, names) for x in pictures]
-    return {name: [score[name] for score in scores] for name in scores[0]}, steered, conds
+    task = bps.metadata["task"]
+    cache, meter = LatentCache(pairs, task, world.SIZE, base), meter_for(task, embedded=True)
+    n, device = len(pairs), next(bps.parameters()).device
+    conds, steered = cache.cond(range(n)), draw_pairs(base, cache, bps, n, seed)
+    round_trip = torch.cat([base.vae.decode(cache.rows("mean", i).float().to(device)).cpu()
+                            for i in torch.arange(n).split(BATCH)])
+    scores = [meter(x, conds if clean is None else clean, [pair.name for pair in pairs])
+              for x in (draw_pairs(base, cache, None, n, seed), steered, round_trip)]
+    for measure in scores[0]:
+        prior, value, bound = (score[measure] for score in scores)
+        share = ratio(value - prior, bound - prior)
+        print(f"| {name} | {measure} | {prior:.3f} | {value:.3f} | {bound:.3f} | {share:.0%} |")
+    return conds, steered
 
 
-def print_followed(name, scores):
-    """Print a row for each measure of a set of pairs."""
-    for measure, (prior, steered, bound) in scores.items():
-        share = ratio(steered - prior, bound - prior)
-        print(f"| {name} | {measure} | {prior:.3f} | {steered:.3f} | {bound:.3f} | {share:.0%} |")
-
-
-def print_steering(base, networks, args):
-    """Print how pictures of each BPS follow their conditions; write the sheets of a sketch BPS."""
-    print("\n| test pairs | measure | base alone | with BPS | round trip | share of the way |\n"
-          "|---|---|---|---|---|---|")
-    for bps in tqdm(networks, desc="BPS", leave=False):
-        task = bps.metadata["task"]
-        pairs = load_pairs(task, "test")
-        scores, steered, conds = follow(base, bps, task, pairs, args.seed)
-        print_followed(task, scores)
-        if task == "artistic":
-            continue
-        unseen, _, _ = follow(base, bps, task, load_pairs(task, "unseen"), args.seed)
-        print_followed(f"{task}, unseen hair", unseen)
-        if task == "sketch":
-            by_hand = list(map(with_hand, pairs))
-            print_followed("sketch, by hand", follow(base, bps, task, by_hand, args.seed, conds)[0])
-            fidelity = colour_fidelity(steered, [pair.name for pair in pairs])
-            for part, share in fidelity.items():
-                print(f"| sketch | colour of {part} as named | | {share:.3f} | | |")
-            write_matching(conds, steered, args)
-            write_prompts(base, bps, conds[:3], args)
+def print_steering(base, bps, args):
+    """Print how pictures of a BPS follow their conditions; write the sheets of a sketch BPS."""
+    task, seed = bps.metadata["task"], args.seed
+    pairs = load_pairs(task, "test")
+    conds, steered = follow(task, base, bps, pairs, seed)
+    if task != "artistic":
+        follow(f"{task}, unseen hair", base, bps, load_pairs(task, "unseen"), seed)
+    if task == "sketch":
+        by_hand = [pair._replace(open_cond=functools.partial(world.open_part, "hand", pair.name))
+                   for pair in pairs]
+        follow("sketch, by hand", base, bps, by_hand, seed, conds)
+        fidelity = colour_fidelity(steered, [pair.name for pair in pairs])
+        for part, share in fidelity.items():
+            print(f"| sketch | colour of {part} as named | | {share:.3f} | | |")
+        write_matching(conds, steered, args)
+        write_prompts(base, bps, conds[:3], args)
 
 
 def write_matching(conds, steered, args):
     """Write twelve drawings and their pictures in another order, which is printed."""
-    order = torch.randperm(MATCHED, generator=torch.Generator().manual_seed(args.seed))
-    contact_sheet([cond_to_x(conds[:MATCHED]), steered[:MATCHED][order]], ["drawing", "picture"],
-                  [f"{i + 1} / {'ABCDEFGHIJKL'[i]}" for i in range(MATCHED)],
-                  args.out / "matching.png")
-    print("matching.png: " + ", ".join(f"{'ABCDEFGHIJKL'[k]} is {i + 1}"
-                                       for k, i in enumerate(order.tolist())))
+    order = torch.randperm(MATCHED, generator=torch.Generator().manual_seed(args.seed)).tolist()
+    contact_sheet([cond_to_x(conds[:MATCHED]), steered[order]], ["drawing", "picture"],
+                  [f"{i + 1} / {LETTERS[i]}" for i in range(MATCHED)], args.out / "matching.png")
+    print("matching.png:", ", ".join(f"{LETTERS[k]} is {i + 1}" for k, i in enumerate(order)))
 
 
 def write_prompts(base, bps, conds, args):
@@ -178,7 +159,10 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     print_base(base, Reader(args.base, args.device), args)
     if networks:
-        print_steering(base, networks, args)
+        print("\n| test pairs | measure | base alone | with BPS | round trip | share of the way |\n"
+              "|---|---|---|---|---|---|")
+    for bps in tqdm(networks, desc="BPS", leave=False):
+        print_steering(base, bps, args)
 
 
 if __name__ == "__main__":

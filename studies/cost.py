@@ -1,19 +1,17 @@
 """What training and steering cost at SD 1.5's sizes, beside diffusers if it is installed.
 
-    python -m studies.cost                      # three tables: about an hour on two cores
-    python -m studies.cost --only training      # or controlnet, steering
+    python -m studies.cost                      # two tables: about an hour on two cores
+    python -m studies.cost --only training      # or steering
 
 All weights are random. Times are medians of --repeat runs, in which the programs take turns. Each
 measurement of memory runs in a process of its own. The comparison needs an environment with
 diffusers, transformers and accelerate.
 
 Training is one step on one picture: BPS and base forward, backward, AdamW. ControlNet is
-diffusers'. Steering is timed relative to drawing the same pictures unsteered, without text encoder
-and autoencoder: "naive" is how the authors' code runs, with BPS in every call of the U-Net for both
-passes of guidance; "amortised" is how sample.py runs, once per timestep and condition for all
-pictures. At SD 1.5's sizes one step of 512 px stands for all of them. Beside ControlNet both
-programs draw with guidance, in fp32: ours each picture as a batch of two, diffusers all in one
-batch.
+diffusers'. Steering is one step of drawing with guidance in fp32, without text encoder and
+autoencoder. sample.py runs BPS once per timestep for all pictures; "naive" is how the authors' code
+runs, with BPS in every call of the U-Net for both passes of guidance. Ours draws each picture as a
+batch of two, diffusers draws all of them in one batch.
 """
 import importlib.util
 import multiprocessing
@@ -27,18 +25,15 @@ import torch
 
 import diffusion
 from bps import Condition, build_bps, config_for, make_denoiser
-from inputs import checkpoints
-from inputs.options import BASE, DTYPES, FEET, Parser, positive, run_script
+from inputs.options import DTYPES, FEET, Parser, positive, run_script
 from measure.report import peak_memory
 from unet import UNet, UNetConfig
 
 SIDE = 64                       # rows and columns of the latent: 512 px
-PICTURES = (1, 4, 16)           # how many are steered at once
-STEERING_BASES = {"embedded base": (BASE, 10, 7), "SD 1.5": (None, 1, 1)}      # base, steps, repeat
-SHARED_STEP = 4                 # pictures drawn at once beside ControlNet
+PICTURES = (1, 4)               # how many are steered at once
 PEER = "diffusers with ControlNet"
 PEERS = ("diffusers", "transformers", "accelerate")
-PROGRAMS = ("ours", "diffusers") if all(map(importlib.util.find_spec, PEERS)) else ("ours",)
+HAS_PEERS = all(map(importlib.util.find_spec, PEERS))
 
 
 # ---- what is measured in a process of its own ----------------------------------------------
@@ -49,9 +44,9 @@ def in_a_process(function, *arguments):
         return pool.submit(function, *arguments).result()
 
 
-def random_bps(unet, factor, foot, device="cpu"):
+def random_bps(unet, foot, device):
     """An untrained BPS for a U-Net and a condition of one channel."""
-    bps = build_bps(config_for(unet.config, 1, factor, foot=foot))
+    bps = build_bps(config_for(unet.config, 1, 8, foot=foot))
     return bps.to(device, memory_format=torch.channels_last)
 
 
@@ -82,7 +77,7 @@ def training_networks(program, checkpointing, dtype, device):
     else:
         unet = UNet(UNetConfig()).to(device, dtype, memory_format=torch.channels_last)
         unet.requires_grad_(False)
-        trained = random_bps(unet, 8, program, device)
+        trained = random_bps(unet, program, device)
         unet.checkpointing = trained.checkpointing = checkpointing
 
         def predict(z_t, t, context, cond):
@@ -148,17 +143,19 @@ def print_head(*names):
 class NaiveCondition(Condition):
     """A Condition that never keeps its maps, and makes them for both passes of guidance."""
 
+    def __init__(self, bps, cond):
+        super().__init__(bps, cond.expand(2, -1, -1, -1))
+
     def residuals(self, unet, t, batch):
         self.last_t = None
         return super().residuals(unet, t, batch)
 
 
-def draw_latents(unet, make_condition, pictures, steps):
+def draw_latents(unet, make_condition, pictures, steps=1):
     """Draw latents with guidance, step by step side by side, as sample.py does."""
-    config, device = unet.config, next(unet.parameters()).device
-    side = config.sample_size or SIDE
-    context = torch.zeros(1, 77, config.context_dim, device=device)
-    noise = diffusion.draw_noise(range(pictures), (config.latent_channels, side, side)).to(device)
+    device = next(unet.parameters()).device
+    context = torch.zeros(1, 77, unet.config.context_dim, device=device)
+    noise = diffusion.draw_noise(range(pictures), (4, SIDE, SIDE)).to(device)
     conditions = [make_condition()] if make_condition else []   # a new one, which has no maps yet
     denoise = make_denoiser(unet, context, context, 3.0, conditions)
     for _ in zip(*(diffusion.sample(denoise, z_t[None], diffusion.NoiseSchedule(), steps)
@@ -166,71 +163,48 @@ def draw_latents(unet, make_condition, pictures, steps):
         pass
 
 
-@torch.inference_mode()
-def steering_table(args):
-    """Print what steering costs on the embedded base and at SD 1.5's sizes; BPS is random."""
-    print_head("networks", "BPS", "pictures", "unsteered s", "naive s", "ratio", "amortised s",
-               "ratio")
-    for name, (path, steps, repeat) in STEERING_BASES.items():
-        torch.manual_seed(0)
-        unet = UNet(UNetConfig(**checkpoints.read_unet(path).config) if path else UNetConfig())
-        factor = checkpoints.vae_factor(path) if path else 8
-        unet = unet.to(args.device, memory_format=torch.channels_last)
-        side = factor * (unet.config.sample_size or SIDE)
-        cond = torch.rand(1, 1, side, side, device=args.device)
-        for foot in FEET:
-            bps = random_bps(unet, factor, foot, args.device)
-            ways = dict(unsteered=None, amortised=partial(Condition, bps, cond),
-                        naive=partial(NaiveCondition, bps, cond.expand(2, -1, -1, -1)))
-            draw_latents(unet, ways["naive"], 1, steps)                     # warms up
-            for pictures in PICTURES if foot == FEET[0] else PICTURES[:1]:
-                plain, amortised, naive = medians(
-                    {way: partial(seconds, partial(draw_latents, unet, kind, pictures, steps),
-                                  args.device) for way, kind in ways.items()}, repeat).values()
-                print_row(name, foot, pictures, plain, naive, naive / plain, amortised,
-                          amortised / plain)
-
-
-def peer_steps(device):
-    """{name: function that predicts SHARED_STEP pictures with guidance} of diffusers."""
+def peer_steps(pictures, device):
+    """{name: function that predicts pictures with guidance} of diffusers, if it is installed."""
+    if not HAS_PEERS:
+        return {}
     import diffusers
     unet = diffusers.UNet2DConditionModel(cross_attention_dim=768).to(device)
     controlnet = diffusers.ControlNetModel.from_unet(unet, conditioning_channels=1).to(device)
-    batch = 2 * SHARED_STEP
+    batch = 2 * pictures
     inputs = (torch.randn(batch, 4, SIDE, SIDE, device=device), torch.tensor(981, device=device),
               torch.randn(batch, 77, 768, device=device))
     cond = torch.rand(batch, 1, 8 * SIDE, 8 * SIDE, device=device)
-
     return {"diffusers": partial(unet, *inputs),
             PEER: partial(with_controlnet(unet, controlnet), *inputs, cond)}
 
 
 @torch.inference_mode()
-def controlnet_table(args):
-    """Print what a step of several pictures costs beside diffusers' ControlNet, all random."""
+def steering_table(args):
+    """Print what steering adds to a step of drawing."""
     unet = UNet(UNetConfig()).to(args.device, memory_format=torch.channels_last)
     cond = torch.rand(1, 1, 8 * SIDE, 8 * SIDE, device=args.device)
-    calls = {"ours": partial(draw_latents, unet, None, SHARED_STEP, 1)}
+    ways = {"ours": None}
     for foot in FEET:
-        bps = random_bps(unet, 8, foot, args.device)
-        calls[f"ours with BPS, {foot} foot"] = partial(
-            draw_latents, unet, partial(Condition, bps, cond), SHARED_STEP, 1)
-    if "diffusers" in PROGRAMS:
-        calls |= peer_steps(args.device)
-    for call in calls.values():
-        call()                                                  # warms up
-    times = medians({name: partial(seconds, call, args.device) for name, call in calls.items()},
-                    args.repeat)
-    print_head(f"a step of {SHARED_STEP} pictures, 512 px", "s", "of the same unsteered",
-               f"of {PEER}")
-    for name, taken in times.items():
-        print_row(name, taken, taken / times[name.split()[0]], taken / times.get(PEER, nan))
+        bps = random_bps(unet, foot, args.device)
+        ways[f"ours with BPS, {foot} foot"] = partial(Condition, bps, cond)
+        ways[f"ours with BPS, {foot} foot, naive"] = partial(NaiveCondition, bps, cond)
+    print_head("pictures, 512 px", "program", "s", "of the same unsteered", f"of {PEER}")
+    for pictures in PICTURES:
+        calls = {name: partial(draw_latents, unet, way, pictures) for name, way in ways.items()}
+        calls |= peer_steps(pictures, args.device)
+        for call in calls.values():
+            call()                                              # warms up
+        times = medians({name: partial(seconds, call, args.device)
+                         for name, call in calls.items()}, args.repeat)
+        for name, taken in times.items():
+            print_row(pictures, name, taken, taken / times[name.split()[0]],
+                      taken / times.get(PEER, nan))
 
 
 def training_table(args):
     """Print seconds and memory of a training step, beside ControlNet if diffusers is installed."""
     print_head("training step, batch 1", "px", "base", "checkpointing", "s", "GB")
-    programs = [*reversed(FEET), *(["controlnet"] if len(PROGRAMS) > 1 else [])]
+    programs = [*reversed(FEET), *(["controlnet"] if HAS_PEERS else [])]
     for size, dtype in ((256, "fp32"), (512, "bf16")):
         for checkpointing in (False, True):
             for program in programs:
@@ -244,12 +218,12 @@ def main():
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--repeat", type=positive, default=5, help="runs of each program (default: %(default)s)")
-    # The last two make this process big, and the peak of a child begins with that of its parent.
-    tables = dict(training=training_table, controlnet=controlnet_table, steering=steering_table)
-    add("--only", choices=tables, help="print only one table (default: all)")
+    # steering makes this process big, and the peak of a child begins with that of its parent
+    tables = dict(training=training_table, steering=steering_table)
+    add("--only", choices=tables, help="print only one table (default: both)")
     parser.add_device()
     args = parser.parse_args()
-    if len(PROGRAMS) == 1:
+    if not HAS_PEERS:
         print(f"Not all of {', '.join(PEERS)} are installed, so only our own figures are printed.")
     print(f"PyTorch {torch.__version__}, {torch.get_num_threads()} threads, {args.device}")
     for name, print_table in tables.items():

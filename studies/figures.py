@@ -37,7 +37,7 @@ def drawings(count, persons=False):
 def draw_rows(base, prompts, conditions_of):
     """Columns, each x (prompts, 3, H, W): a row has one prompt, and all have one noise.
 
-    conditions_of(row) -> a list of Steerings for each column.
+    conditions_of(row): the list of Conditions of each column.
     """
     rows = []
     for row, prompt in enumerate(prompts):
@@ -48,29 +48,28 @@ def draw_rows(base, prompts, conditions_of):
     return list(torch.stack(rows, dim=1))
 
 
-def one_drawing(base, titles, conditions_of):
-    """(columns, titles, names) of a sheet: each column steers differently.
+def one_drawing(base, bps, options):
+    """(columns, titles, names) of a sheet: a row is one drawing, a column has its own options.
 
     A row's prompt names the colours and the style of its drawing, not its shapes.
-    conditions_of(cond (1, 1, H, W)) -> a Condition for each column.
+    options: {title: arguments of Condition}.
     """
     conds, pairs = drawings(ROWS, persons=True)
     prompts = [pair.prompts[0] for pair in pairs]
     columns = draw_rows(base, prompts, lambda row: [
-        [condition] for condition in conditions_of(conds[row:row + 1])])
-    return [cond_to_x(conds), *columns], ["drawing", *titles], prompts
+        [Condition(bps, conds[row:row + 1], **arguments)] for arguments in options.values()])
+    return [cond_to_x(conds), *columns], ["drawing", *options], prompts
 
 
 def strip(base, bps):
     """(columns, titles, names) of a sheet: the strength rises."""
-    return one_drawing(base, [f"strength {strength:g}" for strength in STRENGTHS], lambda cond: [
-        Condition(bps, cond, strength=strength) for strength in STRENGTHS])
+    return one_drawing(base, bps, {f"strength {s:g}": dict(strength=s) for s in STRENGTHS})
 
 
 def windows(base, bps):
     """(columns, titles, names) of a sheet: a part of the denoising is steered."""
-    return one_drawing(base, [f"{start:g} to {end:g}" for start, end in WINDOWS], lambda cond: [
-        Condition(bps, cond, window=window) for window in WINDOWS])
+    return one_drawing(base, bps, {f"{start:g} to {end:g}": dict(window=(start, end))
+                                   for start, end in WINDOWS})
 
 
 def joined(base, bps):
@@ -81,8 +80,7 @@ def joined(base, bps):
 
     def conditions_of(row):
         """The Conditions of each half, of both, and of the whole."""
-        a, b, whole = (Condition(bps, cond[row:row + 1])
-                       for cond in (upper, lower, conds))
+        a, b, whole = (Condition(bps, cond[row:row + 1]) for cond in (upper, lower, conds))
         return [a], [b], [a, b], [whole]
 
     columns = draw_rows(base, [pair.prompts[0] for pair in pairs], conditions_of)
@@ -94,8 +92,8 @@ def joined(base, bps):
 def halves(base, bps):
     """(columns, titles, names) of a sheet: two drawings, each steers a half."""
     conds, _ = drawings(2 * ROWS, persons=True)
-    mask = torch.zeros(1, 1, *2 * [world.SIZE // base.vae.factor])
-    mask[..., :mask.shape[-1] // 2] = 1                                     # the left half
+    side = world.SIZE // base.vae.factor
+    mask = (torch.arange(side) < side // 2).float().expand(1, 1, side, side)    # the left half
 
     def conditions_of(row):
         """The Conditions of the base alone, of each half, and of both."""
@@ -132,9 +130,8 @@ def main():
     add = parser.add_argument
     add("figure", choices=FIGURES)
     add("--bps", type=Path, nargs="+", default=[DEFAULT_BPS], help="trained BPS: one for each row "
-        "of tasks, else one of sketch (default: the one that comes with the project)")
-    add("--out", type=Path, default=ROOT / "docs" / "figures", help="folder (default: "
-        "docs/figures)")
+        "of tasks, else one of sketch (default: the included one)")
+    add("--out", type=Path, default=ROOT / "docs" / "figures", help="(default: docs/figures)")
     args = parser.parse_args()
     parser.check_out(args.out)
     if args.figure != "tasks" and len(args.bps) > 1:

@@ -140,8 +140,7 @@ def main():
     add("--cond-channels", type=int, choices=(1, 3, 4), default=1, help="of the table: 1 for "
         "sketch, 3 for segmentation and layout, 4 for artistic (default: %(default)s)")
     add_port_options(parser)
-    add("--out", type=Path, default=ROOT / "docs" / "figures", help="folder (default: "
-        "docs/figures)")
+    add("--out", type=Path, default=ROOT / "docs" / "figures", help="(default: docs/figures)")
     args = parser.parse_args()
     if not args.table:
         args.out.mkdir(parents=True, exist_ok=True)
