@@ -1,28 +1,23 @@
 """README and the chapters: commands run, quotes are current, links lead somewhere, code runs."""
 import argparse
 import functools
+import importlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
 import sample
-import toy2d
-import train
 from diffusion import Sampling
-from inputs import options
-from inputs.options import DEFAULT_BPS, DEFAULT_DRAWING
+from inputs.options import BASE, DEFAULT_BPS, DEFAULT_DRAWING, ROOT
 from measure import report
-from pad import __main__ as pad
-from studies import base, cost, figures, rivals, toy, walkthrough, wiring
-from tiny import make_data, pretrain
+from studies import base as base_study
+from studies import figures, walkthrough, wiring
 
-ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tiny" / "README.md"]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS[ROOT / "README.md"]
@@ -31,22 +26,17 @@ COMMANDS = list(dict.fromkeys(
     line for page, text in TEXTS.items() if page != RECORDED
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     for line in block.splitlines() if line.strip() and not line.startswith("#")))
-MODULES = {"train.py": train, "sample.py": sample, "toy2d.py": toy2d, "pad": pad,
-           "tiny.pretrain": pretrain, "tiny.make_data": make_data, "studies.base": base,
-           "studies.cost": cost, "studies.figures": figures, "studies.rivals": rivals,
-           "studies.toy": toy, "studies.walkthrough": walkthrough, "studies.wiring": wiring}
 QUOTES = [(page, block) for page, text in TEXTS.items()
           for block in re.findall(r"```python\n# (\S+\.py\n.*?)```", text, re.DOTALL)]
 
 
 def split(command):
-    """(module or None, its arguments) of a command line in the pages."""
+    """(module, its arguments) of a command line in the pages."""
     argv = shlex.split(command.split("&&")[-1], comments=True)
     argv = ["python", *argv[3:]] if argv[:2] == ["torchrun", "--nproc-per-node"] else argv
-    if argv[0] != "python":
-        return None, argv
-    name, arguments = (argv[2], argv[3:]) if argv[1] == "-m" else (argv[1], argv[2:])
-    return MODULES.get(name), arguments
+    name, *arguments = argv[2:] if argv[1] == "-m" else argv[1:]
+    name = "pad.__main__" if name == "pad" else name.removesuffix(".py")
+    return importlib.import_module(name), arguments
 
 
 def test_the_first_two_commands_are_the_install_steps():
@@ -71,10 +61,9 @@ class Parsed(Exception):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_has_arguments_that_its_script_takes(command, monkeypatch):
-    module, arguments = split(command)
-    if module is None:
-        assert re.match(r"(.*python -m pytest( -m (peers -s|browser))?|pip install .*)$", command)
+    if re.match(r"(.*python -m pytest( -m (peers -s|browser))?|pip install [^&]*)$", command):
         return
+    module, arguments = split(command)
     parse_args = argparse.ArgumentParser.parse_args
 
     def parse_and_stop(parser, *arguments):
@@ -88,64 +77,48 @@ def test_a_command_has_arguments_that_its_script_takes(command, monkeypatch):
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "sample.py" in c])
-def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, sd_folder,
-                                                sd_file):
+def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, run_script,
+                                                sd_folder, sd_file):
     _, arguments = split(command)
-    if {"DRAWINGS", "VAL2017_EDGES"} & set(arguments):
-        (tmp_path / "drawings").mkdir()
-        shutil.copy(DEFAULT_DRAWING, tmp_path / "drawings")
+    (tmp_path / "drawings").mkdir()
+    shutil.copy(DEFAULT_DRAWING, tmp_path / "drawings")
+    short = ["--steps", 2, "--n", 1, "--out"]
     if "--from" in arguments:
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--steps", "2", "--n", "1", "--out",
-                                          str(tmp_path / "first")])
-        sample.main()
+        run_script(sample, *short, tmp_path / "first")
     # for a user's own files: the base is the embedded one where BPS steers it
-    bps_file, drawing = DEFAULT_BPS, DEFAULT_DRAWING
-    replacements = {"runs/sketch/bps.safetensors": bps_file, "runs/sd/bps.safetensors": bps_file,
-                 "A.safetensors": bps_file, "B.safetensors": bps_file, "a.png": drawing,
-                 "b.png": drawing, "drawing.png": drawing, "left.png": drawing,
-                 "right.png": drawing, "768x512": "96x64",
-                 "DRAWINGS": tmp_path / "drawings", "VAL2017_EDGES": tmp_path / "drawings",
-                 "runs/coco/bps.safetensors": bps_file, "512": "64",
-                 "pictures/0000.png": tmp_path / "first/0000.png",
-                 "SD_FOLDER": options.BASE if "--bps" in arguments else sd_folder("small1"),
-                 "MODEL.safetensors": sd_file("small1")}
-    arguments = [str(replacements.get(word, word)) for word in arguments]
+    replacements = {
+        **dict.fromkeys([f"runs/{run}/bps.safetensors" for run in ("sketch", "sd", "coco")]
+                        + ["A.safetensors", "B.safetensors"], DEFAULT_BPS),
+        **dict.fromkeys([f"{name}.png" for name in ("a", "b", "drawing", "left", "right")],
+                        DEFAULT_DRAWING),
+        **dict.fromkeys(["DRAWINGS", "VAL2017_EDGES"], tmp_path / "drawings"),
+        "768x512": "96x64", "512": "64", "pictures/0000.png": tmp_path / "first" / "0000.png",
+        "SD_FOLDER": BASE if "--bps" in arguments else sd_folder("small1"),
+        "MODEL.safetensors": sd_file("small1")}
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["sample.py", *arguments, "--steps", "2", "--n", "1",
-                                      "--out", str(tmp_path)])
-    sample.main()
+    run_script(sample, *(replacements.get(word, word) for word in arguments), *short, tmp_path)
     assert list(tmp_path.glob("*0000.png"))
 
 
-def printed_by(module, arguments, monkeypatch, capsys):
-    """What a script prints."""
-    monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
-    module.main()
-    return capsys.readouterr().out
-
-
-def test_the_table_of_ports_in_the_walkthrough_is_what_is_printed(monkeypatch, capsys):
-    page = TEXTS[ROOT / "docs" / "walkthrough.md"]
-    assert printed_by(wiring, ["--table"], monkeypatch, capsys) in page
+def test_the_table_of_ports_in_the_walkthrough_is_what_is_printed(run_script, capsys):
+    run_script(wiring, "--table")
+    assert capsys.readouterr().out in TEXTS[ROOT / "docs" / "walkthrough.md"]
 
 
 @pytest.mark.slow
-def test_the_shapes_in_the_walkthrough_are_what_is_printed(monkeypatch, capsys):
-    page = TEXTS[ROOT / "docs" / "walkthrough.md"]
-    printed = printed_by(walkthrough, [], monkeypatch, capsys)
-    shown = page.split("```\n")[2]
+def test_the_shapes_in_the_walkthrough_are_what_is_printed(run_script, capsys):
+    run_script(walkthrough)
+    printed = capsys.readouterr().out
+    shown = TEXTS[ROOT / "docs" / "walkthrough.md"].split("```\n")[2]
     # the last digit of a number depends on the machine
     assert re.sub(r"[\d.-]+", "", printed).split() == re.sub(r"[\d.-]+", "", shown).split()
 
 
-@pytest.mark.parametrize("page, quote", QUOTES)
-def test_a_quote_is_what_the_file_says(page, quote):
-    file, lines = quote.split("\n", 1)
-    assert lines in (ROOT / file).read_text(encoding="utf-8"), f"{page.name}: {file}"
-
-
-def test_the_method_quotes_every_step():
-    assert len(QUOTES) >= 9
+def test_every_quote_is_what_its_file_says():
+    assert len(QUOTES) >= 9                                     # the method quotes every step
+    for page, quote in QUOTES:
+        file, lines = quote.split("\n", 1)
+        assert lines in (ROOT / file).read_text(encoding="utf-8"), f"{page.name}: {file}"
 
 
 def test_the_python_of_the_readme_runs_and_draws(tmp_path):
@@ -191,18 +164,24 @@ def test_every_chapter_is_linked_from_the_readme_and_every_figure_is_shown():
         assert any(f"figures/{figure.name}" in text for text in TEXTS.values()), figure.name
 
 
+@pytest.fixture
+def one_step(monkeypatch):
+    """Draw a study's pictures with a single step."""
+    for module in (base_study, figures):
+        monkeypatch.setattr(module, "draw",
+                            functools.partial(sample.draw, sampling=Sampling(steps=1)))
+    monkeypatch.setattr(report, "SAMPLING", Sampling(steps=1))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", figures.FIGURES)
-def test_each_figure_of_steering_is_written(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "draw",
-                        functools.partial(figures.draw, sampling=Sampling(steps=1)))
-    monkeypatch.setattr(sys, "argv", ["figures", name, "--out", str(tmp_path)])
-    figures.main()
+def test_each_figure_of_steering_is_written(name, tmp_path, run_script, one_step):
+    run_script(figures, name, "--out", tmp_path)
     width, _ = Image.open(tmp_path / f"{name}.png").size
     assert width > 6 * 128
 
 
-def test_the_wiring_is_drawn_from_the_networks(tmp_path, monkeypatch):
+def test_the_wiring_is_drawn_from_the_networks(tmp_path, run_script, monkeypatch):
     """Each of 21 maps has an arrow; 38 additions in all, as in the authors' figure."""
     counts, arrows = [], []
     text, arrow = wiring.Drawing.text, wiring.Drawing.arrow
@@ -214,27 +193,23 @@ def test_the_wiring_is_drawn_from_the_networks(tmp_path, monkeypatch):
     monkeypatch.setattr(wiring.Drawing, "text", note)
     monkeypatch.setattr(wiring.Drawing, "arrow",
                         lambda *arguments: arrows.append(arrow(*arguments)))
-    monkeypatch.setattr(sys, "argv", ["wiring", "--out", str(tmp_path)])
-    wiring.main()
+    run_script(wiring, "--out", tmp_path)
     assert len(arrows) == len(counts) == 21 and sum(counts) == 38
     width, _ = Image.open(tmp_path / "wiring.png").size
     assert 800 < width <= 912
 
 
 @pytest.mark.slow
-def test_the_evaluation_of_the_base_prints_its_tables(tmp_path, monkeypatch, capsys):
-    for name, count in (("SHEET_ROWS", 3), ("MATCHED", 2), ("TIMESTEPS_PER_RANGE", 1)):
-        monkeypatch.setattr(base, name, count)
-    for module in (base, figures):
-        monkeypatch.setattr(module, "draw",
-                            functools.partial(sample.draw, sampling=Sampling(steps=1)))
-    monkeypatch.setattr(report, "SAMPLING", Sampling(steps=1))
-    rows = base.world.figures
-    monkeypatch.setattr(base.world, "figures", lambda *a: rows(*a)[:4])
-    pairs = base.load_pairs
-    monkeypatch.setattr(base, "load_pairs", lambda *a: pairs(*a)[:4])
-    printed = printed_by(base, ["--bps", str(DEFAULT_BPS), "--out", str(tmp_path)], monkeypatch,
-                         capsys)
+def test_the_evaluation_of_the_base_prints_its_tables(tmp_path, run_script, one_step, monkeypatch,
+                                                      capsys):
+    for name, value in dict(SHEET_ROWS=3, MATCHED=2, TIMESTEPS_PER_RANGE=1).items():
+        monkeypatch.setattr(base_study, name, value)
+    figures_of, pairs_of = base_study.world.figures, base_study.load_pairs
+    monkeypatch.setattr(base_study.world, "figures", lambda split, *styles: (
+        figures_of(split, *styles)[:4 if split else None]))
+    monkeypatch.setattr(base_study, "load_pairs", lambda *names: pairs_of(*names)[:4])
+    run_script(base_study, "--bps", DEFAULT_BPS, "--out", tmp_path)
+    printed = capsys.readouterr().out
     for label in ("PSNR", "t 750 to 999", "colour of hair", "style as named", "sketch, by hand",
                   "sketch, unseen hair", "matching.png: "):
         assert label in printed
