@@ -11,6 +11,7 @@ from unet import UNet, UNetConfig
 SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,
                    context_dim=24)
 SCHEDULE = diffusion.NoiseSchedule()
+LINE = torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
 
 
 def test_a_row_of_noise_is_that_of_its_seed():
@@ -36,11 +37,19 @@ class Gaussian:
             score, = torch.autograd.grad(log_density(z, int(ts[0]), readings).sum(), z)
         return -SCHEDULE.signal_and_noise(ts, z)[1] * score
 
-    def read(self, reading, error, **options):
-        """A Condition whose maps are a reading."""
-        condition = Condition(None, None, **options)
-        condition.residuals = lambda *_: [torch.tensor([reading]), torch.tensor([error])]
-        return condition
+
+def read(reading, error, **options):
+    """A Condition whose maps are a reading."""
+    condition = Condition(None, None, **options)
+    condition.residuals = lambda *_: [torch.tensor([reading]), torch.tensor([error])]
+    return condition
+
+
+def predict(conditions, z_t=LINE, t=501, world=None, context=0.0, guidance_scale=1.0):
+    """eps of a Gaussian with these Conditions."""
+    context = torch.full((len(z_t), 1, 1), context, dtype=torch.float64)
+    return make_denoiser(world or Gaussian(), context, 0 * context[:1], guidance_scale,
+                         conditions)(z_t, t)
 
 
 def log_density(z, t, readings, powers=None):
@@ -59,45 +68,35 @@ def log_density(z, t, readings, powers=None):
 @pytest.mark.parametrize("t", [21, 501, 981])
 def test_strengths_are_powers_of_the_conditions_likelihoods(strengths, t):
     readings = [(1.5, 0.4), (-0.5, 1.0)][:len(strengths)]
-    world, z_t = Gaussian(), torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
-    conditions = [world.read(*reading, strength=strength)
+    conditions = [read(*reading, strength=strength)
                   for reading, strength in zip(readings, strengths)]
-    context = torch.zeros(7, 1, 1, dtype=torch.float64)
-    denoise = make_denoiser(world, context, context[:1], 1.0, conditions)
-    z = z_t.clone().requires_grad_()
+    z = LINE.clone().requires_grad_()
     score, = torch.autograd.grad(log_density(z, t, readings, strengths).sum(), z)
-    s = SCHEDULE.signal_and_noise(torch.tensor([t]), z_t)[1]
-    torch.testing.assert_close(denoise(z_t, t), (-s * score).float())
+    s = SCHEDULE.signal_and_noise(torch.tensor([t]), LINE)[1]
+    torch.testing.assert_close(predict(conditions, t=t), (-s * score).float())
 
 
 def test_a_mask_is_a_strength_of_its_own_at_each_place():
     """A row of readings: each place is steered as by a number, its mask times the strength."""
-    world, shares = Gaussian(), torch.tensor([0.0, 0.25, 1.0]).view(1, 1, 1, 3)
-    z_t = torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1).expand(-1, -1, -1, 3)
-    context = torch.zeros(7, 1, 1, dtype=torch.float64)
+    shares = torch.tensor([0.0, 0.25, 1.0]).view(1, 1, 1, 3)
 
-    def denoise(**options):
-        conditions = [world.read(1.5, 0.4, **options), world.read(-0.5, 1.0)]
-        return make_denoiser(world, context, context[:1], 1.0, conditions)(z_t, 501)
+    def steered(**options):
+        return predict([read(1.5, 0.4, **options), read(-0.5, 1.0)], LINE.expand(-1, -1, -1, 3))
 
-    masked = denoise(strength=2.0, mask=shares)
+    masked = steered(strength=2.0, mask=shares)
     for place, share in enumerate(shares.flatten().tolist()):
-        expected = denoise(strength=2.0 * share)
-        torch.testing.assert_close(masked[..., place], expected[..., place])
+        torch.testing.assert_close(masked[..., place], steered(strength=2.0 * share)[..., place])
 
 
 @pytest.mark.parametrize("readings", [[], [(1.5, 0.5)], [(1.5, 0.5), (0.5, 1.0)]], ids=len)
 def test_sampling_draws_the_posterior_of_gaussian_readings(readings):
     """Precisions add up: 1 of the prior, 1 / error^2 of each reading."""
-    world, precision = Gaussian(), 1 + sum(1 / error**2 for _, error in readings)
+    precision = 1 + sum(1 / error**2 for _, error in readings)
     noise = torch.randn(4000, 1, 1, 1, generator=torch.Generator().manual_seed(0)).double()
-    context = torch.zeros(4000, 1, 1, dtype=torch.float64)
     # readings of one z_0 are independent given z_0, not given z_t: joined, they are one reading
-    conditions = [world.read(sum(r / e**2 for r, e in readings) / (precision - 1),
-                                 (precision - 1) ** -0.5)] if readings else []
-    denoise = make_denoiser(world, context, context[:1], 1.0, conditions)
-    for z in diffusion.sample(denoise, noise, SCHEDULE, 200):
-        pass
+    conditions = [read(sum(r / e**2 for r, e in readings) / (precision - 1),
+                       (precision - 1) ** -0.5)] if readings else []
+    *_, z = diffusion.sample(lambda z_t, t: predict(conditions, z_t, t), noise, SCHEDULE, 200)
     mean = sum(r / e**2 for r, e in readings) / precision
     assert z.mean().item() == pytest.approx(mean, abs=0.05)
     assert z.std().item() == pytest.approx(precision**-0.5, rel=0.05)
@@ -110,23 +109,16 @@ def test_guidance_extrapolates_with_conditions_in_both_passes():
         def __call__(self, z_t, ts, context, residuals=None):
             return super().__call__(z_t, ts, context, residuals) + context[:, :1, :1, None]
 
-    world, z_t = Told(), torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
-    context = torch.full((7, 1, 1), 0.25, dtype=torch.float64)
-    conditions = [world.read(1.5, 0.4, strength=0.5)]
-    plain, guided = (make_denoiser(world, context, 0 * context[:1], g, conditions)(z_t, 501)
-                     for g in (1.0, 5.0))
+    plain, guided = (predict([read(1.5, 0.4, strength=0.5)], world=Told(), context=0.25,
+                             guidance_scale=scale) for scale in (1.0, 5.0))
     torch.testing.assert_close(guided - plain, torch.full_like(plain, 0.25 * 4))
 
 
 def test_three_conditions_add_up_in_any_order():
-    world, z_t = Gaussian(), torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
-    context = torch.zeros(7, 1, 1, dtype=torch.float64)
-    conditions = [world.read(r, e, strength=s) for r, e, s in
+    conditions = [read(r, e, strength=s) for r, e, s in
                   ((1.5, 0.4, 0.5), (-0.5, 1.0, 2.0), (0.3, 0.7, 1.0))]
-    drawn = [make_denoiser(world, context, context[:1], 1.0, order)(z_t, 501)
-             for order in itertools.permutations(conditions)]
-    for each in drawn[1:]:
-        torch.testing.assert_close(each, drawn[0])
+    for order in itertools.permutations(conditions):
+        torch.testing.assert_close(predict(order), predict(conditions))
 
 
 # ---- maps, once a timestep -----------------------------------------------------------------
@@ -168,11 +160,13 @@ def test_bps_runs_once_per_timestep_for_pictures_side_by_side(unet):
 def test_a_batch_of_conditions_serves_both_passes_of_guidance(unet):
     conds, context = torch.rand(2, 1, 48, 32), torch.randn(2, 5, 24)
     z, empty = torch.randn(2, 4, 12, 8), torch.zeros(1, 5, 24)
-    both = make_denoiser(unet, context, empty, 3.0, [Condition(CountedBPS(), conds)])(z, 500)
-    for i in (0, 1):
-        alone = make_denoiser(unet, context[i:i + 1], empty, 3.0,
-                              [Condition(CountedBPS(), conds[i:i + 1])])(z[i:i + 1], 500)
-        torch.testing.assert_close(both[i:i + 1], alone, atol=1e-4, rtol=1e-4)
+
+    def steered(i):
+        conditions = [Condition(CountedBPS(), conds[i])]
+        return make_denoiser(unet, context[i], empty, 3.0, conditions)(z[i], 500)
+
+    torch.testing.assert_close(steered(slice(2)), torch.cat([steered([0]), steered([1])]),
+                               atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("nothing", [dict(strength=0.0), dict(mask=torch.zeros(1, 1, 12, 8)),
