@@ -32,7 +32,7 @@ PARTS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model",
 DATA = Path(__file__).parent / "data"
 TENSORS, RECORD = DATA / "references.safetensors", DATA / "references.json.gz"
 
-# config.json of each model: two small ones and Stable Diffusion's own sizes; other keys are absent
+# two small models, and Stable Diffusion's own sizes; keys that are absent have SD 1.5's values
 BLOCKS = dict(down_block_types=["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
               up_block_types=["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
 VAE_BLOCKS = dict(down_block_types=["DownEncoderBlock2D"] * 4,
@@ -41,29 +41,23 @@ SD1_TEXT = dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12,
                 hidden_act="quick_gelu")
 SD2_TEXT = dict(hidden_size=1024, intermediate_size=4096, num_attention_heads=16,
                 hidden_act="gelu")
+
+
+def sizes(channels, heads, vae_channels, text, layers, vocab_size, **unet):
+    """Contents of a model's config.json files."""
+    return dict(unet=dict(BLOCKS, block_out_channels=channels, attention_head_dim=heads,
+                          cross_attention_dim=text["hidden_size"], **unet),
+                vae=dict(VAE_BLOCKS, block_out_channels=vae_channels),
+                text=dict(text, num_hidden_layers=layers, vocab_size=vocab_size))
+
+
 MODELS = {
-    "small1": dict(
-        unet=dict(BLOCKS, block_out_channels=[32, 64, 64, 64], attention_head_dim=8,
-                  cross_attention_dim=768),
-        vae=dict(VAE_BLOCKS, block_out_channels=[32, 32, 64, 64]),
-        text=dict(SD1_TEXT, num_hidden_layers=2, vocab_size=739)),
-    "small2": dict(
-        unet=dict(BLOCKS, block_out_channels=[64, 128, 128, 128], cross_attention_dim=1024,
-                  attention_head_dim=[1, 2, 2, 2], use_linear_projection=True),
-        vae=dict(VAE_BLOCKS, block_out_channels=[32, 64, 64, 64]),
-        text=dict(SD2_TEXT, num_hidden_layers=2, vocab_size=739)),
-    "sd15": dict(
-        unet=dict(BLOCKS, block_out_channels=[320, 640, 1280, 1280], attention_head_dim=8,
-                  cross_attention_dim=768),
-        vae=dict(VAE_BLOCKS, block_out_channels=[128, 256, 512, 512]),
-        text=dict(SD1_TEXT, num_hidden_layers=12, vocab_size=49408)),
-    "sd21": dict(
-        unet=dict(BLOCKS, block_out_channels=[320, 640, 1280, 1280], cross_attention_dim=1024,
-                  attention_head_dim=[5, 10, 20, 20], use_linear_projection=True,
-                  sample_size=96),
-        vae=dict(VAE_BLOCKS, block_out_channels=[128, 256, 512, 512]),
-        text=dict(SD2_TEXT, num_hidden_layers=23, vocab_size=49408)),
-}
+    "small1": sizes([32, 64, 64, 64], 8, [32, 32, 64, 64], SD1_TEXT, 2, 739),
+    "small2": sizes([64, 128, 128, 128], [1, 2, 2, 2], [32, 64, 64, 64], SD2_TEXT, 2, 739,
+                    use_linear_projection=True),
+    "sd15": sizes([320, 640, 1280, 1280], 8, [128, 256, 512, 512], SD1_TEXT, 12, 49408),
+    "sd21": sizes([320, 640, 1280, 1280], [5, 10, 20, 20], [128, 256, 512, 512], SD2_TEXT, 23,
+                  49408, use_linear_projection=True, sample_size=96)}
 PREFIXES = ("model.diffusion_model.", "first_stage_model.",        # of a single file's parts
             "cond_stage_model.transformer.text_model.")
 SAMPLERS = ("ddim", "dpm++2m", "dpm++2m-karras", "euler", "euler-karras")
@@ -315,6 +309,16 @@ def our_modules(model, meta=False):
                     text["vocab_size"], text["hidden_act"])))
 
 
+@torch.inference_mode()
+def our_outputs(modules, model):
+    """{what: tensor}: outputs of our modules for the inputs above."""
+    unet, vae, text = modules
+    x, z = vae_inputs()
+    latent, ids = vae.encode(x), text_ids(model["text"]["vocab_size"])
+    return dict(eps=unet(*unet_inputs(model["unet"])), mean=latent.mean, std=latent.std,
+                x=vae.decode(z), context=text(ids))
+
+
 def small_peers(name):
     """Small models of diffusers and transformers, with random_weights loaded by their rules."""
     model = MODELS[name]
@@ -327,8 +331,8 @@ def small_peers(name):
 
 
 @torch.inference_mode()
-def outputs(peers, model):
-    """{what: tensor}: outputs of the models for the inputs above."""
+def peer_outputs(peers, model):
+    """{what: tensor}: outputs of the peers for the same inputs."""
     unet, vae, text = peers
     factor = vae.config.scaling_factor
     x, z = vae_inputs()
@@ -368,7 +372,7 @@ def main():
     import transformers
     tensors, timesteps = {}, {}
     for name in ("small1", "small2"):
-        for what, value in outputs(small_peers(name), MODELS[name]).items():
+        for what, value in peer_outputs(small_peers(name), MODELS[name]).items():
             value = value[:, ::19] if what == "context" else value     # every 19th is enough
             tensors[f"{name}.{what}"] = value.contiguous()
     for config, sampler in itertools.product(SCHEDULERS, SAMPLERS):
