@@ -1,7 +1,7 @@
-"""Does a picture do what its condition and its prompt say? Read without a neural network.
+"""Does a picture follow its condition and its prompt? Measured without a neural network.
 
-Lines and coarse colours are extracted again from the picture. For the embedded figures, whose
-parts have colours that the prompt names, each pixel belongs to the part with the nearest colour.
+Lines and coarse colours are extracted from the picture again. The prompts of embedded figures name
+the colours of their parts, so each pixel belongs to the part with the nearest colour.
 
 Shapes: n pictures, C channels, H W rows and columns.
 """
@@ -12,7 +12,7 @@ from tiny import world
 from tiny.tasks import CLASSES, area
 
 SURE_INK = 0.25                 # ink from which a soft line counts
-SEEN_PIXELS = 24                # of a part in the map, from which its colour is read
+SEEN_PIXELS = 24                # a smaller part of the map is not measured
 TOO_CLOSE = 40                  # RGB distance within which another part's colour may be meant
 FEATURES = list(CLASSES).index("features")
 EMBEDDED_PARTS = ("ground", *world.PARTS)
@@ -21,11 +21,10 @@ TRIMMED = 0.05                  # share of a part's pixels outside its box, on e
 
 
 def meter_for(task, embedded):
-    """The meter of a task, or None if there is none.
+    """The meter of a task, or None if there is none. embedded: are the pairs the embedded ones?
 
-    A meter takes pictures x (n, 3, H, W) in [-1, 1], conditions (n, C, H, W) and the pairs' names,
-    all on the CPU, to {name of a measure: its mean}. embedded: whether the pairs are the embedded
-    ones.
+    A meter is a function of pictures x (n, 3, H, W) in [-1, 1], conditions (n, C, H, W) and the
+    pairs' names, all on the CPU. It returns {name of a measure: its mean}.
     """
     if task in LINE_METERS:
         return LINE_METERS[task]
@@ -65,7 +64,7 @@ def part_map(name):
 def read_parts(x, figure):
     """The classes (H, W) of a picture x (3, H, W): for each pixel the part of the nearest colour.
 
-    Features have no colour of their own, so they are read as one of the other parts.
+    Features have no colour of their own, so their pixels count as one of the other parts.
     """
     named = [part for part in EMBEDDED_PARTS if part in figure]
     index = nearest(to_rgb(x), [world.rgb(part, figure[part]) for part in named])
@@ -89,8 +88,8 @@ def segmentation(pictures, conds, names):
 def trimmed_boxes(classes):
     """{class index: (left, top, right, bottom)} of the parts in a map (H, W), without outliers.
 
-    A twentieth of a part's pixels may lie outside on each side: a few pixels at outlines are
-    read as parts that are not there.
+    A twentieth of a part's pixels may be outside on each side, because a few pixels at outlines
+    look like parts that are not there.
     """
     boxes = {}
     for k, name in enumerate(CLASSES):
@@ -138,9 +137,8 @@ def colour_fidelity(pictures, names):
 def prompt_fidelity(pictures, figures):
     """{part: how often no other colour of its palette has more pixels than the named one}.
 
-    For pictures whose outlines are not known. Pixels that are nearer to the ground, to another
-    part's colour or to a shade of grey do not count, nor do palette colours that can't be told
-    from those.
+    For pictures with unknown outlines. Ignores pixels that are nearer to the ground, to another
+    part's colour or to a shade of grey, and palette colours that are too close to one of these.
     """
     hits = {}
     for x, figure in zip(pictures, figures):

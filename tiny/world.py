@@ -1,6 +1,6 @@
-"""The embedded world: portraits and robots that designers drew, in colours that have names.
+"""The embedded world: portraits and robots by designers, in colours that have names.
 
-A figure is a row of tiny/data/figures.jsonl: what its caption may say, its split, and the name of
+A figure is a row of tiny/data/figures.jsonl: the words of its captions, its split, and the name of
 its pictures in figures.zip, all 64 x 64 px. A caption reads like
 
     person, purple bun, brown skin, smiling, glasses, blue clothes, toon style, on pink
@@ -23,7 +23,7 @@ STYLES = {"adventurer": "adventurer", "avataaars": "avataaars", "bigEars": "big 
           "bigSmile": "big smile", "bottts": "bottts", "dylan": "dylan", "lorelei": "lorelei",
           "micah": "micah", "miniavs": "miniavs", "toonHead": "toon"}
 ARTISTIC_STYLE = "pixelArt"                     # the base has never seen it
-PARTS = ("hair", "skin", "clothes", "robot")    # what has a colour of its own
+PARTS = ("hair", "skin", "clothes", "robot")    # parts with a colour of their own
 # part -> colour word in captions -> RGB
 COLOURS = {
     "hair": {"black": "1b1b1f", "brown": "5a3825", "red": "c93305", "orange": "e8762c",
@@ -41,14 +41,13 @@ COLOURS = {
                "pale blue": "bedcfa", "pale green": "c8ebc8", "yellow": "fae178",
                "teal": "3c9696", "navy": "1e285a"},
 }
-# What a part's name in DiceBear, as "key value" in lower case, is called in captions: the first
-# pattern that matches.
+# Word in captions -> pattern of DiceBear's "key value", in lower case; the first that matches counts.
 HAIR_WORDS = {
     "bun": "bun", "mohawk": "mohawk|mrt", "afro": "fro", "braids": "braid|dread",
     "pony tail": "ponytail|pigtails", "hijab": "hijab", "turban": "turban",
     "hat": "hat|cap|beanie", "bald": "bald|nohair|mrclean", "curly hair": "curl",
     "spiky hair": "spik", "bob": "bob", "long hair": "long|straight", "short hair": "short"}
-HEADWEAR = ("hijab", "turban", "hat", "bald")   # these say nothing about the colour of the hair
+HEADWEAR = ("hijab", "turban", "hat", "bald")   # these hide the colour of the hair
 EXPRESSIONS = {
     "laughing": "mouth laugh", "smiling": "(mouth|mood) .*(smile|happy|twinkle)",
     "sad": "(mouth|mood) .*(sad|frown)", "angry": "(mouth|mood) angry",
@@ -76,7 +75,7 @@ def first_word(words, parts):
 
 
 def describe(parts, hair_key):
-    """What captions say about DiceBear's parts (a dict): {shape: .., features: [..]}."""
+    """The words of captions for DiceBear's parts (a dict): {shape: .., features: [..]}."""
     texts = [f"{key} {value}".lower() for key, value in parts.items()]
     extras = [word for word, pattern in EXTRAS.items()
               if any(re.search(pattern, text) for text in texts)]
@@ -87,13 +86,13 @@ def describe(parts, hair_key):
 def phrases(figure):
     """The phrases of a caption apart from kind, style and ground: colours, shapes, features."""
     shape = figure["shape"]
-    said = []
+    found = []
     if "hair" in figure:
-        said.append(f"{figure['hair']} {'hair' if shape in (None, *HEADWEAR) else shape}")
+        found.append(f"{figure['hair']} {'hair' if shape in (None, *HEADWEAR) else shape}")
     if shape in HEADWEAR or (shape and "robot" in figure):
-        said.append(shape)
-    said += [f"{figure[part]} {part}" for part in ("skin", "clothes") if part in figure]
-    return said + figure["features"]
+        found.append(shape)
+    found += [f"{figure[part]} {part}" for part in ("skin", "clothes") if part in figure]
+    return found + figure["features"]
 
 
 def kind(figure):
@@ -103,33 +102,32 @@ def kind(figure):
 
 def vary_caption(figure, rng):
     """A random caption of a figure: it leaves out some phrases and changes their order."""
-    said = [phrase for phrase in phrases(figure) if rng.random() < 0.75]
-    rng.shuffle(said)
+    kept = [phrase for phrase in phrases(figure) if rng.random() < 0.75]
+    rng.shuffle(kept)
     if rng.random() < 0.8:
-        said.insert(rng.integers(len(said) + 1), f"{STYLES[figure['style']]} style")
+        kept.insert(rng.integers(len(kept) + 1), f"{STYLES[figure['style']]} style")
     if figure["ground"] != "white" or rng.random() < 0.3:
-        said.append(f"on {figure['ground']}")
-    return ", ".join([kind(figure), *said])
+        kept.append(f"on {figure['ground']}")
+    return ", ".join([kind(figure), *kept])
 
 
 def full_caption(figure):
-    """A caption that says everything, in a fixed order."""
+    """A caption with all phrases, in a fixed order."""
     return ", ".join([kind(figure), *phrases(figure), f"{STYLES[figure['style']]} style",
                       f"on {figure['ground']}"])
 
 
 def style_captions():
-    """A caption for each style that says nothing else."""
+    """A caption for each style, which names the kind and the style only."""
     return [f"{'robot' if style == 'bottts' else 'person'}, {words} style"
             for style, words in STYLES.items()]
 
 
 def prompt(figure):
-    """A caption with kind, colours, style and ground only: shapes are left to a condition."""
-    said = [f"{figure[part]} {part}" for part in ("hair", "skin", "clothes") if part in figure]
-    if figure["style"] in STYLES:
-        said.append(f"{STYLES[figure['style']]} style")
-    return ", ".join([kind(figure), *said, f"on {figure['ground']}"])
+    """A caption with kind, colours, style and ground; a condition gives the shapes."""
+    colours = [f"{figure[part]} {part}" for part in ("hair", "skin", "clothes") if part in figure]
+    style = [f"{STYLES[figure['style']]} style"] if figure["style"] in STYLES else []
+    return ", ".join([kind(figure), *colours, *style, f"on {figure['ground']}"])
 
 
 # ---- the figures of the tasks --------------------------------------------------------------
