@@ -1,7 +1,9 @@
-"""Prints all shapes on the way of one drawing, and of one training step, on the embedded base.
+"""Prints the shapes of one drawing and of one training step, on the embedded base.
 
     python -m studies.walkthrough           # docs/walkthrough.md explains what it prints
 """
+import re
+
 import torch
 import torch.nn.functional as F
 
@@ -17,10 +19,10 @@ from tiny import world
 SHOWN_STEPS = (1, 2, 10, 20)
 
 
-def show(name, tensor, words=""):
-    """Print a tensor's shape, and its range."""
+def show(name, tensor, note=""):
+    """Print a tensor's shape and range."""
     shape = str(tuple(tensor.shape))
-    print(f"  {name:<28}{shape:<20}{tensor.min():>7.2f} to {tensor.max():<7.2f}{words}".rstrip())
+    print(f"  {name:<28}{shape:<20}{tensor.min():>7.2f} to {tensor.max():<7.2f}{note}".rstrip())
 
 
 def show_maps(base, bps, cond, t):
@@ -39,21 +41,20 @@ def show_maps(base, bps, cond, t):
 
 @torch.inference_mode()
 def show_drawing(base, bps):
-    """Print what happens when a drawing is drawn."""
+    """Print what happens when BPS draws a picture from a drawing."""
     print("1. What is given")
     cond = read_condition(DEFAULT_DRAWING, "sketch", world.SIZE, world.SIZE)[0][None]
     show("cond", cond, "tiny/drawing.png: 1 is ink")
     context, empty = base.encode([DEFAULT_PROMPT, ""]).split(1)
     show("context", context, "states of 77 tokens")
-    noise = draw_noise([0], (4, world.SIZE // base.vae.factor, world.SIZE // base.vae.factor))
+    noise = draw_noise([0], (4, *2 * [world.SIZE // base.vae.factor]))
     show("z_t", noise, "the noise of seed 0")
     print("2. The maps of BPS at t = 500")
     show_maps(base, bps, cond, 500)
     sampler, steps, guidance_scale = Sampling()
     print(f"3. {steps} steps of {sampler}, guidance {guidance_scale:g}")
     timesteps, _ = sampler_steps(steps, base.schedule, sampler)
-    denoise = make_denoiser(base.unet, context, empty, guidance_scale,
-                            [Condition(bps, cond)])
+    denoise = make_denoiser(base.unet, context, empty, guidance_scale, [Condition(bps, cond)])
     for step, z_t in enumerate(sample(denoise, noise, base.schedule, steps, sampler), 1):
         if step in SHOWN_STEPS:
             show(f"z_t after step {step}", z_t, f"the step from t = {timesteps[step - 1]}")
@@ -70,21 +71,19 @@ def show_training_step(base):
     cond, z, context = cache.batch(torch.arange(2), 2, generator)
     t, noise = torch.tensor([200, 700]), torch.randn(z.shape, generator=generator)
     z_t = base.schedule.add_noise(z, noise, t)
-    for name, tensor, words in (("cond", cond, ""), ("z", z, "latents of two true pictures"),
-                                ("noise", noise, "what is to be predicted"),
-                                ("z_t", z_t, "alpha_t z + sigma_t noise, t = 200 and 700")):
-        show(name, tensor, words)
+    show("cond", cond)
+    show("z", z, "latents of two true pictures")
+    show("noise", noise, "what is to be predicted")
+    show("z_t", z_t, "alpha_t z + sigma_t noise, t = 200 and 700")
     residuals = bps(cond, base.unet.time_embedding(t))
     eps = base.unet(z_t, t, context, residuals)
     F.mse_loss(eps, noise).backward()
     largest = max(r.abs().max().item() for r in residuals if r is not None)
     print(f"  largest value of any map: {largest:g}, so eps is the frozen base's")
-    gradients = {name: parameter.grad.abs().max().item() for name, parameter in
-                 bps.named_parameters() if parameter.grad is not None}
-    moved = [name for name, gradient in gradients.items() if gradient]
-    ports = {id(parameter) for entry in bps.output_blocks for parameter in entry[1].parameters()}
-    ports |= {id(parameter) for parameter in bps.zero_blocks.parameters()}
-    are_ports = all(id(bps.get_parameter(name)) in ports for name in moved)
+    gradients = {name: parameter.grad for name, parameter in bps.named_parameters()
+                 if parameter.grad is not None}
+    moved = [name for name, gradient in gradients.items() if gradient.any()]
+    are_ports = all(re.match(r"zero_blocks\.|output_blocks\.\d+\.1\.", name) for name in moved)
     print(f"  tensors with a gradient: {len(moved)} of {len(gradients)}, all of them ports': "
           f"{are_ports}")
     untouched = all(p.grad is None for p in base.unet.parameters())

@@ -1,4 +1,4 @@
-"""Draws how BPS is wired to the U-Net, from the two networks themselves, or prints it as a table.
+"""Draws the ports between BPS and the U-Net, from the two networks themselves, or prints a table.
 
     python -m studies.wiring                            # docs/figures/wiring.png, at SD 1.5's size
     python -m studies.wiring --table --base tiny/model  # of any base
@@ -22,8 +22,8 @@ TALLEST = 64                            # pixels, of a block at the latent's ful
 def port_table(bps, side):
     """Rows (block, path, latent side, channels, weight, parameters) of all U-Net blocks.
 
-    side: of the latent at the outermost level. parameters: of what makes the block's map; a layer
-    that several ports share counts for the first of them. "-" where there is no port.
+    side: of the latent at the outermost level. parameters: of the layers that make the block's map;
+    a layer that several ports share counts for the first of them. "-" means no port.
     """
     config, device = bps.config, next(bps.parameters()).device
     pixels = side * config.factor
@@ -65,18 +65,18 @@ def print_table(rows):
 
 
 def additions(block):
-    """How often a block's map is added: after each residual block and transformer."""
+    """The number of additions of a block's map: after each residual block and transformer."""
     return sum(isinstance(layer, (ResBlock, SpatialTransformer)) for layer in block)
 
 
 class Drawing(Sheet):
     """A sheet of blocks, arrows and skips."""
 
-    def block(self, x, floor, side, color, words):
-        """Draw a block that stands on a floor, as tall as its map; returns its upper edge."""
+    def block(self, x, floor, side, color, label):
+        """Draw a block above a floor, as tall as its map; returns its upper edge."""
         top = floor - max(8, side)
         self.rectangle([(x - BOX / 2, top), (x + BOX / 2, floor)], color)
-        self.text(x, floor + 9, words, 11, "mm")
+        self.text(x, floor + 9, label, 11, "mm")
         return top
 
     def arrow(self, x, start, end, color):
@@ -85,7 +85,7 @@ class Drawing(Sheet):
         self.polygon([(x, end), (x - 4, end + 7), (x + 4, end + 7)], color)
 
     def skip(self, x, other, top, other_top, height):
-        """Draw the way of a skip, above all blocks."""
+        """Draw a skip, above all blocks."""
         self.line([(x, top), (x, height), (other, height), (other, other_top)], "#c3c8d0")
 
 

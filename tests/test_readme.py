@@ -186,9 +186,9 @@ def test_the_wiring_is_drawn_from_the_networks(tmp_path, run_script, monkeypatch
     counts, arrows = [], []
     text, arrow = wiring.Drawing.text, wiring.Drawing.arrow
 
-    def note(drawing, x, y, words, *style):
-        counts.extend([int(words[0])] if re.fullmatch(r"\dx", words) else [])
-        text(drawing, x, y, words, *style)
+    def note(drawing, x, y, label, *style):
+        counts.extend([int(label[0])] if re.fullmatch(r"\dx", label) else [])
+        text(drawing, x, y, label, *style)
 
     monkeypatch.setattr(wiring.Drawing, "text", note)
     monkeypatch.setattr(wiring.Drawing, "arrow",
