@@ -10,6 +10,7 @@ from inputs.conditions import TASKS, coarse_colours, extract_lines, soft_lines, 
 from measure import obedience
 from studies.quality import kernel_distance
 from tiny import world
+from tiny.pretrain import true_pictures
 from tiny.tasks import CLASSES
 
 
@@ -17,8 +18,7 @@ from tiny.tasks import CLASSES
 def figures():
     """(rows, names, pictures x (48, 3, 64, 64)) of the first test figures."""
     rows = world.figures("test")[:48]
-    x = torch.stack([to_x(world.open_part("picture", row["name"])) for row in rows])
-    return rows, [row["name"] for row in rows], x
+    return rows, [row["name"] for row in rows], true_pictures(rows)
 
 
 # ---- embedded figures ----------------------------------------------------------------------

@@ -70,9 +70,9 @@ def test_every_task_has_its_pairs_and_no_prompt_names_a_shape():
 
 
 def test_the_artistic_style_is_in_no_other_task():
-    names = {name for task in ("sketch", "layout") for name, *_ in
-             tasks.embedded_pairs(task, "train")}
-    assert names.isdisjoint(name for name, *_ in tasks.embedded_pairs("artistic", "train"))
+    styles = {world.figure(name)["style"] for name, *_ in tasks.embedded_pairs("artistic", "train")}
+    assert styles == {world.ARTISTIC_STYLE} and styles.isdisjoint(world.STYLES)
+    assert {row["style"] for row in world.figures()} == set(world.STYLES)
 
 
 # ---- pictures and conditions ---------------------------------------------------------------
