@@ -160,6 +160,13 @@ def words_of(vocab):
             and token.isascii()]
 
 
+def base_tokenizer():
+    """(vocab, merges) of the embedded base."""
+    vocab, merges = ((BASE / "tokenizer" / name).read_text(encoding="utf-8")
+                     for name in ("vocab.json", "merges.txt"))
+    return json.loads(vocab), [tuple(line.split()) for line in merges.splitlines()[1:]]
+
+
 def read_record():
     """The dict in references.json.gz."""
     return json.loads(gzip.decompress(RECORD.read_bytes()))
@@ -205,6 +212,16 @@ def write_folder(path, name, states):
     (path / "tokenizer").symlink_to(BASE / "tokenizer")
     (path / "model_index.json").write_text("{}")
     return path
+
+
+def write_tokenizer(folder, vocab, merges, pad=None):
+    """Write a tokenizer's folder with the files of the original repositories."""
+    folder.mkdir(exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    lines = ["#version: 0.2", *map(" ".join, merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    if pad:
+        (folder / "tokenizer_config.json").write_text(json.dumps(dict(pad_token=pad)))
 
 
 def write_random_bps(file, task, **metadata):
@@ -380,10 +397,7 @@ def main():
                                             numbers(6, 1, 2, 1, 2).double())
         tensors[f"{config}.{sampler}"] = trajectory
         timesteps[f"{config}.{sampler}"] = steps
-    folder = BASE / "tokenizer"
-    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
-    merges = [tuple(line.split()) for line in
-              (folder / "merges.txt").read_text(encoding="utf-8").splitlines()[1:]]
+    vocab, merges = base_tokenizer()
     tokens = {}
     for pad in ("<|endoftext|>", "!"):
         tokenizer = transformers.CLIPTokenizerFast(vocab=vocab, merges=merges, pad_token=pad)

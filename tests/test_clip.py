@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from references import write_tokenizer
 from safetensors.torch import load_file, save_file
 
 from clip import BEGIN, END, CLIPTextConfig, CLIPTextModel, Tokenizer
@@ -17,12 +18,6 @@ VOCAB = {token: i for i, token in enumerate(
      "1</w>", "2</w>", BEGIN, END, "!"])}
 MERGES = [("r", "e"), ("re", "d</w>")]
 SMALL = CLIPTextConfig(width=16, layers=2, heads=4, vocab_size=30)
-
-
-def write_tokenizer(folder):
-    """Write vocab.json and merges.txt."""
-    (folder / "vocab.json").write_text(json.dumps(VOCAB))
-    (folder / "merges.txt").write_text("#version: 0.2\nr e\nre d</w>\n")
 
 
 def test_words_are_merged_in_order_and_framed_by_begin_and_end():
@@ -44,7 +39,7 @@ def test_a_long_prompt_is_truncated_with_a_warning_and_keeps_its_end():
 
 
 def test_padding_follows_the_tokenizers_own_files(tmp_path):
-    write_tokenizer(tmp_path)
+    write_tokenizer(tmp_path, VOCAB, MERGES)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(dict(pad_token={"content": "!"})))
     ids = load_tokenizer(tmp_path)(["red"])
     assert ids[0, :4].tolist() == [VOCAB[t] for t in (BEGIN, "red</w>", END, "!")]
@@ -87,7 +82,7 @@ def write_added(folder, kind, token, number):
 @pytest.mark.parametrize("kind", ["added_tokens", "tokenizer_config", "tokenizer"])
 def test_an_added_token_is_never_split(tmp_path, kind):
     if kind != "tokenizer":
-        write_tokenizer(tmp_path)
+        write_tokenizer(tmp_path, VOCAB, MERGES)
     write_added(tmp_path, kind, "<Toy>", len(VOCAB))
     ids = load_tokenizer(tmp_path)(["red <toy>a", "<TOY>"])
     assert ids[0, 1:4].tolist() == [VOCAB["red</w>"], len(VOCAB), VOCAB["a</w>"]]

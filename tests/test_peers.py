@@ -7,7 +7,6 @@ and for the real vocabulary open_clip_torch.
 import gzip
 import importlib.util
 import itertools
-import json
 from pathlib import Path
 
 import pytest
@@ -73,22 +72,13 @@ def vocabulary():
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
-def write_tokenizer(folder, vocab, merges, pad):
-    """Write a tokenizer's folder with the files of the original repositories."""
-    folder.mkdir(exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
-    lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps(dict(pad_token=pad)))
-
-
 def test_the_networks_are_exact(peers):
     name, folder, theirs = peers
     model = references.MODELS[name]
     expected = references.peer_outputs(theirs, model)
     vocab = {token: i for i, token in enumerate(
         [f"t{i}" for i in range(model["text"]["vocab_size"] - 2)] + [clip.BEGIN, clip.END])}
-    write_tokenizer(folder / "tokenizer", vocab, [], clip.END)
+    references.write_tokenizer(folder / "tokenizer", vocab, [], clip.END)
     ours = load_unet(folder), load_vae(folder), load_clip(folder)[1]
     differences = {key: relative(value, expected[key])
                    for key, value in references.our_outputs(ours, model).items()}
@@ -101,7 +91,7 @@ def test_the_networks_are_exact(peers):
 def test_2000_prompts_have_the_ids_of_transformers(pad, tmp_path):
     from transformers import CLIPTokenizerFast
     vocab, merges = vocabulary()
-    write_tokenizer(tmp_path, vocab, merges, pad)
+    references.write_tokenizer(tmp_path, vocab, merges, pad)
     ours = load_tokenizer(tmp_path)
     start = [49406, 320, 1125, 539, 320, 2368, 49407]
     assert ours(["a photo of a cat"])[0, :7].tolist() == start

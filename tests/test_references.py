@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 import diffusion
 import weights
 from inputs import checkpoints
-from inputs.options import BASE
 
 RECORDED = load_file(references.TENSORS)
 RECORD = references.read_record()
@@ -60,11 +59,8 @@ def test_every_name_of_sd2s_text_encoder_is_found_under_openclips_names():
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])
 @pytest.mark.filterwarnings("ignore:prompt longer")
 def test_300_prompts_of_every_kind_give_the_recorded_ids(pad, tmp_path):
-    folder = BASE / "tokenizer"
-    for file in ("vocab.json", "merges.txt"):
-        (tmp_path / file).write_bytes((folder / file).read_bytes())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps(dict(pad_token=pad)))
-    vocab = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    vocab, merges = references.base_tokenizer()
+    references.write_tokenizer(tmp_path, vocab, merges, pad)
     prompts = references.texts(300, references.words_of(vocab))
     ids = checkpoints.load_tokenizer(tmp_path)(prompts).tolist()
     different = [prompt for prompt, ours, theirs in zip(prompts, ids, RECORD["tokens"][pad])
