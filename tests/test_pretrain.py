@@ -184,11 +184,11 @@ def test_a_budget_must_be_positive(run_stage, tmp_path, capsys):
     assert not (tmp_path / "model").exists()
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text"])
-def test_a_part_of_the_base_is_exported_as_the_same_bytes(part, base, tmp_path):
+@pytest.mark.parametrize("part, prefix", [("unet", ""), ("vae", ""), ("text", "text_model.")])
+def test_a_part_of_the_base_is_exported_as_the_same_bytes(part, prefix, base, tmp_path):
     checkpoint = getattr(checkpoints, f"read_{part}")(BASE)
-    pretrain.export(base.text_model if part == "text" else getattr(base, part), checkpoint,
-                    tmp_path)
+    model = base.text_model if part == "text" else getattr(base, part)
+    pretrain.export(model, checkpoint, tmp_path, prefix)
     for file in (checkpoint.file, checkpoint.file.with_name("config.json")):
         assert (tmp_path / file.relative_to(BASE)).read_bytes() == file.read_bytes()
 

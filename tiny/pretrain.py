@@ -13,6 +13,7 @@ Shapes: B batch, H W rows and columns of the image.
 """
 import copy
 import json
+import re
 import time
 from pathlib import Path
 from unittest import mock
@@ -94,18 +95,18 @@ def autocast(function, args):
     return call if args.fast else function
 
 
-def export(model, checkpoint, out, **changes):
+def export(model, checkpoint, out, prefix="", **changes):
     """Write a network in fp16 and its config.json as a part of the SD folder `out`.
 
-    checkpoint: of the same part of tiny/model, with the names to write. changes: to its config.
+    checkpoint: of the same part of tiny/model. prefix: of its names. changes: to its config.
     """
     folder = out / checkpoint.file.parent.name
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for key, tensor in model.state_dict().items():
-        stored = checkpoint.state[checkpoint.key_map(key)]
-        # the folder layout has linear layers in the autoencoder's attention, not 1x1 convolutions
-        tensors[stored.name] = (tensor.flatten(1) if len(stored.shape) == 2 else tensor).half()
+    tensors = {prefix + checkpoint.key_map(key): tensor.half()
+               for key, tensor in model.state_dict().items()}
+    # the folder layout has linear layers in the autoencoder's attention, not 1x1 convolutions
+    tensors = {name: tensor.flatten(1) if re.search(r"\.to_\w+(\.0)?\.weight", name) else tensor
+               for name, tensor in tensors.items()}
     weights.save(tensors, folder / checkpoint.file.name, dict(format="pt"))
     config = read_json(checkpoint.file.with_name("config.json"))
     write_json(config | changes, folder / "config.json")
@@ -262,8 +263,8 @@ class CLIPStage:
     def export(self, model):
         """Write text_encoder/ and the scores' part of the model folder."""
         end = self.tokenizer.end
-        export(model.text_model, self.checkpoint, self.args.out, vocab_size=end + 1,
-               bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
+        export(model.text_model, self.checkpoint, self.args.out, "text_model.",
+               vocab_size=end + 1, bos_token_id=end - 1, eos_token_id=end, pad_token_id=end)
         save_score(model, self.args.out / "clip_score.safetensors")
 
 
