@@ -8,27 +8,28 @@ import toy2d
 from bps import BPS, config_for
 from data import LatentCache, load_pairs
 from diffusion import NoiseSchedule
-from inputs.options import BASE
 from measure import report
 from measure.bits import calibrated_strength, condition_bits, log_snr
-from sample import load_base
 from studies import toy
 
 SCHEDULE = NoiseSchedule()
 
 
+def known_bits(snr, v):
+    """Bits of a reading after which a number of N(0, 1) has variance v, from snr[0] to snr[-1]."""
+    ends = snr[[0, -1]]
+    bits = ((1 + ends) / (1 + ends * v)).log2() / 2     # less what the reading adds to z_t, up to a constant
+    return (bits[0] - bits[1]).item()
+
+
 @pytest.mark.parametrize("r", [0.2, 1.0, 3.0])
 def test_the_bits_of_a_reading_of_a_gaussian_are_the_known_ones(r):
-    """z_0 ~ N(0, 1), c = z_0 + r n: E|M|^2 is snr / (1 + snr) - snr v / (1 + snr v), v of z_0 | c.
-    """
+    """z_0 ~ N(0, 1), c = z_0 + r n, so v is the variance of z_0 given c."""
     timesteps, v = range(1000), r**2 / (1 + r**2)
     snr = log_snr(SCHEDULE, timesteps).exp()
     gain = snr / (1 + snr) - snr * v / (1 + snr * v)
     bits = condition_bits(gain[None], log_snr(SCHEDULE, timesteps))
-    # between two noise levels it is the difference of the bits that z_t and c say together
-    ends = snr[[0, -1]]
-    expected = ((1 + ends).log() - (1 + ends * v).log()) / 2 / math.log(2)
-    torch.testing.assert_close(bits[0], expected[0] - expected[1], rtol=1e-3, atol=0)
+    assert bits.item() == pytest.approx(known_bits(snr, v), rel=1e-3)
     assert bits.item() == pytest.approx(math.log2(1 + 1 / r**2) / 2, rel=0.03)
 
 
@@ -45,7 +46,7 @@ def test_the_bits_of_exact_denoisers_in_the_plane_are_the_mutual_information(kin
     assert abs(difference) < 3 * error
 
 
-def test_an_arm_says_as_many_bits_as_there_are_arms():
+def test_an_arm_adds_the_logarithm_of_the_number_of_arms():
     world = toy2d.pinwheel()
     z_0, cond = world.draw_labelled(2000, torch.Generator().manual_seed(0))
     assert toy.exact_bits(world, z_0, cond, "arm").mean().item() == pytest.approx(
@@ -69,7 +70,7 @@ def test_the_calibrated_strength_halves_a_steering_twice_as_large_as_it_should_b
 
 
 @pytest.mark.parametrize("prediction_type", ("epsilon", "v_prediction"))
-def test_validation_says_the_bits_of_all_dimensions_whatever_is_predicted(prediction_type):
+def test_validation_counts_the_bits_of_all_dimensions_whatever_is_predicted(prediction_type):
     """200 independent readings of 200 standard normal numbers, each with an error of 1."""
     dimensions, v, schedule = 200, 0.5, NoiseSchedule(prediction_type=prediction_type)
     snr = log_snr(schedule, report.VALIDATION_T).exp()
@@ -79,17 +80,14 @@ def test_validation_says_the_bits_of_all_dimensions_whatever_is_predicted(predic
     if prediction_type == "v_prediction":
         squares = squares / abar                                            # v = eps / alpha + ..
     numbers = report.summarize(squares, schedule, dimensions)
-    ends = snr[[0, -1]]
-    known = ((1 + ends).log() - (1 + ends * v).log()) / 2 / math.log(2) * dimensions
-    assert numbers["bits"][0] == pytest.approx((known[0] - known[1]).item(), rel=0.02)
+    assert numbers["bits"][0] == pytest.approx(dimensions * known_bits(snr, v), rel=0.02)
     assert numbers["gain"][0] == pytest.approx(numbers["base"] - numbers["steered"])
     assert numbers["strength"][0] == pytest.approx(1)
     assert numbers["gap"][0] == pytest.approx(numbers["gain"][0])           # as shuffled is prior
 
 
-def test_validation_measures_the_strength_of_the_lowest_loss(monkeypatch):
+def test_validation_measures_the_strength_of_the_lowest_loss(base, monkeypatch):
     monkeypatch.setattr(report, "VALIDATION_T", (200, 600))
-    base = load_base(BASE)
     cache = LatentCache(load_pairs("sketch", "val")[:4], "sketch", 64, base)
     torch.manual_seed(0)
     bps = BPS(config_for(base.unet.config, 1, base.vae.factor))
