@@ -18,7 +18,8 @@ SCHEDULE = NoiseSchedule()
 def known_bits(snr, v):
     """Bits of a reading after which a number of N(0, 1) has variance v, from snr[0] to snr[-1]."""
     ends = snr[[0, -1]]
-    bits = ((1 + ends) / (1 + ends * v)).log2() / 2     # less what the reading adds to z_t, up to a constant
+    # a constant less the bits that the reading adds to z_t
+    bits = ((1 + ends) / (1 + ends * v)).log2() / 2
     return (bits[0] - bits[1]).item()
 
 
