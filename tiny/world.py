@@ -41,7 +41,7 @@ COLOURS = {
                "pale blue": "bedcfa", "pale green": "c8ebc8", "yellow": "fae178",
                "teal": "3c9696", "navy": "1e285a"},
 }
-# Word in captions -> pattern of DiceBear's "key value", in lower case; the first that matches counts.
+# Word in captions -> pattern of DiceBear's "key value" in lower case; the first match counts.
 HAIR_WORDS = {
     "bun": "bun", "mohawk": "mohawk|mrt", "afro": "fro", "braids": "braid|dread",
     "pony tail": "ponytail|pigtails", "hijab": "hijab", "turban": "turban",
