@@ -45,6 +45,9 @@ from diffusion import guide
 from unet import Downsample, Upsample, run_block
 
 NARROW = 4                              # LightBPS: its expansive layers are so much narrower
+# examples of what a file says about its training; classes: names
+METADATA = dict(task="sketch", size=512, context_dim=768, prediction_type="epsilon", base="",
+                classes=("",))
 LAST_T = 999                            # the noisiest timestep, where sampling starts
 
 
@@ -395,9 +398,11 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
         config = {key: tuple(value) if isinstance(value, list) else value
                   for key, value in header["config"].items()}
         metadata = dict(header["training"])
+        classes = tuple(metadata.get("classes", {}).values())
     except weights.MALFORMED:
         raise weights.UserError(f"{file} is not a BPS file. train.py writes bps.safetensors."
                                 ) from None
+    weights.check_types(metadata | dict(classes=classes), METADATA, file)
     checkpoint = weights.Checkpoint(config, state, str, file)
     bps = checkpoint.build(build_bps, BPSConfig, dtype, device)
     bps.metadata = metadata

@@ -11,6 +11,9 @@ import contextlib
 import json
 import os
 import re
+import shlex
+import shutil
+from dataclasses import fields
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -20,9 +23,10 @@ from safetensors.torch import save_file
 
 PICKLES = (".ckpt", ".bin", ".pt", ".pth")
 CONVERTED_AT_A_TIME = 16        # tensors converted before their file is reopened
-MAX_HEADER = 100_000_000        # bytes; the limit of the format
-MAX_SIZE = 1 << 20              # more channels, layers or tokens than any model has
+MAX_SIZE = 1 << 20              # more channels or tokens than any model has
 MAX_NAMES = 8                   # tensor names in an error message
+NUM_LAST = 64                   # numbers at the end of a file that are not all zero
+FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")        # types of weights
 # errors while reading names, numbers or shapes that make no sense
 MALFORMED = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -36,11 +40,20 @@ def first_line(error):
     return str(error).partition("\n")[0]
 
 
+def quoted(argument):
+    """A path or value as one word of a command line, for cmd.exe or a POSIX shell."""
+    if os.name != "nt":
+        return shlex.quote(str(argument))
+    escaped = str(argument).replace('"', '\\"')
+    return escaped if re.fullmatch(r"[\w\\:./=+-]+", escaped) else f'"{escaped}"'
+
+
 class Stored(NamedTuple):
     """A tensor in a .safetensors file, not yet read."""
     file: Path
     name: str
     shape: tuple
+    dtype: str                              # one of FLOATS, or a type that no weights have
     rows: slice | None = None               # which rows of the tensor; None for all
 
 
@@ -59,12 +72,17 @@ class Checkpoint(NamedTuple):
         """Module(Config(**config)) with the checkpoint's tensors, frozen; see load_strict.
 
         The module is created on the meta device, so its initial weights need neither memory nor
-        time.
+        time. But each layer does, so there must not be more of them than tensors.
         """
-        check_sizes(self.config, self.file)
+        check_types(self.config, {field.name: field.default for field in fields(Config)}, self.file)
         try:
+            config = Config(**self.config)
+            layers = (config.layers if hasattr(config, "layers") else
+                      len(config.channels) * config.blocks_per_level)
+            if layers > len(self.state):
+                raise ValueError(f"{layers} layers, {len(self.state)} tensors")
             with torch.device("meta"):
-                module = Module(Config(**self.config))
+                module = Module(config)
         except MALFORMED as error:
             part = Config.__name__.removesuffix("Config")
             raise UserError(f"{self.file}: no {part} has these sizes "
@@ -72,50 +90,50 @@ class Checkpoint(NamedTuple):
         return load_strict(module, self, dtype, device)
 
 
-def check_sizes(config, file):
-    """Raise UserError if a whole number in a config (a dict) is out of range for any module."""
-    for key, value in config.items():
-        numbers = value if isinstance(value, tuple) else (value,)
-        if any(type(number) is int and not 0 < number <= MAX_SIZE for number in numbers):
-            raise UserError(f"{file}: {key} must be in 1..{MAX_SIZE}, got {value}.")
+def check_types(values, examples, file):
+    """Raise UserError if a value from JSON does not match its example; values, examples: dicts."""
+    for key, example in examples.items():
+        value = values.get(key, example)
+        if value != example and not matches(value, example):
+            raise UserError(f"{file}: {key} must be like {example!r}, got {value!r}.")
+
+
+def matches(value, example):
+    """Whether a value has the type of its example, entry by entry, and a number a possible size.
+
+    The example None is an absent whole number.
+    """
+    if isinstance(example, tuple):
+        return isinstance(value, tuple) and all(matches(entry, example[0]) for entry in value)
+    if isinstance(example, (bool, str)):
+        return type(value) is type(example)
+    if isinstance(example, float):
+        return type(value) in (int, float) and 0 <= value <= MAX_SIZE
+    return type(value) is int and 0 < value <= MAX_SIZE
 
 
 # ---- reading -------------------------------------------------------------------------------
 
 def read_header(file):
-    """Names and shapes of a .safetensors file, {name: Stored}; no tensor is read."""
+    """The tensors of a .safetensors file in their order, {name: Stored}; none is read yet."""
     file = Path(file)
     if file.suffix.lower() in PICKLES:
         raise UserError(
             f"{file} is a pickle, which can run code. Convert a file that you trust: "
-            f"python -c \"import torch, safetensors.torch as s; d = torch.load('{file}', "
-            f"weights_only=True); s.save_file(d.get('state_dict', d), 'model.safetensors')\"")
+            f"python -c \"import sys, torch, safetensors.torch as s; d = torch.load(sys.argv[1], "
+            f"weights_only=True); s.save_file(d.get('state_dict', d), 'model.safetensors')\" "
+            f"{quoted(file)}")
     if not file.is_file():
         raise UserError(f"{file} is {'a folder' if file.is_dir() else 'missing'}. Give a "
                         f".safetensors file; nothing is downloaded.")
     try:
         with safe_open(file, "pt") as f:
-            return {name: Stored(file, name, tuple(f.get_slice(name).get_shape()))
-                    for name in f.keys()}
+            slices = {name: f.get_slice(name) for name in f.offset_keys()}
+            return {name: Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+                    for name, part in slices.items()}
     except SafetensorError as error:
-        raise UserError(f"{file} {_fault(file, error)}") from None
-
-
-def _fault(file, error):
-    """The end of a sentence on why safetensors rejected the file; most files are truncated."""
-    size = file.stat().st_size
-    with open(file, "rb") as f:
-        start = f.read(8)
-        header_end = 8 + int.from_bytes(start, "little")
-        header = f.read(min(header_end, MAX_HEADER))
-    if start == b"version ":
-        return "is a Git-LFS pointer, not the weights. Run `git lfs pull`."
-    ends = re.findall(rb'"data_offsets": *\[ *\d+ *, *(\d{1,18}) *\]', header)
-    expected = header_end + max(map(int, ends), default=0)
-    if header.startswith(b"{") and size < expected:
-        return (f"is truncated: it has {size} bytes, its header promises {expected} or more. Copy "
-                f"or download it again.")
-    return f"can't be read as a safetensors file ({error})."
+        raise UserError(f"{file} is no complete safetensors file ({error}). Copy or download it "
+                        f"again; for a Git-LFS pointer run `git lfs pull`.") from None
 
 
 def read_tensors(entries, dtype, device):
@@ -151,13 +169,26 @@ def load_strict(module, checkpoint, dtype=torch.float32, device="cpu"):
     problems += [f"{name} is {checkpoint.state[name].shape}, not {tuple(shape)}"
                  for name, (_, shape) in expected.items() if name in checkpoint.state
                  and _squeezed(checkpoint.state[name].shape) != _squeezed(shape)]
+    problems += [f"{name} has type {stored.dtype}, not {FLOATS[1]}"
+                 for name, stored in checkpoint.state.items() if stored.dtype not in FLOATS]
     if problems:
         raise UserError(f"{checkpoint.file}: {len(problems)} tensors do not fit a "
                         f"{type(module).__name__} of this size: {shortened(problems)}")
+    check_ends(checkpoint.state)
     tensors = read_tensors([checkpoint.state[name] for name in expected], dtype, device)
     module.load_state_dict({key: tensor.reshape(shape) for (key, shape), tensor
                             in zip(expected.values(), tensors)}, assign=True)
     return module.eval().requires_grad_(False)
+
+
+def check_ends(state):
+    """Raise UserError if the last weights of a file are zeros, as if a download had broken off."""
+    last = {stored.file: stored.name for name, stored in state.items() if name.endswith("weight")}
+    for file, name in last.items():
+        with safe_open(file, "pt") as f:
+            if not f.get_tensor(name).flatten()[-NUM_LAST:].float().any():
+                raise UserError(f"{file} ends in zeros, as if its download broke off: {name}. "
+                                f"Copy or download it again.")
 
 
 def shortened(names):
@@ -180,13 +211,18 @@ def is_finite(module):
 
 @contextlib.contextmanager
 def replacing(file):
-    """Yield a temporary path with the same suffix, and rename it to `file` at the end.
+    """Yield a temporary path with the same name, and move it to `file` at the end.
 
-    After an error or an interruption the old `file` is intact and the temporary one is deleted.
+    After an error or an interruption the old `file` is intact and the temporary one is deleted. It
+    has a folder of its own because safetensors writes to random names next to it first; what a
+    killed process left in the folder is deleted when `file` is written again.
     """
     file = Path(file)
-    temporary = file.with_name(f".{file.name}")
+    folder = file.with_name(f".{file.name}")
+    temporary = folder / file.name
+    shutil.rmtree(folder, ignore_errors=True)
     try:
+        folder.mkdir()
         temporary.touch()
         mode = temporary.stat().st_mode
         yield temporary
@@ -196,7 +232,7 @@ def replacing(file):
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{file} can't be written ({reason}).") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def save(tensors, file, metadata):

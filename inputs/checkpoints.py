@@ -15,46 +15,31 @@ from pathlib import Path
 
 import torch
 
-from clip import ACTIVATIONS, END, CLIPTextConfig, CLIPTextModel, Tokenizer
+from clip import ACTIVATIONS, BEGIN, END, CLIPTextConfig, CLIPTextModel, Tokenizer
 from diffusion import PREDICTION_TYPES, NoiseSchedule
 from inputs.files import read_json, read_utf8
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
-from weights import (
-    MALFORMED,
-    PICKLES,
-    Checkpoint,
-    UserError,
-    first_line,
-    read_header,
-    shortened,
-)
+from weights import (MALFORMED, PICKLES, Checkpoint, UserError, check_types, first_line,
+                     read_header, shortened)
+
 
 UNET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"       # names of weights files
 SUPPORTED = "Only text-to-image models of SD 1.x and 2.x are supported."
-SDXL_WIDTHS = {2048: "an SD XL model", 1280: "an SD XL refiner"}
-SD2_TEXT_LAYERS = 23
-IN_CHANNELS_OF = {9: "an in-painting", 8: "an InstructPix2Pix", 7: "an up-scaler", 5: "a depth"}
+OTHER_WIDTHS = {2048: "an SD XL", 1280: "an SD XL refiner"}     # of the text states
+OTHER_CHANNELS = {9: "an in-painting", 8: "an InstructPix2Pix", 7: "an up-scaler", 5: "a depth"}
+SD2_WIDTH, SD2_TEXT_LAYERS = 1024, 23
+SD2_PAD = "!"
 
-# Keys of a config.json that would change the graph, with the values that are implemented.
+# Keys of a config.json that change the graph, but no tensor's name or shape, with the values that
+# are implemented.
 UNET_FIXED = dict(
-    _class_name="UNet2DConditionModel", act_fn="silu", norm_eps=1e-5, downsample_padding=1,
-    conv_in_kernel=3, conv_out_kernel=3, class_embed_type=None, num_class_embeds=None,
-    class_embeddings_concat=False, projection_class_embeddings_input_dim=None,
-    addition_embed_type=None, encoder_hid_dim=None, encoder_hid_dim_type=None,
-    attention_type="default", cross_attention_norm=None, only_cross_attention=False,
-    mid_block_only_cross_attention=None, dual_cross_attention=False,
-    transformer_layers_per_block=1, reverse_transformer_layers_per_block=None,
-    mid_block_type="UNetMidBlock2DCrossAttn", mid_block_scale_factor=1, center_input_sample=False,
-    resnet_time_scale_shift="default", resnet_skip_time_act=False, resnet_out_scale_factor=1.0,
-    time_embedding_type="positional", time_embedding_dim=None, time_embedding_act_fn=None,
-    timestep_post_act=None, time_cond_proj_dim=None, flip_sin_to_cos=True, freq_shift=0)
-VAE_FIXED = dict(
-    _class_name="AutoencoderKL", act_fn="silu", in_channels=3, out_channels=3,
-    down_block_types="DownEncoderBlock2D", up_block_types="UpDecoderBlock2D",
-    use_quant_conv=True, use_post_quant_conv=True, mid_block_add_attention=True,
-    shift_factor=None, latents_mean=None, latents_std=None)
-TEXT_FIXED = dict(max_position_embeddings=77, layer_norm_eps=1e-5)
+    act_fn="silu", norm_eps=1e-5, downsample_padding=1, mid_block_scale_factor=1,
+    center_input_sample=False, resnet_skip_time_act=False, resnet_out_scale_factor=1.0,
+    time_embedding_act_fn=None, timestep_post_act=None, flip_sin_to_cos=True, freq_shift=0,
+    class_embed_type=None)
+VAE_FIXED = dict(act_fn="silu", shift_factor=None, latents_mean=None, latents_std=None)
+TEXT_FIXED = dict(layer_norm_eps=1e-5, hidden_act=tuple(ACTIVATIONS))
 SCHEDULE_FIXED = dict(num_train_timesteps=1000, beta_schedule="scaled_linear", trained_betas=None,
                       rescale_betas_zero_snr=False, prediction_type=PREDICTION_TYPES,
                       timestep_spacing=(None, "leading", "trailing", "linspace"),
@@ -68,30 +53,47 @@ def load_unet(path, dtype=torch.float32, device="cpu"):
     return read_unet(path).build(UNet, UNetConfig, dtype, device)
 
 
-def load_vae(path, dtype=torch.float32, device="cpu"):
+def load_vae(path, dtype=torch.float32, device="cpu", base=None):
     """Frozen AutoencoderKL of an SD folder or single file, or of a folder or file of its own.
 
-    fp16 is too narrow for some autoencoders: draw with float32.
+    fp16 is too narrow for some autoencoders: draw with float32. base: the path whose U-Net it is
+    loaded for. What a file alone does not say, such as its scaling factor, is the base's.
     """
-    return read_vae(path).build(AutoencoderKL, VAEConfig, dtype, device)
+    checkpoint = read_vae(path)
+    if base:
+        file = Path(base) / "vae" / "config.json"
+        of_base = vae_config_from_json(read_config(file) if file.is_file() else {})
+        checkpoint = checkpoint._replace(config=of_base | checkpoint.config)
+        factor = checkpoint.config["scaling_factor"]
+        if factor != of_base["scaling_factor"]:
+            warnings.warn(f"{path} scales latents by {factor}, but {base} was trained with "
+                          f"{of_base['scaling_factor']}. They may not fit together.")
+    return checkpoint.build(AutoencoderKL, VAEConfig, dtype, device)
 
 
 def load_clip(path, tokenizer_path=None, dtype=torch.float32, device="cpu"):
     """(Tokenizer, frozen CLIPTextModel) of an SD folder or single .safetensors file.
 
-    tokenizer_path: the folder of a tokenizer, or an SD folder; required for a single file.
+    tokenizer_path: the folder of a tokenizer, or an SD folder; required for a single file. The
+    token that pads a prompt is then the model's, whatever the folder says.
     """
-    checkpoint = read_text(path)
+    checkpoint, pad_token = read_text(path), None
+    if tokenizer_path:
+        pad_token = SD2_PAD if checkpoint.config["width"] == SD2_WIDTH else END
     folder = find_tokenizer(path, tokenizer_path)
-    tokenizer = load_tokenizer(folder)
-    check_text(checkpoint, folder, tokenizer.vocab)
+    tokenizer = load_tokenizer(folder, pad_token)
+    check_vocab(tokenizer.vocab, folder, checkpoint)
     return tokenizer, checkpoint.build(CLIPTextModel, CLIPTextConfig, dtype, device)
 
 
-def load_tokenizer(folder):
-    """Tokenizer of a folder with vocab.json and merges.txt, or with tokenizer.json."""
+def load_tokenizer(folder, pad_token=None):
+    """Tokenizer of a folder with vocab.json and merges.txt, or with tokenizer.json.
+
+    pad_token: instead of the folder's own.
+    """
     try:
-        return Tokenizer(*read_tokenizer(Path(folder)))
+        vocab, merges, own_pad_token, added = read_tokenizer(Path(folder))
+        return Tokenizer(vocab, merges, pad_token or own_pad_token, added)
     except UserError:
         raise
     except Exception as error:      # `tokenizers` raises plain Exceptions
@@ -118,14 +120,18 @@ def as_user_error(read):
     return guarded
 
 
-def reject_by_name(path, in_channels=None, context_dim=None):
-    """Raise UserError if the sizes of a U-Net are those of a known other kind of model."""
-    if context_dim in SDXL_WIDTHS:
-        raise UserError(f"{path} is {SDXL_WIDTHS[context_dim]} with text states of width "
-                        f"{context_dim}. {SUPPORTED}")
-    if in_channels in IN_CHANNELS_OF:
-        raise UserError(f"{path} is {IN_CHANNELS_OF[in_channels]} model with {in_channels} input "
-                        f"channels. {SUPPORTED}")
+def reject_other_models(state, path):
+    """Raise UserError if a file has the names or shapes of a known other kind of model."""
+    for name, stored in state.items():
+        other = None
+        if name in CONV_IN:
+            other = OTHER_CHANNELS.get(stored.shape[1])
+        elif name.endswith("attn2.to_k.weight"):
+            other = OTHER_WIDTHS.get(stored.shape[1])
+        elif name.startswith("conditioner.embedders."):
+            other = "an SD XL"
+        if other:
+            raise UserError(f"{path} is {other} model. {SUPPORTED}")
 
 
 def check_values(config, implemented, file):
@@ -197,16 +203,16 @@ def read_folder(folder, stem, implemented):
     """
     files = find_weights(folder, stem)
     config, state = read_config(folder / "config.json"), {}
-    reject_by_name(folder, config.get("in_channels"), config.get("cross_attention_dim"))
-    check_values(config, implemented, folder / "config.json")
     for file in files:
         state |= read_header(file)
+    reject_other_models(state, folder)
+    check_values(config, implemented, folder / "config.json")
     return config, state, files[0]
 
 
 # ---- single files --------------------------------------------------------------------------
 
-CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
+CONV_IN = ("model.diffusion_model.input_blocks.0.0.weight", "conv_in.weight")
 SINGLE_FILE_PARTS = {"model.diffusion_model.": "U-Net", "first_stage_model.": "autoencoder",
                      "cond_stage_model.": "text encoder"}
 # What training leaves in single files: averages, the noise schedule, the autoencoder's own loss.
@@ -222,10 +228,7 @@ def read_single_file(path, prefix):
     """
     state = read_header(path)
     prefixes = tuple(SINGLE_FILE_PARTS)
-    if any(name.startswith("conditioner.embedders.") for name in state):
-        raise UserError(f"{path} is an SD XL model, or has the names of one. {SUPPORTED}")
-    if CONV_IN in state:
-        reject_by_name(path, state[CONV_IN].shape[1])
+    reject_other_models(state, path)
     if not any(name.startswith(prefixes) for name in state):
         raise UserError(f"{path} is not a Stable Diffusion checkpoint: no name of a tensor starts "
                         f"with {' or '.join(prefixes)}. It may be a LoRA or one network alone.")
@@ -284,28 +287,19 @@ def unet_config_from_json(config, file):
     """Arguments of UNetConfig from a folder's config.json; absent keys are SD 1.5's."""
     channels = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
     down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
-    up = config.get("up_block_types", ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3)
-    attention = tuple(kind == "CrossAttnDownBlock2D" for kind in down)
-    mirrored = ["CrossAttnUpBlock2D" if with_text else "UpBlock2D" for with_text in attention][::-1]
-    if set(down) - {"CrossAttnDownBlock2D", "DownBlock2D"} or list(up) != mirrored:
-        raise UserError(f"{file}: block types must be (CrossAttn)DownBlock2D and the mirrored "
-                        f"(CrossAttn)UpBlock2D, got {down + up}.")
     # SD's configs call the number of heads attention_head_dim
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
-    heads = (heads,) * len(channels) if isinstance(heads, int) else tuple(heads)
-    for key in ("layers_per_block", "cross_attention_dim", "norm_num_groups", "sample_size"):
-        if not isinstance(config.get(key, 1), int):
-            raise UserError(f"{file}: {key} must be one whole number, got {config[key]!r}.")
-    groups = config.get("norm_num_groups", 32)
-    if not len(heads) == len(channels) == len(attention) or \
-            any(c % groups or c % head for c, head in zip(channels, heads)):
-        raise UserError(f"{file}: {len(attention)} blocks, block_out_channels {list(channels)}, "
-                        f"heads {list(heads)} and {groups} norm groups don't fit together.")
-    return dict(channels=channels, attention=attention, heads=heads,
+    heads = tuple(heads) if isinstance(heads, list) else (heads,) * len(channels)
+    if not len(heads) == len(channels) == len(down) or any(
+            c % head for c, head in zip(channels, heads)):
+        raise UserError(f"{file}: {len(down)} blocks, block_out_channels {list(channels)} and "
+                        f"heads {list(heads)} don't fit together.")
+    return dict(channels=channels, heads=heads,
+                attention=tuple(kind == "CrossAttnDownBlock2D" for kind in down),
                 blocks_per_level=config.get("layers_per_block", 2),
                 context_dim=config.get("cross_attention_dim", 768),
                 latent_channels=config.get("out_channels", 4),
-                norm_groups=groups,
+                norm_groups=config.get("norm_num_groups", 32),
                 linear_projection=config.get("use_linear_projection", False),
                 sample_size=config.get("sample_size"))
 
@@ -322,15 +316,14 @@ def unet_config_from_shapes(state, path):
     channels = tuple(state[f"input_blocks.{n}.0.in_layers.2.weight"].shape[0] for n in levels)
     [context_dim, *_] = [stored.shape[1] for name, stored in state.items()
                          if name.endswith("attn2.to_k.weight")]
-    reject_by_name(path, context_dim=context_dim)
-    if context_dim not in (768, 1024):
+    if context_dim not in (768, SD2_WIDTH):
         raise UserError(f"{path} is an unknown model with text states of width {context_dim}. "
                         f"{SUPPORTED}")
     return dict(channels=channels, context_dim=context_dim, blocks_per_level=stride - 1,
                 attention=tuple(f"input_blocks.{n}.1.norm.weight" in state for n in levels),
                 heads=tuple(8 if context_dim == 768 else c // 64 for c in channels),
                 latent_channels=state["out.2.weight"].shape[0] if "out.2.weight" in state else 4,
-                linear_projection=context_dim == 1024)
+                linear_projection=context_dim == SD2_WIDTH)
 
 
 @as_user_error
@@ -341,8 +334,6 @@ def read_unet(path):
         state = read_single_file(path, "model.diffusion_model.")
         return Checkpoint(unet_config_from_shapes(state, path), state, str, path)
     config, state, file = read_folder(path / "unet", UNET_STEM, UNET_FIXED)
-    if "conv_in.weight" in state:
-        reject_by_name(path, state["conv_in.weight"].shape[1])
     arguments = unet_config_from_json(config, path / "unet" / "config.json")
     key_map = functools.partial(unet_folder_name, blocks_per_level=arguments["blocks_per_level"])
     return Checkpoint(arguments, state, key_map, file)
@@ -381,14 +372,14 @@ def vae_config_from_json(config):
                 blocks_per_level=config.get("layers_per_block", 2),
                 latent_channels=config.get("latent_channels", 4),
                 norm_groups=config.get("norm_num_groups", 32),
-                scaling_factor=float(config.get("scaling_factor") or 0.18215))
+                scaling_factor=config.get("scaling_factor") or VAEConfig.scaling_factor)
 
 
 def vae_config_from_shapes(state):
-    """Arguments of VAEConfig from the shapes in a file; SD's if it has the folder layout."""
+    """Arguments of VAEConfig from the shapes in a file; none if it has the folder layout."""
     levels = _count(state, "encoder.down.{}.block.0.conv1.weight")
     if not levels:
-        return vae_config_from_json({})
+        return {}
     return dict(channels=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0]
                                for i in range(levels)),
                 blocks_per_level=_count(state, "encoder.down.0.block.{}.conv1.weight"))
@@ -413,13 +404,13 @@ def read_vae(path):
     state = {vae_attention_name(name): stored for name, stored in state.items()}
     key_map = vae_attention_name
     if any(".up_blocks." in name for name in state):
-        key_map = functools.partial(vae_folder_name, levels=len(arguments["channels"]))
+        key_map = functools.partial(vae_folder_name, levels=len(VAEConfig(**arguments).channels))
     return Checkpoint(arguments, state, key_map, file)
 
 
 def vae_factor(path):
     """Down-sampling factor f of an autoencoder, without loading it."""
-    return 2 ** (len(read_vae(path).config["channels"]) - 1)
+    return 2 ** (len(VAEConfig(**read_vae(path).config).channels) - 1)
 
 
 # ---- text encoder --------------------------------------------------------------------------
@@ -475,7 +466,7 @@ def read_text(path):
     heads = config.get("num_attention_heads", width // 64)
     if width % heads:
         raise UserError(f"{file}: num_attention_heads must divide the width {width}, got {heads}.")
-    activation = config.get("hidden_act", "gelu" if width == 1024 else "quick_gelu")
+    activation = config.get("hidden_act", "gelu" if width == SD2_WIDTH else "quick_gelu")
     arguments = dict(width=width, vocab_size=vocab_size, heads=heads, activation=activation)
     layers = _count(state, "encoder.layers.{}.layer_norm1.weight")
     if layers or "embeddings.token_embedding.weight" in state:
@@ -506,18 +497,16 @@ def read_tokenizer(folder):
     def read(name):
         return read_json(folder / name) if (folder / name).is_file() else {}
 
-    missing = [folder / name for name in ("vocab.json", "merges.txt")
-               if not (folder / name).is_file()]
-    tokenizer = read("tokenizer.json") if missing else {}
-    if missing and not tokenizer:
-        raise UserError(f"{missing[0]} is missing. A tokenizer is vocab.json and merges.txt, or "
-                        f"tokenizer.json.")
-    if missing:
-        vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
-    else:
-        vocab = read_json(folder / "vocab.json")
+    tokenizer = {}
+    if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+        vocab = read("vocab.json")
         lines = read_utf8(folder / "merges.txt").splitlines()
         merges = [line for line in lines if line.strip() and not line.startswith("#version")]
+    elif tokenizer := read("tokenizer.json"):
+        vocab, merges = tokenizer["model"]["vocab"], tokenizer["model"]["merges"]
+    else:
+        raise UserError(f"{folder}: vocab.json or merges.txt is missing. A tokenizer is vocab.json "
+                        f"and merges.txt, or tokenizer.json.")
     merges = [tuple(pair.split() if isinstance(pair, str) else pair) for pair in merges]
     config = read("tokenizer_config.json")
     pad_token = read("special_tokens_map.json").get("pad_token") or config.get("pad_token") or END
@@ -527,24 +516,26 @@ def read_tokenizer(folder):
     entries += [entry | dict(id=int(number))
                 for number, entry in config.get("added_tokens_decoder", {}).items()]
     entries += tokenizer.get("added_tokens", [])
-    vocab = vocab | {entry["content"]: entry["id"] for entry in entries}
     added = {entry["content"]: bool(entry.get("normalized", True)) for entry in entries}
+    # all tokens but single letters are made by a merge
+    made = {left + right for left, right in merges} | {BEGIN, END, pad_token} | added.keys()
+    lost = [token for token in vocab if len(token.removesuffix("</w>")) > 1 and token not in made]
+    if lost:
+        raise UserError(f"{folder}: the merges of {len(lost)} tokens are missing, such as that of "
+                        f"{lost[-1]!r}. Copy merges.txt again.")
+    vocab = vocab | {entry["content"]: entry["id"] for entry in entries}
     for token, number in vocab.items():
         if type(number) is not int or number < 0:
             raise ValueError(f"id of {token!r} is {number!r}")
     return vocab, merges, pad_token, added
 
 
-def check_text(checkpoint, folder, vocab):
-    """Raise UserError if a text encoder can't be computed or has no embedding for a token.
+def check_vocab(vocab, folder, checkpoint):
+    """Raise UserError if a text encoder has no embedding for a token.
 
     vocab: {token: id} of the tokenizer in `folder`.
     """
-    activation, vocab_size = (checkpoint.config[key] for key in ("activation", "vocab_size"))
-    if activation not in ACTIVATIONS:
-        raise UserError(f"{checkpoint.file}: activation must be {' or '.join(ACTIVATIONS)}, got "
-                        f"{activation!r}.")
-    last = max(vocab, key=vocab.get)
+    last, vocab_size = max(vocab, key=vocab.get), checkpoint.config["vocab_size"]
     if vocab[last] >= vocab_size:
         raise UserError(f"{folder}: token {last!r} has id {vocab[last]}, but {checkpoint.file} "
                         f"has ids up to {vocab_size - 1}. Give the tokenizer of this model.")
@@ -565,11 +556,15 @@ def load_schedule(path, prediction_type=None):
     config = read_config(file) if file.is_file() else {}
     if prediction_type:
         config["prediction_type"] = prediction_type
-    if not config and read_unet(path).config["context_dim"] == 1024:
+    if not config and read_unet(path).config["context_dim"] == SD2_WIDTH:
         raise UserError(f"{path}: the prediction type of this SD 2 model is unknown. Add "
                         f"--prediction-type epsilon (512 px models) or v_prediction (768 px).")
     check_values(config, SCHEDULE_FIXED, file)
+    if config.get("_class_name") == "LCMScheduler":
+        warnings.warn(f"{path} is distilled for few steps (LCM). Draw with --guidance 1 to 2 and "
+                      f"--steps 4 to 8.")
     beta_start, beta_end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
+    check_types(config, dict(beta_start=0.1, beta_end=0.1, set_alpha_to_one=False), file)
     if not 0 < beta_start <= beta_end < 1:
         raise UserError(f"{file}: need 0 < beta_start <= beta_end < 1, got {beta_start} and "
                         f"{beta_end}.")

@@ -241,5 +241,6 @@ def test_a_file_that_is_no_bps_is_refused(tmp_path):
 
 def test_port_weights_may_be_whole_numbers(tmp_path):
     bps = BPS(config_for(SMALL, 1, FACTOR, (16, 8, 0, 0)))
+    randomize_ports(bps)
     save_bps(bps, tmp_path / "whole.safetensors", dict(task="sketch"))
     assert load_bps(tmp_path / "whole.safetensors").config == bps.config

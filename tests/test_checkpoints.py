@@ -1,9 +1,7 @@
 """All layouts of SD 1.x and 2.x weights give the same tensors; other models are rejected."""
 import contextlib
-import functools
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -139,9 +137,9 @@ def test_a_file_is_reopened_after_sixteen_conversions(random_states, tmp_path, m
     save_file(single_file(only(random_states("small1"), 0)), file)
     monkeypatch.setattr(weights, "safe_open", lambda *a: opened.append(a) or safe_open(*a))
     load_unet(file, torch.float16)
-    assert len(opened) == 3         # for the header, for convolutions, for the rest
+    assert len(opened) == 4         # for the header, the end, for convolutions, for the rest
     load_unet(file, torch.float32)
-    assert len(opened) > 3 + 686 / 16
+    assert len(opened) > 4 + 686 / 16
 
 
 @pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS)
@@ -253,27 +251,29 @@ def test_openclips_tower_loads_without_its_last_block(random_states, tmp_path):
 
 # ---- rejected ------------------------------------------------------------------------------
 
-CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
-TO_K = "model.diffusion_model.input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+PREFIX = "model.diffusion_model."
+CONV_IN, TO_K = "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
 
 @pytest.mark.parametrize("change, message", [
     ({"conditioner.embedders.0.transformer.x": (1,)}, "all.safetensors is an SD XL model"),
-    ({TO_K: (32, 2048)}, "an SD XL model with text states of width 2048"),
-    ({TO_K: (32, 1280)}, "an SD XL refiner with text states of width 1280"),
-    ({TO_K: (32, 640)}, "an unknown model with text states of width 640"),
-    ({CONV_IN: (32, 9, 3, 3)}, "an in-painting model with 9 input channels"),
-    ({CONV_IN: (32, 7, 3, 3), "low_scale_model.x": (1,)}, "an up-scaler model with 7 input"),
+    ({PREFIX + TO_K: (32, 2048)}, "an SD XL model"),
+    ({PREFIX + TO_K: (32, 1280)}, "an SD XL refiner model"),
+    ({PREFIX + TO_K: (32, 640)}, "an unknown model with text states of width 640"),
+    ({PREFIX + CONV_IN: (32, 9, 3, 3)}, "an in-painting model"),
+    ({PREFIX + CONV_IN: (32, 8, 3, 3)}, "an InstructPix2Pix model"),
+    ({PREFIX + CONV_IN: (32, 7, 3, 3), "low_scale_model.x": (1,)}, "an up-scaler model"),
+    ({PREFIX + CONV_IN: (32, 5, 3, 3)}, "a depth model"),
     ({f"depth_model.{i}": (1,) for i in range(99)}, "99 unexpected tensors: depth_model.0; .* and "
                                                     "91 more"),
     ({"lora_unet_x": (1,)}, "1 unexpected tensors: lora_unet_x"),
-    ({"model.diffusion_model.extra.weight": (1,)}, "unexpected extra.weight"),
-    ({"model.diffusion_model.out.2.bias": (7,)}, r"out.2.bias is \(7,\), not \(4,\)"),
+    ({PREFIX + "extra.weight": (1,)}, "unexpected extra.weight"),
+    ({PREFIX + "out.2.bias": (7,)}, r"out.2.bias is \(7,\), not \(4,\)"),
 ])
-def test_a_single_file_of_another_model_is_rejected(change, message, random_states, tmp_path):
-    """Names and shapes decide, so all tensors are zeros that take no disk."""
+def test_weights_of_another_model_are_rejected(change, message, random_states, tmp_path):
+    """Names and shapes decide, so nearly all numbers are zeros that take no disk."""
     file, unet = tmp_path / "all.safetensors", random_states("small1")[0]
-    shapes = {f"{references.PREFIXES[0]}{key}": tensor.shape for key, tensor in unet.items()}
+    shapes = {f"{PREFIX}{key}": tensor.shape for key, tensor in unet.items()}
     references.write_zeros(file, shapes | change)
     with pytest.raises(UserError, match=message):
         load_unet(file)
@@ -284,25 +284,26 @@ LOADERS = {"unet": load_unet, "vae": load_vae, "text_encoder": load_clip,
 
 
 @pytest.mark.parametrize("part, change, message", [
-    ("unet", dict(cross_attention_dim=2048, addition_embed_type="text_time"), "an SD XL model"),
-    ("unet", dict(in_channels=9), "an in-painting model"),
-    ("unet", dict(in_channels=8), "an InstructPix2Pix model"),
-    ("unet", dict(in_channels=7, num_class_embeds=1000), "an up-scaler model"),
-    ("unet", dict(in_channels=5), "a depth model"),
-    ("unet", dict(only_cross_attention=[True, True, True, False]), "only_cross_attention must be"),
-    ("unet", dict(down_block_types=["AttnDownBlock2D"] * 4), "block types must be"),
-    ("unet", dict(layers_per_block=[2, 2, 2, 2]), "layers_per_block must be one whole number"),
+    ("unet", dict(only_cross_attention=[True] * 4, addition_embed_type="text_time",
+                  cross_attention_dim=640), r"attn2.to_k.weight is \(32, 768\), not \(32, 640\)"),
+    ("unet", dict(down_block_types=["AttnDownBlock2D"] * 4), "unexpected down_blocks.0.attentions"),
+    ("unet", dict(layers_per_block=[2, 2, 2, 2]), "blocks_per_level must be like 2"),
+    ("unet", dict(layers_per_block=10**6), "4000000 layers, 684 tensors"),
     ("unet", dict(attention_head_dim=[8, 8]), "don't fit together"),
-    ("unet", dict(norm_num_groups=48), "48 norm groups don't fit together"),
-    ("vae", dict(use_quant_conv=False), "use_quant_conv must be True"),
-    ("text_encoder", dict(max_position_embeddings=248), "max_position_embeddings must be 77"),
-    ("text_encoder", dict(hidden_act="relu"), "activation must be quick_gelu or gelu, got 'relu'"),
+    ("unet", dict(norm_num_groups=48), "no UNet has these sizes"),
+    ("unet", dict(use_linear_projection="yes"), "linear_projection must be like False, got 'yes'"),
+    ("vae", dict(latents_mean=[0, 0, 0, 1]), "latents_mean must be None"),
+    ("vae", dict(layers_per_block=10**6), "4000000 layers"),
+    ("vae", dict(scaling_factor=float("nan")), "scaling_factor must be like 0.18215, got nan"),
+    ("text_encoder", dict(hidden_act="relu"), "hidden_act must be 'quick_gelu' or 'gelu', got"),
+    ("text_encoder", dict(hidden_act=["gelu"]), "activation must be like 'quick_gelu', got"),
     ("text_encoder", dict(num_attention_heads=5), "must divide the width 768, got 5"),
+    ("text_encoder", dict(num_hidden_layers=10**6), "1000000 layers"),
     ("scheduler", dict(prediction_type="sample"), "'epsilon' or 'v_prediction', got 'sample'"),
     ("scheduler", dict(beta_end=12.0), "beta_start <= beta_end < 1, got 0.00085 and 12.0"),
-    ("scheduler", dict(beta_end=float("nan")), "got 0.00085 and nan"),
+    ("scheduler", dict(beta_end=float("nan")), "beta_end must be like 0.1, got nan"),
 ])
-def test_a_config_of_another_model_is_rejected(part, change, message, copied):
+def test_a_config_of_another_model_is_rejected_before_it_is_built(part, change, message, copied):
     path = copied()
     file = path / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     write_json(read_json(file) | change, file)
@@ -355,49 +356,58 @@ def test_a_hub_name_and_parts_of_different_models_are_rejected(sd_folder, copied
         sample.load_base(path)
 
 
+def test_padding_follows_the_model_if_the_tokenizer_is_anothers(name, sd_folder, sd_file):
+    """SD 1 pads with the end token, SD 2 with !; the embedded tokenizer is like SD 1's."""
+    expected = "<|endoftext|>" if name == "small1" else "!"
+    tokenizer, _ = load_clip(sd_file(name), BASE)
+    assert tokenizer.pad == tokenizer.vocab[expected]
+    own, _ = load_clip(sd_folder(name))
+    assert own.pad == own.vocab["<|endoftext|>"]            # what the folder itself says
+
+
+def test_an_autoencoder_alone_has_the_scaling_factor_of_its_base(tmp_path):
+    state = load_vae(BASE).state_dict()
+    save_file(state, tmp_path / "vae.safetensors")
+    base = sample.load_base(BASE, vae_path=tmp_path / "vae.safetensors")
+    assert base.vae.config == load_vae(BASE).config         # a factor of 0.4319, not SD's 0.18215
+    shutil.copytree(BASE / "vae", tmp_path / "vae")
+    file = tmp_path / "vae" / "config.json"
+    write_json(read_json(file) | dict(scaling_factor=0.25), file)
+    with pytest.warns(UserWarning, match="scales latents by 0.25, but .* with 0.4319"):
+        base = sample.load_base(BASE, vae_path=tmp_path / "vae")
+    assert base.vae.config.scaling_factor == 0.25
+
+
+def test_a_distilled_base_is_named_with_the_guidance_that_fits(copied):
+    path = copied()
+    write_json(references.SCHEDULE | dict(_class_name="LCMScheduler"),
+               path / "scheduler" / "scheduler_config.json")
+    with pytest.warns(UserWarning, match="is distilled .* --guidance 1 to 2 and --steps 4 to 8"):
+        load_schedule(path)
+
+
 # ---- drawing with them ---------------------------------------------------------------------
 
-@pytest.fixture(scope="module")
-def load_once():
-    """sample.load_base, cached."""
-    return functools.cache(sample.load_base)
-
-
-@pytest.fixture
-def draw(tmp_path, monkeypatch, load_once):
-    """Run sample.py with arguments, on the CPU, two steps, one picture; return the picture."""
-    monkeypatch.setattr(sample, "load_base", load_once)
-
-    def call(*arguments):
-        out = tmp_path / "pictures"
-        before = set(out.glob("*.png"))
-        monkeypatch.setattr(sys, "argv", ["sample.py", "--steps", "2", "--n", "1", "--device",
-                                          "cpu", "--out", str(out), *map(str, arguments)])
-        sample.main()
-        [file] = set(out.glob("*.png")) - before
-        return Image.open(file)
-
-    return call
-
-
 def test_a_base_alone_is_a_plain_sampler(sd_folder, sd_file, draw):
-    folder, file = sd_folder("small1"), sd_file("small1")
-    options = ("--size", "40x24")           # a latent of 3 x 5
-    picture = draw("--base", folder, *options)
-    stored = json.loads(picture.text["options"])
-    assert picture.size == (40, 24) and stored["bps"] == ["none"] and stored["guidance"] == 7.5
-    assert picture.tobytes() == draw("--base", file, "--tokenizer", folder, *options).tobytes()
-    seen = {picture.tobytes()}
+    def picture(base, *options):
+        out = draw("--bps", "none", "--base", base, "--n", 1, "--size", "40x24", *options)      # a latent of 3 x 5
+        return Image.open(next(out.iterdir()))
+
+    folder = sd_folder("small1")
+    plain = picture(folder)
+    stored = json.loads(plain.text["options"])
+    assert plain.size == (40, 24) and stored["bps"] == ["none"] and stored["guidance"] == 7.5
+    single = picture(sd_file("small1"), "--tokenizer", folder)
+    assert single.tobytes() == plain.tobytes()
+    seen = {plain.tobytes()}
     for change in (("--negative-prompt", "a bowl"), ("--guidance", 1.0), ("--sampler", "ddim"),
                    ("--sampler", "euler-karras"), ("--seed", 1), ("--prompt", "a pear"),
                    ("--prediction-type", "v_prediction")):
-        picture = draw("--base", folder, *options, *change)
-        stored = json.loads(picture.text["options"])
+        changed = picture(folder, *change)
+        stored = json.loads(changed.text["options"])
         assert stored[change[0][2:].replace("-", "_")] == change[1]
-        seen.add(picture.tobytes())
+        seen.add(changed.tobytes())
     assert len(seen) == 8                   # each option changes the picture
-    with pytest.raises(UserError, match="--size must be multiples of 8 for this base"):
-        draw("--base", folder, "--size", "41x24")
 
 
 def test_the_default_size_is_that_of_the_bases_training(sd_file):

@@ -70,12 +70,13 @@ def test_absent_keys_of_a_config_are_sd15s():
 
 
 @pytest.mark.parametrize("name, spoil, message", [
-    (WEIGHTS, lambda f: f.write_bytes(f.read_bytes()[:-9]), "truncated: .* header promises"),
-    (WEIGHTS, lambda f: f.write_bytes(f.read_bytes()[:500]), "truncated: it has 500 bytes"),
+    (WEIGHTS, lambda f: f.write_bytes(f.read_bytes()[:-9]), "is no complete safetensors file"),
+    (WEIGHTS, lambda f: f.write_bytes(f.read_bytes()[:500]), "is no complete safetensors file"),
     (WEIGHTS, lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git-LFS"),
-    (WEIGHTS, lambda f: f.write_bytes(b"nonsense" * 9), "can't be read as a safetensors file"),
-    (WEIGHTS, lambda f: f.write_bytes(f.read_bytes().replace(b'"F16"', b'"F99"')), "can't be read"),
-    (WEIGHTS, lambda f: f.rename(f.with_suffix(".bin")), "pickle"),
+    (WEIGHTS, lambda f: f.write_bytes(f.read_bytes()[:-999].ljust(f.stat().st_size, b"\0")),
+     "ends in zeros, as if its download broke off"),
+    (WEIGHTS, lambda f: f.write_bytes(f.read_bytes().replace(b'"F16"', b'"I16"')),
+     "has type I16, not F32"),
     (WEIGHTS, lambda f: f.rename(f.with_suffix(".CKPT")), "pickle"),
     (WEIGHTS, lambda f: f.unlink(), "diffusion_pytorch_model.safetensors is missing"),
     ("config.json", lambda f: f.write_text("{,}"), "config.json is not JSON"),
