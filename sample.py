@@ -226,7 +226,7 @@ def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_
                         f".safetensors file.")
     schedule = checkpoints.load_schedule(path, prediction_type)
     tokenizer, text_model = checkpoints.load_clip(path, tokenizer_path, dtype, device)
-    vae = checkpoints.load_vae(vae_path or path, device=device)
+    vae = checkpoints.load_vae(vae_path or path, device=device, base=path)
     unet = checkpoints.load_unet(path, dtype, device)
     for name, given, taken in (
             ("text states of width", text_model.config.width, unet.config.context_dim),
