@@ -31,7 +31,7 @@ from inputs.options import (BASE, DTYPES, Parser, add_port_options, check_pixels
                             unicode_text)
 from inputs.pairs import warn_of_losses
 from inputs.processes import join_processes
-from inputs.run_folder import CHECKPOINT, choose_out, lock, run_record
+from inputs.run_folder import CHECKPOINT, check_best, choose_out, lock, run_record
 from measure.curve import draw_curve
 from measure.dataset import check_data
 from measure.obedience import meter_for
@@ -224,6 +224,8 @@ class Training:
             self.step, self.train_loss = state["step"], state["train_loss"]
             self.best, self.rows = state["best"], state["rows"]
             self.scaler.load_state_dict(state["scaler"])
+            if self.best["step"] != self.step:
+                check_best(self.out)
             print(f"{checkpoint}: resumed at step {self.step}")
             if self.processes.rank == 0:
                 self.write()                        # in case it was stopped before that

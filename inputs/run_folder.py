@@ -17,10 +17,11 @@ try:
 except ModuleNotFoundError:             # Windows
     fcntl = None
 
+from bps import load_bps
 from inputs import checkpoints, files
 from weights import UserError
 
-CHECKPOINT = "checkpoint.safetensors"   # deleted when the training is finished
+CHECKPOINT = "checkpoint.safetensors"   # written first, and deleted when the training is finished
 FILES = ("args.json", CHECKPOINT, "bps.safetensors", "log.jsonl", "curve.png", "samples.png",
          "condition.png")                       # what a training writes
 CHANGEABLE = {"out", "cache", "accumulate", "checkpointing"}    # may differ when a run resumes
@@ -53,11 +54,20 @@ def choose_out(folder, record):
         existing = [name for name in FILES if (out / name).exists()]
         if not existing:
             return out
-        finished = "bps.safetensors" in existing and CHECKPOINT not in existing
-        if "args.json" in existing and not finished \
+        unfinished = CHECKPOINT in existing or existing == ["args.json"]
+        if unfinished and (out / "args.json").exists() \
                 and files.read_json(out / "args.json") == record:
             return out
     raise UserError(f"{folder} and 9,998 numbered folders beside it are taken. Give another --out.")
+
+
+def check_best(out):
+    """Raise UserError if the best weights so far are lost, which the end of a run needs."""
+    try:
+        load_bps(out / "bps.safetensors")
+    except UserError as error:
+        raise UserError(f"{error} The run's best weights were in it: put it back, or delete {out} "
+                        f"to start over.") from None
 
 
 @contextlib.contextmanager
