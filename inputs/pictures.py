@@ -4,6 +4,7 @@
     write_new(image, Path("pictures/0000.png"), fields)
 """
 import contextlib
+import io
 import itertools
 import json
 import sys
@@ -15,7 +16,7 @@ from inputs import checkpoints
 from inputs.conditions import load_image
 from inputs.files import fingerprint
 from inputs.options import BASE, DEFAULT_BPS, DEFAULT_DRAWING, NONE, shell_command, to_argv
-from weights import UserError, replacing
+from weights import UserError
 
 # Options that a picture stores. Where files are written is never among them.
 STORED = ("prompt", "negative_prompt", "sampler", "steps", "guidance", "dtype", "denoise", "seed",
@@ -120,12 +121,18 @@ def write_new(image, file, fields=()):
     for key, value in dict(fields).items():
         # a file's name may not be valid Unicode, which a text field must be
         info.add_itxt(key, str(value).encode("utf-8", "backslashreplace").decode("utf-8"))
+    content = io.BytesIO()
+    image.save(content, "PNG", pnginfo=info)
     for number in itertools.count(1):
         name = file if number == 1 else file.with_stem(f"{file.stem}-{number}")
         with contextlib.suppress(FileExistsError):
-            open(name, "x").close()
+            picture = open(name, "xb")
             break
-    with replacing(name) as temporary:
-        image.save(temporary, pnginfo=info)
+    try:
+        with picture:                       # at once: a killed process leaves nothing half-written
+            picture.write(content.getbuffer())
+    except OSError as error:
+        name.unlink()
+        raise UserError(f"{name} can't be written ({error.strerror}).") from None
     print(name)
     return name
