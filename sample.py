@@ -15,6 +15,7 @@ Shapes: B batch, L tokens, D width, H W rows and columns of the picture.
 """
 import contextlib
 import functools
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -29,9 +30,9 @@ from inputs import checkpoints
 from inputs.conditions import (TASKS, cond_to_x, crop, images_at_a_time, open_image,
                                read_condition, read_mask, to_image, to_x)
 from inputs.files import fingerprint
-from inputs.options import (BASE, DEFAULT_BPS, DEFAULT_DRAWING, DTYPES, MAX_SEEDS, NONE, Parser,
-                            check_pixels, in_range, positive, run_script, seed_number, to_argv,
-                            unicode_text, width_and_height)
+from inputs.options import (BASE, DEFAULT_BPS, DEFAULT_DRAWING, DTYPES, MAX_PIXELS, MAX_SEEDS,
+                            NONE, Parser, check_pixels, in_range, positive, run_script, seed_number,
+                            to_argv, unicode_text, width_and_height)
 from inputs.pairs import list_files, read_captions
 from inputs.pictures import (fingerprints, note_changes, png_fields, read_stored, without_drawn,
                              write_new)
@@ -44,6 +45,7 @@ DEFAULTS = diffusion.Sampling()
 SD_GUIDANCE = 7.5
 SIDE_BY_SIDE = 8                # pictures that share the passes of BPS and are written together
 PROMPTS_AT_A_TIME = 16
+MAX_NAME = 200                  # bytes of a condition's name, which the pictures' names begin with
 FAR_OUTSIDE = 10                # mean of |x|, which is about 1 at most
 
 
@@ -110,12 +112,13 @@ def parse_args(argv, parser=None):
     """
     parser = parser or make_parser()
     args, stored_files = parser.parse_args(argv), {}
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
     if args.picture:
         stored, stored_files = read_stored(args.picture)
-        args = parser.parse_args([*to_argv(stored), "--n=1", *argv])
-    given = {word.partition("=")[0].removeprefix("--") for word in argv}
+        stored = {name: value for name, value in (dict(n=1) | stored).items() if name not in given}
+        args = parser.parse_args([*to_argv(stored), *argv])
     args.stored_files = {role: digest for role, digest in stored_files.items()
-                         if role.split()[0] not in given}
+                         if role.partition(" ")[0] not in given}
     is_embedded = args.base.resolve() == BASE.resolve()
     args.bps = args.bps or [DEFAULT_BPS if is_embedded else NONE]
     args.conditions = join_conditions(parser, args)
@@ -169,6 +172,10 @@ def list_jobs(conditions, prompt):
     if not folders:
         return [Job("", conditions, prompt)]
     first, *rest = folders
+    for name in folders[first]:
+        if len(os.fsencode(name)) > MAX_NAME:
+            raise UserError(f"--cond {first}: names must have at most {MAX_NAME} bytes, got "
+                            f"{name}.")
     for folder in rest:
         for name in sorted(folders[folder].keys() ^ folders[first].keys()):
             raise UserError(f"--cond {folder} and {first} must have the same names, but only one "
@@ -245,11 +252,12 @@ def check_fit(bps, file, base):
     fits.
     """
     config, task, size = base.unet.config, bps.metadata.get("task"), bps.metadata.get("size")
-    if (task not in TASKS or type(size) is not int or size < 1
-            or not isinstance(bps.metadata.get("classes", {}), dict)
-            or bps.config.cond_channels != TASKS[task].channels):
+    if task not in TASKS or not size or bps.config.cond_channels != TASKS[task].channels:
         raise UserError(f"{file} does not say what it was trained for. Use a file that train.py "
                         f"wrote.")
+    if size**2 > MAX_PIXELS or size % bps.config.factor:
+        raise UserError(f"{file}: size must be a multiple of {bps.config.factor} with at most "
+                        f"{MAX_PIXELS:,} pixels, got {size}. Use a file that train.py wrote.")
     prediction_type = base.schedule.prediction_type
     for name, trained, given in (
             ("channels", bps.config.channels, config.channels),

@@ -1,23 +1,23 @@
 """Command line of the scripts: shared options, and one line for each user error."""
 import argparse
 import contextlib
-import io
 import os
 import re
-import shlex
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import torch
 
 import diffusion
 from inputs.processes import peer_ended
-from weights import UserError, first_line
+from weights import UserError, first_line, quoted
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 MAX_PIXELS = 4096**2
 MAX_SEEDS = 2**31
+MAX_COUNT = 10**6               # of steps, or of pictures in a batch
 ROOT = Path(__file__).parent.parent
 BASE = ROOT / "tiny" / "model"
 DEFAULT_BPS = ROOT / "tiny" / "bps_sketch.safetensors"      # for the embedded base
@@ -37,11 +37,19 @@ class Parser(argparse.ArgumentParser):
                          formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def parse_args(self, args=None, namespace=None):
-        """Parse the command line; the value of a text option may begin with a dash."""
+        """Parse the command line; the value of a text option may begin with a dash.
+
+        An option must not be given twice, because the first one would be ignored.
+        """
         argv = list(sys.argv[1:] if args is None else args)
         for i in range(len(argv) - 1, 0, -1):
             if argv[i - 1] in TEXT_OPTIONS and re.match("-[^-]", argv[i]):
                 argv[i - 1:i + 1] = [f"{argv[i - 1]}={argv[i]}"]
+        given = Counter(argument.partition("=")[0] for argument in argv)
+        for action in self._actions:
+            if sum(given[option] for option in action.option_strings) > 1:
+                self.error(f"{action.option_strings[-1]} must be given once. Several values go "
+                           f"after one, separated by spaces.")
         return super().parse_args(argv, namespace)
 
     def error(self, message):
@@ -140,24 +148,8 @@ def unicode_path(text):
 
 
 def shell_command(argv):
-    """Command line that a shell splits into argv.
-
-    Arguments are in double quotes, the only ones of cmd.exe. If a POSIX shell would expand one, it
-    is quoted for that shell only, and the command ends in a comment that says so.
-    """
-    command, note = [], []
-    for argument in map(str, argv):
-        quoted = shlex.quote(argument)
-        if os.name == "nt":
-            escaped = argument.replace('"', '\\"')
-            is_plain = re.fullmatch(r"[\w\\:./=+-]+", argument)
-            quoted = argument if is_plain else f'"{escaped}"'
-        elif re.search(r'["$`!%\\\n]', argument):
-            note = ["# quoted for a POSIX shell"]
-        elif quoted != argument:
-            quoted = f'"{argument}"'
-        command.append(quoted)
-    return " ".join(command + note)
+    """Command line that a shell splits into argv."""
+    return " ".join(map(quoted, argv))
 
 
 def to_argv(options):
@@ -179,18 +171,8 @@ def in_range(kind, low, high):
     return convert
 
 
-def seed_number(text):
-    """argparse type: a seed."""
-    if not text.isdecimal() or int(text) >= MAX_SEEDS:
-        raise argparse.ArgumentTypeError(f"must be in 0..{MAX_SEEDS - 1}, got {text}")
-    return int(text)
-
-
-def positive(text):
-    """argparse type: an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return int(text)
+positive = in_range(int, 1, MAX_COUNT)
+seed_number = in_range(int, 0, MAX_SEEDS - 1)
 
 
 def width_and_height(text):
@@ -204,15 +186,18 @@ def width_and_height(text):
 def run_script(main, interrupted="interrupted"):
     """Run a script's main(); a user error ends it with one line on stderr and exit code 2.
 
-    Characters that the console can't show are printed as escape sequences.
+    Characters that the console can't show are printed as escape sequences, and a stream that was
+    closed swallows everything.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif hasattr(getattr(sys, name), "reconfigure"):        # not in a notebook
+            getattr(sys, name).reconfigure(errors="backslashreplace")
     warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
     try:
         main()
-        print(end="", flush=True)               # sys.stdout is None if it was closed
+        sys.stdout.flush()
     except BrokenPipeError:                     # such as `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
