@@ -18,6 +18,7 @@ from tqdm import tqdm
 from weights import UserError
 
 TIMEOUT = timedelta(days=1)             # the other processes wait while the first one validates
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")       # what it sets
 
 
 class Processes(NamedTuple):
@@ -61,7 +62,11 @@ def join_processes(device):
 
     All ranks but 0 print nothing from here on.
     """
-    count = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    missing = [name for name in TORCHRUN if name not in os.environ]
+    if "RANK" in os.environ and missing:
+        raise UserError(f"{missing[0]} must be set if RANK is. Start several processes with "
+                        f"torchrun, or a single one without RANK.")
+    count = 1 if missing else int(os.environ["WORLD_SIZE"])
     if count == 1:
         return Processes(), device
     if device.startswith("cuda:"):
