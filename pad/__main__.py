@@ -8,6 +8,7 @@ written to runs/TASK. A BPS that is trained meanwhile is seen when the pad is st
 "Save" writes to --out a PNG that `sample.py --from` draws again, and the drawing. The page is
 served to this computer only: to no other address, and to no page of another site.
 """
+import contextlib
 import http.server
 import json
 import os
@@ -17,14 +18,13 @@ import webbrowser
 from pathlib import Path
 
 from inputs.conditions import TASKS
-from inputs.options import BASE, DEFAULT_BPS, DTYPES, Parser, run_script
+from inputs.options import BASE, DEFAULT_BPS, DTYPES, Parser, in_range, run_script
 from inputs.run_folder import CHECKPOINT
 from pad.studio import Studio
 from weights import UserError, first_line
 
 ADDRESS, PORT = "127.0.0.1", 8765
-HOSTS = [ADDRESS, "localhost"]
-DRAW_TIMEOUT = 5                # seconds that a page may take to read, for others wait meanwhile
+DRAW_TIMEOUT = 5                # seconds that a page may take to read, because others wait
 PAGE = Path(__file__).with_name("page.html")
 MOST_BYTES = 32 * 2**20         # the largest request
 HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
@@ -34,94 +34,77 @@ HEADERS = {"Cache-Control": "no-store", "X-Content-Type-Options": "nosniff",
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answer the page; the server has a `studio`."""
+    """Answers the page; the server has a `studio`."""
     timeout = 60                # seconds without a byte
     started = False             # whether the head of the answer is sent
 
     def log_message(self, *_):
         """Print nothing of a request that went well."""
 
+    def handle(self):
+        """Handle a connection; that its other end has gone is no error."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
     def do_GET(self):
-        """Send the page, or what it has to know."""
-        self.guard(self.get)
-
-    def do_POST(self):
-        """Draws, opens or saves."""
-        self.guard(self.post)
-
-    def guard(self, respond):
-        """Answer with respond(); an error is one line, and harms no other request."""
+        """Answer a request; an error is one line, and harms no other request."""
         try:
-            if self.is_own():
-                respond()
-            else:
-                self.discard()
-                self.answer_json(403, dict(error="only the pad's own page may send requests."))
-        except (ConnectionError, TimeoutError):
-            pass                            # the page has gone, or has sent a newer request
+            self.respond()
         except Exception as error:          # a mistake in one request must not end the pad
             message = first_line(error) or type(error).__name__
             if not isinstance(error, (UserError, OSError)):
                 print(f"error: {type(error).__name__}: {message}", file=sys.stderr)
-            self.send_error_line(message)
+            with contextlib.suppress(OSError):
+                self.send_line(dict(error=message), 400)
 
-    def get(self):
-        """Answer a GET."""
-        if self.path == "/":
-            self.answer(200, "text/html; charset=utf-8", PAGE.read_bytes())
-        elif self.path == "/setup":
-            self.answer_json(200, self.server.studio.setup())
-        else:
-            self.answer_json(404, dict(error=f"{self.path} is missing."))
+    do_POST = do_GET
 
-    def post(self):
-        """Answer a POST."""
-        request, studio = self.read_request(), self.server.studio
-        if self.path == "/draw":
-            self.connection.settimeout(DRAW_TIMEOUT)
-            self.start(200, "application/x-ndjson")
-            studio.draw(request, self.send_line)
-        elif self.path == "/open":
-            self.answer_json(200, studio.open(request))
-        elif self.path == "/save":
-            self.answer_json(200, studio.save(request))
-        else:
-            self.answer_json(404, dict(error=f"{self.path} is missing."))
+    def respond(self):
+        """Read a request, and send its answer."""
+        studio, length = self.server.studio, self.headers.get("Content-Length", "")
+        # also what is refused is read, or the page would see a reset and no answer
+        body = self.rfile.read(min(int(length), 2 * MOST_BYTES) if length.isdecimal() else 0)
+        if not self.is_own():
+            return self.send_line(dict(error=f"only the pad's own page may send requests. Open "
+                                             f"{self.server.address} on the pad's computer, or "
+                                             f"forward a port to it (ssh -L)."), 403)
+        match self.command, self.path:
+            case "GET", "/":
+                self.start(200, "text/html; charset=utf-8")
+                self.wfile.write(PAGE.read_bytes())
+            case "GET", "/setup":
+                self.send_line(studio.setup())
+            case "POST", "/draw":
+                self.connection.settimeout(DRAW_TIMEOUT)
+                studio.draw(self.read_request(body), self.send_line)
+            case "POST", "/open":
+                self.send_line(studio.open(self.read_request(body)))
+            case "POST", "/save":
+                self.send_line(studio.save(self.read_request(body)))
+            case _:
+                self.send_line(dict(error=f"{self.path} is missing."), 404)
 
     def is_own(self):
         """Whether a request is from the pad's own page, or from a program on this computer.
 
-        Another site's page is told by Origin or Sec-Fetch-Site, and by Host if its own name leads
-        here.
+        Another site's page has another Origin or Sec-Fetch-Site, and another Host if its own name
+        leads here. The port is free: a tunnel may have one of its own.
         """
-        port = self.server.server_port
-        own = [f"{host}:{port}" for host in HOSTS] + (HOSTS if port == 80 else [])
-        return (self.headers.get("Host") in own
-                and self.headers.get("Origin") in (None, *(f"http://{host}" for host in own))
+        host = self.headers.get("Host", "")
+        return (host.partition(":")[0] in (ADDRESS, "localhost")
+                and self.headers.get("Origin") in (None, f"http://{host}")
                 and self.headers.get("Sec-Fetch-Site") in (None, "same-origin", "none"))
 
-    def discard(self):
-        """Read what was sent, within limits, so that the answer is read before a reset."""
-        length = self.headers.get("Content-Length", "")
-        left = min(int(length), 2 * MOST_BYTES) if length.isdecimal() else 0
-        while left > 0 and (part := self.rfile.read(min(left, 2**20))):
-            left -= len(part)
-
-    def read_request(self):
-        """The JSON object that was sent."""
-        length = self.headers.get("Content-Length", "")
-        if self.headers.get_content_type() != "application/json" or not length.isdecimal():
-            raise UserError("a request must be a JSON object with a Content-Length.")
-        if int(length) > MOST_BYTES:
-            self.discard()
-            raise UserError(f"a request must have at most {MOST_BYTES:,} bytes, got "
-                            f"{int(length):,}.")
+    def read_request(self, body):
+        """The JSON object in a body."""
         try:
-            request = json.loads(self.rfile.read(int(length)))
+            request = json.loads(body)
         except ValueError:
-            raise UserError("a request must be JSON.") from None
-        if not isinstance(request, dict):
-            raise UserError("a request must be a JSON object.")
+            request = None
+        if self.headers.get_content_type() != "application/json" or len(body) > MOST_BYTES \
+                or not isinstance(request, dict):
+            raise UserError(f"a request must be a JSON object, sent as application/json with a "
+                            f"Content-Length of at most {MOST_BYTES:,}.")
         return request
 
     def start(self, status, kind):
@@ -132,29 +115,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
 
-    def answer(self, status, kind, content):
-        """Send a whole answer."""
-        self.start(status, kind)
-        self.wfile.write(content)
-
-    def answer_json(self, status, content):
-        """Send a JSON object."""
-        self.answer(status, "application/json", json.dumps(content).encode())
-
-    def send_line(self, content):
-        """Send one JSON object of several, at once."""
+    def send_line(self, content, status=200):
+        """Send a JSON object as a line at once, after the head if it is the first one."""
+        if not self.started:
+            self.start(status, "application/x-ndjson")
         self.wfile.write(json.dumps(content).encode() + b"\n")
         self.wfile.flush()
-
-    def send_error_line(self, message):
-        """Send an error, as a line of an answer that has begun or as an answer."""
-        try:
-            if self.started:
-                self.send_line(dict(error=message))
-            else:
-                self.answer_json(400, dict(error=message))
-        except OSError:                     # the page has gone
-            pass
 
 
 def trained_files():
@@ -175,7 +141,7 @@ def make_server(studio, port):
     except OSError as error:
         raise UserError(f"--port {port} can't be used ({error.strerror}). Give another, or 0 for "
                         f"any free one.") from None
-    server.studio = studio
+    server.studio, server.address = studio, f"http://{ADDRESS}:{server.server_port}"
     return server
 
 
@@ -187,29 +153,25 @@ def main():
         "above)")
     parser.add_base()
     add("--dtype", choices=DTYPES, default="fp32", help="as in sample.py (default: %(default)s)")
-    add("--port", type=int, default=PORT, help="0 is any free one (default: %(default)s)")
+    add("--port", type=in_range(int, 0, 2**16 - 1), default=PORT, help="0 is any free one (default: %(default)s)")
     add("--out", type=Path, default=Path("pictures"), help="folder of what is saved (default: "
         "%(default)s)")
     parser.add_device()
     args = parser.parse_args()
-    if not 0 <= args.port < 2**16:
-        parser.error(f"--port must be in 0..{2**16 - 1}, got {args.port}.")
     parser.check_out(args.out)
     is_embedded = args.base.resolve() == BASE.resolve()
     if not args.bps and not is_embedded:
         parser.error(f"--base {args.base} needs --bps, a file that train.py wrote for it.")
     studio = Studio(args, args.bps or [DEFAULT_BPS], () if args.bps else trained_files())
     server = make_server(studio, args.port)
-    address = f"http://{ADDRESS}:{server.server_port}"
-    print(address, *(f"{task}: {file}" for task, (file, _) in studio.networks.items()),
+    print(server.address, *(f"{task}: {file}" for task, (file, _) in studio.networks.items()),
           "Ctrl-C ends", sep="\n", flush=True)
     if sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & os.environ.keys():
-        webbrowser.open(address)
+        webbrowser.open(server.address)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         server.serve_forever()
     except KeyboardInterrupt:
-        studio.scratch.cleanup()
         print("\nended", file=sys.stderr, flush=True)
         os._exit(130)           # at once: Python would wait for a thread that is drawing
 

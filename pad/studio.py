@@ -3,6 +3,7 @@
 All drawing is sample.py's: the same options, the same denoiser, the same sampler.
 """
 import base64
+import contextlib
 import functools
 import io
 import itertools
@@ -13,8 +14,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 import diffusion
 from bps import Condition, load_bps
@@ -29,6 +31,7 @@ from weights import UserError
 PREVIEW_STEPS = 5
 CANVAS_SIDE = 256                       # least side of the page's canvas, pixels
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)     # strengths
+NOISE = 8                               # levels that a privacy browser may change a canvas by
 EXAMPLES = 3                            # conditions to start from, for each task
 # entries of a request that are options of sample.py
 SETTINGS = ("prompt", "negative_prompt", "seed", "steps", "guidance", "sampler", "strength")
@@ -55,12 +58,45 @@ def data_url(image):
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
+def side_of(bps):
+    """The canvas's side for a BPS, in pixels."""
+    return max(CANVAS_SIDE, bps.metadata["size"])
+
+
+def canvas_url(image, task, bps):
+    """The URL of a condition's image, as large as the canvas."""
+    return data_url(TASKS[task].fit(image, side_of(bps), side_of(bps)).convert("RGB"))
+
+
 def from_data_url(url):
     """The bytes of the picture in a page's URL."""
     try:
         return base64.b64decode(url.split(",", 1)[1], validate=True)
     except (AttributeError, IndexError, ValueError):
         raise UserError("the picture must be a data URL, as in data:image/png;base64,...") from None
+
+
+@contextlib.contextmanager
+def picture_file(content):
+    """A file with the bytes of a picture while it is read; its errors name a picture."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        file = Path(folder) / "picture"
+        file.write_bytes(content)
+        try:
+            yield file
+        except UserError as error:
+            raise UserError(str(error).replace(str(file), "picture")) from None
+
+
+def without_noise(image, classes):
+    """A label map with each pixel that is nearly of a class in the colour of that class."""
+    pixels = np.asarray(image.convert("RGB"), int)
+    colours = np.array([ImageColor.getrgb(colour) for colour in classes])
+    unique, rows = np.unique(pixels.reshape(-1, 3), axis=0, return_inverse=True)
+    distances = abs(unique[:, None] - colours).max(-1)
+    nearest = np.where(distances.min(1, keepdims=True) <= NOISE, colours[distances.argmin(1)],
+                       unique)
+    return Image.fromarray(nearest[rows].reshape(pixels.shape).astype(np.uint8))
 
 
 class Studio:
@@ -85,10 +121,9 @@ class Studio:
                 continue
             self.fingerprint(file)                  # now: a training may replace the file
             self.networks[bps.metadata["task"]] = file, bps
-        self.drawing, self.counting, self.saving = (threading.Lock() for _ in range(3))
+        self.drawing, self.counting = threading.Lock(), threading.Lock()
         self.newest, self.last = 0, None            # a request's number, a Drawn
         self.prior = None, None                     # what it depends on, a Drawn
-        self.scratch = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
 
     def setup(self):
         """What the page has to know (a dict, as JSON takes it)."""
@@ -96,28 +131,19 @@ class Studio:
         for task, (file, bps) in self.networks.items():
             classes = bps.metadata.get("classes") or {}
             ground = next(iter(classes), "#ffffff") if "#000000" not in classes else "#000000"
-            tasks[task] = dict(file=str(file), side=self.side(bps), classes=classes, ground=ground,
+            tasks[task] = dict(file=str(file), side=side_of(bps), classes=classes, ground=ground,
                                has_labels=TASKS[task].has_labels, examples=self.examples(task, bps))
         defaults = self.parse({}, "none")
         return dict(tasks=tasks, samplers=diffusion.SAMPLERS, preview_steps=PREVIEW_STEPS,
                     strip=STRIP, settings=SETTINGS, newest=self.newest,
                     defaults={name: getattr(defaults, name) for name in SETTINGS[:-1]})
 
-    def side(self, bps):
-        """The canvas's side for a BPS, in pixels."""
-        return max(CANVAS_SIDE, bps.metadata["size"])
-
     def examples(self, task, bps):
         """[{picture: URL, prompt}] of the first embedded test pairs, for the embedded base."""
         if self.args.base.resolve() != BASE:
             return []
-        return [dict(picture=self.fit(pair.open_cond(), task, bps), prompt=pair.prompts[0])
+        return [dict(picture=canvas_url(pair.open_cond(), task, bps), prompt=pair.prompts[0])
                 for pair in load_pairs(task, "test")[:EXAMPLES]]
-
-    def fit(self, image, task, bps):
-        """The URL of a condition's image, as large as the canvas."""
-        side = self.side(bps)
-        return data_url(TASKS[task].fit(image, side, side).convert("RGB"))
 
     # ---- drawing ---------------------------------------------------------------------------
 
@@ -192,18 +218,15 @@ class Studio:
         return self.networks[request["task"]]
 
     def read(self, request, content):
-        """(sample.py's options, cond (1, C, H, W), image) of a drawing's bytes."""
+        """(sample.py's options, cond (1, C, H, W), image without noise) of a drawing's bytes."""
         file, bps = self.network(request)
-        drawing = Path(self.scratch.name) / "drawing.png"
-        drawing.write_bytes(content)
-        args, size = self.parse(request, file, drawing), bps.metadata["size"]
-        try:
-            cond, _ = read_condition(drawing, request["task"], size, size,
-                                     bps.metadata.get("classes"))
-            image = load_image(drawing)
-        except UserError as error:
-            raise UserError(str(error).replace(str(drawing), "drawing")) from None
-        return args, cond[None], image
+        task, size, classes = request["task"], bps.metadata["size"], bps.metadata.get("classes")
+        with picture_file(content) as drawing:
+            if classes and TASKS[task].has_labels:
+                without_noise(load_image(drawing), classes).save(drawing, "PNG")
+            args = self.parse(request, file, drawing)
+            cond, _ = read_condition(drawing, task, size, size, classes)
+            return args, cond[None], load_image(drawing)
 
     def parse(self, request, bps, drawing=None):
         """sample.py's checked options for a request."""
@@ -233,14 +256,9 @@ class Studio:
         request: task, and file, a URL.
         """
         _, bps = self.network(request)
-        with tempfile.TemporaryDirectory(dir=self.scratch.name) as folder:
-            file = Path(folder) / "picture"
-            file.write_bytes(from_data_url(request.get("file")))
-            try:
-                image = open_condition(file, request["task"], bps.metadata.get("classes"))
-            except UserError as error:
-                raise UserError(str(error).replace(str(file), "picture")) from None
-        return dict(picture=self.fit(image, request["task"], bps))
+        with picture_file(from_data_url(request.get("file"))) as file:
+            image = open_condition(file, request["task"], bps.metadata.get("classes"))
+        return dict(picture=canvas_url(image, request["task"], bps))
 
     def save(self, request):
         """Write the picture that was drawn last, and its drawing.
@@ -251,19 +269,18 @@ class Studio:
         last = self.last
         if last is None or last.number != request.get("number"):
             raise UserError("this picture is gone. Draw it again, then save.")
-        with self.saving:
-            self.args.out.mkdir(parents=True, exist_ok=True)
-            job, files = last.job, []
-            if job.conditions:
-                files.append(write_new(last.drawing, self.args.out / "pad-drawing.png"))
-                job = job._replace(conditions=[job.conditions[0]._replace(cond=files[0])])
+        self.args.out.mkdir(parents=True, exist_ok=True)
+        job, files = last.job, []
+        if job.conditions:
+            files.append(write_new(last.drawing, self.args.out / "pad-drawing.png"))
+            job = job._replace(conditions=[job.conditions[0]._replace(cond=files[0])])
 
-            def hash_once(*paths):
-                """Read a base only once, but a drawing of the same name again."""
-                return (fingerprint if paths[0] in files else self.fingerprint)(*paths)
+        def hash_once(*paths):
+            """Read a base only once, but a drawing of the same name again."""
+            return (fingerprint if paths[0] in files else self.fingerprint)(*paths)
 
-            used = fingerprints(last.args, job.conditions, hash_once)
-            fields = png_fields(last.args, job, last.args.seed, last.size, used, self.base)
-            picture = write_new(to_image(last.x), self.args.out / "pad.png", fields)
+        used = fingerprints(last.args, job.conditions, hash_once)
+        fields = png_fields(last.args, job, last.args.seed, last.size, used, self.base)
+        picture = write_new(to_image(last.x), self.args.out / "pad.png", fields)
         return dict(files=[str(file) for file in (picture, *files)],
                     command=shell_command(["python", "sample.py", "--from", picture]))
