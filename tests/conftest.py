@@ -51,11 +51,12 @@ def draw(run_script, tmp_path, bps_file):
     counter = itertools.count()
 
     def run(*arguments, bps=bps_file):
-        out = tmp_path / f"drawn{next(counter)}"
-        given = [] if {"--bps", "--from"} & set(arguments) else ["--bps", bps]
-        steps = [] if "--from" in arguments else ["--steps", 2]
-        run_script(sample, "--device", "cpu", "--out", out, *steps, *given, *arguments)
-        return out
+        defaults = {"--out": tmp_path / f"drawn{next(counter)}", "--device": "cpu"}
+        if "--from" not in arguments:
+            defaults |= {"--bps": bps, "--steps": 2}
+        missing = [option for option in defaults if option not in arguments]
+        run_script(sample, *itertools.chain(*((o, defaults[o]) for o in missing)), *arguments)
+        return defaults["--out"]
 
     return run
 

@@ -223,12 +223,23 @@ def test_a_saved_bps_comes_back_with_config_and_metadata(parts, tmp_path):
     assert (tmp_path / "bps.safetensors").read_bytes() == first
 
 
-@pytest.mark.parametrize("size", [dict(norm_groups=0), dict(cond_channels=-1)], ids=str)
-def test_a_bps_file_of_senseless_sizes_is_refused_in_one_line(size, parts, tmp_path):
-    config = json.dumps(dataclasses.asdict(parts[1].config) | size)
-    config = json.dumps(dict(config=json.loads(config), training={}))
-    save_file(parts[1].state_dict(), tmp_path / "bad.safetensors", dict(bps=config))
-    with pytest.raises(UserError, match="bad.safetensors: "):
+@pytest.mark.parametrize("config, training, message", [
+    (dict(norm_groups=0), {}, "norm_groups must be like 32, got 0"),
+    (dict(blocks_per_level=10**6), {}, "no BPS has these sizes .2000000 layers in 86 tensors"),
+    (dict(input_weights=["16", "8"]), {}, "input_weights must be like"),
+    (dict(input_weights=16.0), {}, "input_weights must be like"),
+    (dict(middle_weight=[16.0]), {}, "middle_weight must be like 16.0"),
+    (dict(foot=1), {}, "foot must be like 'faithful', got 1"),
+    ({}, dict(task=["sketch"]), "task must be like 'sketch'"),
+    ({}, dict(size=64.0), "size must be like 512, got 64.0"),
+    ({}, dict(classes={"#000000": 5}), "classes must be like"),
+    ({}, dict(classes=[1]), "is not a BPS file")], ids=str)
+def test_a_bps_file_that_makes_no_sense_is_refused_in_one_line(config, training, message, parts,
+                                                               tmp_path):
+    config = json.loads(json.dumps(dataclasses.asdict(parts[1].config))) | config
+    save_file(parts[1].state_dict(), tmp_path / "bad.safetensors",
+              dict(bps=json.dumps(dict(config=config, training=training))))
+    with pytest.raises(UserError, match=message):
         load_bps(tmp_path / "bad.safetensors")
 
 

@@ -1,5 +1,6 @@
 """A user's mistake is one line on stderr and exit code 2, in every script; nothing is written."""
 import shlex
+import shutil
 
 import pytest
 
@@ -11,12 +12,13 @@ from studies import base as base_study
 from studies import cost, figures, rivals, toy, wiring
 
 LAST_SEED = MAX_SEEDS - 1
-# Run in a folder that contains an empty folder `empty`, and a text in `a.md`.
+# Run in a folder that contains `empty`, `long` and `a.md`, see below.
 ERRORS = [
     # values of a wrong kind or out of range
-    (train, "--steps 0", "--steps: must be at least 1, got 0"),
+    (train, "--steps 0", "--steps: must be in [1, 1000000], got 0"),
+    (train, f"--batch 1{'0' * 22}", f"--batch: must be in [1, 1000000], got 1{'0' * 22}"),
     (train, "--lr -1", "--lr: must be in [1e-09, 1], got -1"),
-    (train, "--seed -3", "--seed: must be in 0..2147483647, got -3"),
+    (train, "--seed -3", "--seed: must be in [0, 2147483647], got -3"),
     (train, "--task nonsense", "--task: invalid choice: 'nonsense'"),
     (train, "--foot none", "--foot: invalid choice: 'none'"),
     (train, "--prompt-drop 0.1", "unrecognized arguments: --prompt-drop"),
@@ -30,7 +32,6 @@ ERRORS = [
     (train, "--weights 1,2", "port weights must be 5 numbers for this base"),
     (sample, "--steps 1000", "--steps: must be in [1, 999], got 1000"),
     (sample, "--n 0", "--n: must be in [1, 10000], got 0"),
-    (sample, "--batch 0", "--batch: must be at least 1, got 0"),
     (sample, "--size 64x", "--size: must be WIDTHxHEIGHT or one number, got 64x"),
     (sample, "--size 30x64", "--size must be multiples of 4 for this base, got 30x64"),
     (sample, "--strength nan", "--strength: must be in [-1000, 1000], got nan"),
@@ -42,14 +43,16 @@ ERRORS = [
     (sample, "--prompt --n 1", "expected one argument. Write --option=VALUE"),
     (sample, "--prompt caf\udce9", "--prompt: must be UTF-8, got 'caf\\udce9'"),
     (sample, f"--seed {LAST_SEED} --n 2", "--seed plus --n must be at most 2147483648"),
-    (pad, "--port 99999", "--port must be in 0..65535, got 99999"),
+    (pad, "--port 99999", "--port: must be in [0, 65535], got 99999"),
     (rivals, "--task layout", "--task: invalid choice: 'layout'"),
     (toy, "bits --effort 0", "--effort must be in (0, 1], got 0"),
-    (cost, "--repeat 0", "--repeat: must be at least 1, got 0"),
     (cost, "--only nonsense", "--only: invalid choice: 'nonsense'"),
     (figures, "nonsense", "figure: invalid choice: 'nonsense'"),
     (wiring, "--table --cond-channels 2", "--cond-channels: invalid choice: 2"),
-    # options that need or exclude others
+    # options that are given twice, and options that need or exclude others
+    (train, "--data a --data=b", "--data must be given once"),
+    (sample, "--cond a --seed 1 --cond b", "--cond must be given once. Several values go after"),
+    (rivals, "--done --done", "--done must be given once"),
     (train, "--extract", "--extract needs --data"),
     (train, "--check-data", "--check-data needs --data"),
     (train, "--default-prompt -cat", "--default-prompt needs --data"),
@@ -75,10 +78,11 @@ ERRORS = [
     (train, "--data empty", "empty has no pairs. It must contain prompt.json"),
     (sample, "--bps nowhere.safetensors", "nowhere.safetensors is missing"),
     (sample, "--bps empty", "empty is a folder"),
-    (sample, "--bps a.md", "a.md can't be read as a safetensors file"),
+    (sample, "--bps a.md", "a.md is no complete safetensors file"),
     (sample, "--cond nowhere.png", "nowhere.png is missing"),
     (sample, "--cond a.md", "a.md can't be read as an image"),
     (sample, "--cond empty", "--cond empty has no images"),
+    (sample, "--cond long", "--cond long: names must have at most 200 bytes, got xxx"),
     (sample, "--init nowhere.png", "nowhere.png is missing"),
     (sample, "--mask nowhere.png", "nowhere.png is missing"),
     (sample, f"--from '{DEFAULT_DRAWING}'", "drawing.png: does not say how it was drawn"),
@@ -86,7 +90,7 @@ ERRORS = [
     (figures, "strip --bps nowhere", "nowhere is missing"),
     (base_study, "--bps nowhere", "nowhere is missing"),
     (rivals, "--done --record a.jsonl", "a.jsonl has no results of this study"),
-    (wiring, "--table --base a.md", "a.md can't be read as a safetensors file"),
+    (wiring, "--table --base a.md", "a.md is no complete safetensors file"),
     # folders to write
     (train, "--out a.md/run", "--out must be a folder, got a.md/run"),
     (train, "--cache a.md", "--cache must be a folder, got a.md"),
@@ -101,16 +105,25 @@ ERRORS = [
 ]
 
 
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The current folder: `empty`, `a.md`, and `long` with a picture of a name of 246 bytes."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("empty", "long"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "a.md").write_text("no image, and no weights")
+    shutil.copy(DEFAULT_DRAWING, tmp_path / "long" / f"{'x' * 246}.png")
+    return tmp_path
+
+
 @pytest.mark.parametrize("module, arguments, message", ERRORS, ids=lambda value: getattr(
     value, "__name__", ascii(value)))
 def test_a_mistake_is_one_line_and_nothing_is_written(module, arguments, message, run_script,
-                                                      tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "a.md").write_text("no image, and no weights")
+                                                      folder, capsys):
+    before = sorted(folder.rglob("*"))
     with pytest.raises(SystemExit) as stop:
         run_script(module, *shlex.split(arguments))
     printed = capsys.readouterr().err
     assert stop.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
     assert message in printed
-    assert sorted(file.name for file in tmp_path.rglob("*")) == ["a.md", "empty"]
+    assert sorted(folder.rglob("*")) == before

@@ -15,7 +15,7 @@ import train
 from bps import build_bps, config_for
 from data import LatentCache, load_pairs
 from inputs.options import BASE, DTYPES, ROOT, usable_device
-from inputs.processes import Processes, join_processes
+from inputs.processes import TORCHRUN, Processes, join_processes
 from weights import UserError
 
 # the rate for SD 1.5: at 1e-3 AdamW's first steps amplify rounding to 1 % of a loss in 20 steps
@@ -67,12 +67,16 @@ def process(rank, count, port, folder):
 
 # ---- devices and shards --------------------------------------------------------------------
 
-@pytest.mark.parametrize("device, message", [
-    ("mps", "--device must be cpu or cuda with torchrun, got mps"),
-    ("cuda:0", "--device must be cuda with torchrun, got cuda:0")])
-def test_several_processes_on_one_gpu_are_refused(device, message, monkeypatch):
-    for name, value in dict(RANK="0", WORLD_SIZE="2").items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize("device, missing, message", [
+    ("mps", None, "--device must be cpu or cuda with torchrun, got mps"),
+    ("cuda:0", None, "--device must be cuda with torchrun, got cuda:0"),
+    ("cpu", "WORLD_SIZE", "WORLD_SIZE must be set if RANK is. Start several processes with"),
+    ("cpu", "MASTER_ADDR", "MASTER_ADDR must be set if RANK is")])
+def test_processes_that_cannot_train_together_are_refused(device, missing, message, monkeypatch):
+    for name in TORCHRUN:
+        monkeypatch.setenv(name, "2")
+    if missing:
+        monkeypatch.delenv(missing)
     with pytest.raises(UserError, match=message):
         join_processes(device)
 
@@ -133,7 +137,7 @@ def run(command, *arguments):
                           capture_output=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
 
 
-TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
+LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
 STOPPED = """
 import train
 save = train.Training.save
@@ -157,7 +161,7 @@ def test_a_run_of_one_process_resumes_in_two(tmp_path):
     assert done.returncode == 0, done.stderr
     run(["-c", STOPPED], *arguments, halves)
     assert (halves / "checkpoint.safetensors").exists()
-    done = run(TORCHRUN, *arguments, halves)
+    done = run(LAUNCHER, *arguments, halves)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 2" in done.stdout and done.stdout.count("run: ") == 1
     one, two = (load_file(folder / "bps.safetensors") for folder in (whole, halves))
@@ -169,7 +173,7 @@ def test_a_run_of_one_process_resumes_in_two(tmp_path):
 
 @pytest.mark.slow
 def test_an_error_in_all_processes_is_printed(tmp_path):
-    done = run(TORCHRUN, "--batch", 1, "--out", tmp_path / "run")
+    done = run(LAUNCHER, "--batch", 1, "--out", tmp_path / "run")
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert set(lines) == {"error: --batch must be at least processes x --accumulate = 2, got 1."}
     assert done.returncode != 0 and not (tmp_path / "run").exists()

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 import train
 import weights
 from bps import load_bps
+from inputs.files import write_json
 from inputs.options import ROOT
-from inputs.run_folder import lock
+from inputs.run_folder import choose_out, lock
 from measure import curve
 
 OPTIONS = ["--steps", "4", "--batch", "2", "--save-every", "2", "--lr", "1e-2", "--device", "cpu"]
@@ -30,7 +31,7 @@ from measure import report
 report.SAMPLING, report.VALIDATION_T = diffusion.Sampling(steps=2), (500,)
 phase, count, moment = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 owner, name = {"caching": (train, "LatentCache"), "training": (train, "require_finite"),
-               "validation": (train, "paired_errors"), "checkpoint": (weights, "save_training"),
+               "validation": (train, "paired_errors"), "checkpoint": (weights, "save_training"), "writing": (weights, "save_file"),
                "best": (train, "save_bps"), "curve": (train, "draw_curve"),
                "report": (train, "report"), "none": (data, "open_pair")}[phase]
 function, calls = getattr(owner, name), iter(range(10**6))
@@ -82,7 +83,7 @@ def undisturbed(pairs, tmp_path_factory):
 @pytest.mark.parametrize("phase, count, moment", [
     ("caching", 2, "before"), ("training", 3, "before"), ("training", 3, "after"),
     ("validation", 3, "before"), ("checkpoint", 1, "before"), ("checkpoint", 1, "after"),
-    ("checkpoint", 2, "after"), ("best", 1, "after"), ("curve", 1, "before"),
+    ("checkpoint", 2, "after"), ("writing", 4, "after"), ("best", 1, "after"), ("curve", 1, "before"),
     ("report", 1, "before"), ("report", 1, "after")])
 def test_a_run_killed_in_any_phase_ends_with_the_same_bytes(pairs, undisturbed, tmp_path, phase,
                                                             count, moment):
@@ -91,6 +92,7 @@ def test_a_run_killed_in_any_phase_ends_with_the_same_bytes(pairs, undisturbed, 
     assert killed.returncode == -signal.SIGKILL, errors
     assert finish(pairs, tmp_path / "run") == undisturbed
     assert not (tmp_path / "run-2").exists()
+    assert not list(tmp_path.rglob(".*"))               # nor what was half-written
 
 
 # ---- in this process -----------------------------------------------------------------------
@@ -140,6 +142,37 @@ def test_the_weights_of_the_lowest_validation_loss_are_kept(run, tmp_path, monke
     assert any(not torch.equal(saved[2][key], saved[4][key]) for key in tensors)
     best = load_bps(tmp_path / "run" / "bps.safetensors").metadata["best"]
     assert best == dict(step=2, loss=pytest.approx(0.3))
+
+
+@pytest.mark.parametrize("spoil", [Path.unlink, lambda file: file.write_bytes(b"cut")],
+                         ids=["moved away", "cut"])
+def test_lost_best_weights_are_noticed_before_the_training(run, tmp_path, monkeypatch, capsys,
+                                                           spoil):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    losses, errors = iter([0.5, 0.3, 0.4] + [0.5] * 9), train.paired_errors    # step 2 is best
+    monkeypatch.setattr(train, "paired_errors", lambda *a: errors(*a) * 0 + next(losses))
+    monkeypatch.setattr(train, "report", interrupted)
+    with pytest.raises(SystemExit):
+        run(tmp_path / "run")
+    spoil(tmp_path / "run" / "bps.safetensors")
+    with pytest.raises(SystemExit) as stop:
+        run(tmp_path / "run")
+    printed = capsys.readouterr().err
+    assert stop.value.code == 2 and "The run's best weights were in it: put it back" in printed
+
+
+def test_a_finished_run_is_left_alone_even_without_its_bps(tmp_path):
+    out, record = tmp_path / "run", dict(task="sketch")
+    out.mkdir()
+    write_json(record, out / "args.json")
+    assert choose_out(out, record) == out               # stopped before its first checkpoint
+    (out / "log.jsonl").touch()
+    assert choose_out(out, record) == tmp_path / "run-2"
+    (out / "checkpoint.safetensors").touch()
+    assert choose_out(out, record) == out
+    assert choose_out(out, dict(task="layout")) == tmp_path / "run-2"
 
 
 @pytest.mark.parametrize("owner, name", [

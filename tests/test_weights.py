@@ -4,6 +4,8 @@ import json
 import random
 import shutil
 import struct
+import subprocess
+import sys
 
 import pytest
 import references
@@ -101,11 +103,24 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="a.json can't be written .No space left"):
         with weights.replacing(file):
             raise OSError(errno.ENOSPC, "No space left on device")
+    (tmp_path / ".b").mkdir()                               # a killed process left it behind,
+    (tmp_path / ".b" / ".tmpX2b1").write_text("half")       # where safetensors writes
     weights.save({}, tmp_path / "b", {})
     assert (tmp_path / "b").stat().st_mode == file.stat().st_mode
     (tmp_path / "b").unlink()
     write_json(dict(a=2), file)
     assert read_json(file) == dict(a=2) and list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name", ["it's $(touch ran).ckpt", "x'); open('ran', 'w'); ('.pt"])
+def test_the_command_for_a_pickle_runs_nothing_of_its_name(name, tmp_path):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError, match="is a pickle") as error:
+        weights.read_header(tmp_path / name)
+    command = str(error.value).partition("you trust: ")[2].replace("python", sys.executable, 1)
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
+    assert "UnpicklingError" in done.stderr                 # it was opened, and is none
+    assert [file.name for file in tmp_path.iterdir()] == [name]
 
 
 def test_a_training_resumes_with_its_own_count_of_updates(tmp_path):
