@@ -80,7 +80,7 @@ class Checkpoint(NamedTuple):
             layers = (config.layers if hasattr(config, "layers") else
                       len(config.channels) * config.blocks_per_level)
             if layers > len(self.state):
-                raise ValueError(f"{layers} layers, {len(self.state)} tensors")
+                raise ValueError(f"{layers} layers in {len(self.state)} tensors")
             with torch.device("meta"):
                 module = Module(config)
         except MALFORMED as error:

@@ -231,10 +231,11 @@ def write_tokenizer(folder, vocab, merges, pad=None):
         (folder / "tokenizer_config.json").write_text(json.dumps(dict(pad_token=pad)))
 
 
-def write_random_bps(file, task, **metadata):
-    """Write a BPS file of a task for the embedded base; random ports make it steer."""
+def write_random_bps(file, task, config=None, /, **metadata):
+    """Write a BPS file of a task; random ports make it steer. config: by default the base's."""
     torch.manual_seed(0)
-    bps = BPS(config_for(checkpoints.load_unet(BASE).config, TASKS[task].channels, factor=4))
+    config = config or config_for(checkpoints.load_unet(BASE).config, TASKS[task].channels, 4)
+    bps = BPS(config)
     for port in bps.zero_blocks:
         if port is not None:
             torch.nn.init.normal_(port.weight, std=0.002)

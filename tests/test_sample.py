@@ -6,12 +6,13 @@ import shutil
 
 import numpy as np
 import pytest
+import references
 import torch
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 import diffusion
 import sample
-from bps import BPS, BPSConfig, config_for, load_bps, save_bps
+from bps import BPSConfig, config_for, load_bps, save_bps
 from inputs import options, pictures
 from inputs.conditions import crop, open_image, read_mask, to_x
 from inputs.options import DEFAULT_BPS, DEFAULT_DRAWING
@@ -345,15 +346,14 @@ def test_a_folder_of_conditions_is_drawn_each_with_its_own_prompt(draw, pixels, 
     ({}, dict(prediction_type="v_prediction"), "for prediction type v_prediction, but"),
     ({}, dict(task="layout"), "does not say what it was trained for"),
     ({}, dict(task="nonsense"), "does not say what it was trained for"),
-    ({}, dict(size="64"), "does not say what it was trained for"),
-    ({}, dict(classes=["face"]), "does not say what it was trained for"),
+    ({}, dict(size=66), "size must be a multiple of 4 with at most 16,777,216 pixels, got 66"),
+    ({}, dict(size=20_000), "pixels, got 20000"),
 ])
 def test_a_bps_that_does_not_fit_is_refused(config, metadata, message, draw, tmp_path, capsys):
     sizes = dict(channels=(64, 128, 192), factor=4, blocks_per_level=1,
                  input_weights=(16.0, 8.0, 4.0))
     file = tmp_path / "other.safetensors"
-    save_bps(BPS(BPSConfig(**sizes | config)), file,
-             dict(task="sketch", size=64, context_dim=128) | metadata)
+    references.write_random_bps(file, "sketch", BPSConfig(**sizes | config), **metadata)
     with pytest.raises(SystemExit) as stop:
         draw("--bps", file)
     assert stop.value.code == 2 and message in capsys.readouterr().err
@@ -367,8 +367,8 @@ def test_a_bps_of_other_weights_draws_with_a_note(draw, capsys):
 def test_a_class_that_was_not_trained_on_is_refused(draw, base, tmp_path, capsys):
     config = config_for(base.unet.config, 3, 4, port_weights="flat")
     file, image = tmp_path / "boxes.safetensors", Image.new("RGB", (100, 60))
-    save_bps(BPS(config), file, dict(task="layout", size=64, context_dim=128,
-                                     classes={"#000000": "ground", "#ff0000": ""}))
+    references.write_random_bps(file, "layout", config,
+                                classes={"#000000": "ground", "#ff0000": ""})
     ImageDraw.Draw(image).rectangle((10, 10, 40, 40), fill=(255, 0, 0))
     image.save(tmp_path / "a.png")
     out = draw("--bps", file, "--cond", tmp_path / "a.png", "--n", 1)
