@@ -187,7 +187,7 @@ def check_ends(state):
     for file, name in last.items():
         with safe_open(file, "pt") as f:
             if not f.get_tensor(name).flatten()[-NUM_LAST:].float().any():
-                raise UserError(f"{file} ends in zeros, as if its download broke off: {name}. "
+                raise UserError(f"{file} ends in zeros ({name}), as if its download broke off. "
                                 f"Copy or download it again.")
 
 

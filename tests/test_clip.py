@@ -69,6 +69,14 @@ def test_a_tokenizer_json_alone_is_the_same_tokenizer(tmp_path, merges):
             load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("merges", ["", "#version: 0.2\n", "#version: 0.2\nr e\n"], ids=repr)
+def test_merges_that_are_cut_off_at_a_line_end_are_noticed(tmp_path, merges):
+    write_tokenizer(tmp_path)
+    (tmp_path / "merges.txt").write_text(merges)
+    with pytest.raises(UserError, match="merges of . tokens are missing, such as that of 'red</w>"):
+        load_tokenizer(tmp_path)
+
+
 def write_added(folder, kind, token, number):
     """Add a token to a tokenizer's folder in the manner of one of three programs."""
     entry = dict(content=token, normalized=True, special=False)

@@ -76,7 +76,7 @@ def test_absent_keys_of_a_config_are_sd15s():
     (WEIGHTS, lambda f: f.write_bytes(f.read_bytes()[:500]), "is no complete safetensors file"),
     (WEIGHTS, lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git-LFS"),
     (WEIGHTS, lambda f: f.write_bytes(f.read_bytes()[:-999].ljust(f.stat().st_size, b"\0")),
-     "ends in zeros, as if its download broke off"),
+     "ends in zeros .*, as if its download broke off"),
     (WEIGHTS, lambda f: f.write_bytes(f.read_bytes().replace(b'"F16"', b'"I16"')),
      "has type I16, not F32"),
     (WEIGHTS, lambda f: f.rename(f.with_suffix(".CKPT")), "pickle"),
