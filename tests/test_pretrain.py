@@ -1,9 +1,11 @@
 """The embedded base: its splits and captions, and its training, shortened: seeded, resumable."""
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from inputs import checkpoints
@@ -175,6 +177,18 @@ def test_each_stage_is_seeded_and_resumes_to_the_same_weights(run_stage, tmp_pat
     context = base.encode(["person, purple hair"])
     assert base.unet(torch.randn(1, 4, 16, 16), torch.tensor([5]), context).isfinite().all()
     assert base.vae.config.scaling_factor > 0 and (whole / "model" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_unet_starts_from_the_base_and_draws_sheets(run_stage, base, tmp_path, monkeypatch):
+    shutil.copytree(BASE, tmp_path / "model")
+    monkeypatch.setattr(pretrain, "SHEET_SECONDS", -1)
+    run_stage("unet", tmp_path, 1, "--init")
+    folder = tmp_path / "work" / "unet"
+    assert Image.open(folder / "drawn-0000000.png").width > 500
+    stored, key = load_file(folder / "checkpoint.safetensors"), "time_embed.0.weight"
+    torch.testing.assert_close(stored[f"model.{key}"], base.unet.state_dict()[key], atol=1e-4,
+                               rtol=0)                  # one step with a small rate
 
 
 def test_a_budget_must_be_positive(run_stage, tmp_path, capsys):

@@ -4,10 +4,11 @@
     python -m tiny.pretrain --stage vae --minutes 60
 
 It runs on CPU or GPU, resumes from tiny/work by itself, appends held-out numbers to
-tiny/work/STAGE/log.jsonl, and writes its part of the SD folder tiny/model at the end. `--minutes`
-is the budget of the stage, all its runs together; the learning rate falls to zero over the last
-quarter of it. All randomness is a function of (seed, step). The sizes of the networks are those of
-the config.json files in tiny/model.
+tiny/work/STAGE/log.jsonl, draws a sheet of held-out captions every half hour of the U-Net's
+training, and writes its part of the SD folder tiny/model at the end. `--minutes` is the budget of
+the stage, all its runs together; the learning rate falls to zero over the last quarter of it. All
+randomness is a function of (seed, step). The sizes of the networks are those of the config.json
+files in tiny/model.
 
 Shapes: B batch, H W rows and columns of the image.
 """
@@ -28,12 +29,14 @@ from tqdm import tqdm
 
 import clip
 import weights
-from diffusion import NoiseSchedule
+from bps import make_denoiser
+from diffusion import NoiseSchedule, draw_noise, sample
 from inputs import checkpoints
 from inputs.checkpoints import load_clip, load_tokenizer, load_vae
 from inputs.conditions import to_x
 from inputs.files import fingerprint, read_json, write_json, write_text
 from inputs.options import BASE, Parser, positive, run_script, seed_number
+from measure.report import contact_sheet
 from tiny import world
 from tiny.clip_score import BATCH, CLIPScore, save_score
 from unet import ResBlock, SpatialTransformer, UNet, UNetConfig
@@ -43,6 +46,8 @@ EMA_DECAY = 0.9995
 WARM_UP_STEPS = 200
 COOLDOWN = 0.25             # share of the budget over which the learning rate falls to zero
 SAVE_SECONDS = 240          # between two checkpoints
+SHEET_SECONDS = 1800        # between two sheets of pictures that the U-Net draws
+SHEET_ROWS = 24
 VOCAB_SIZE = 3000           # at most; the captions have fewer words
 KL_WEIGHT = 1e-4            # weight of the mean over latent elements: keeps the latents smooth
 EMPTY_SHARE = 0.1           # of the U-Net's prompts
@@ -367,6 +372,16 @@ class UNetStage:
         return dict(held_out=errors.mean().item(),
                     held_out_quarters=errors.view(4, -1).mean(dim=1).tolist())
 
+    @torch.inference_mode()
+    def draw_sheet(self, model, file):
+        """Write held-out pictures beside what the model draws from their captions."""
+        captions = list(map(world.full_caption, world.figures("val")[:SHEET_ROWS]))
+        denoise = make_denoiser(model, self.encode(captions), self.encode([""]), 3.0)
+        noise = draw_noise(range(SHEET_ROWS), self.held_out.shape[1:]).to(self.args.device)
+        *_, z = sample(denoise, noise, self.schedule, steps=20, sampler="dpm++2m")
+        true = self.vae.decode(self.held_out[:SHEET_ROWS].to(z))
+        contact_sheet([true, self.vae.decode(z)], ["true picture", "drawn"], captions, file)
+
     def export(self, model):
         """Write unet/, scheduler/ and model_index.json of the model folder."""
         export(model, self.checkpoint, self.args.out)
@@ -385,6 +400,8 @@ def train(stage, args):
     folder = args.work / args.stage
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "checkpoint.safetensors"
+    if args.init:
+        weights.load_strict(stage.model, stage.checkpoint).requires_grad_(True)
     model = stage.model.to(args.device, memory_format=FORMAT).train()
     ema = copy.deepcopy(model).requires_grad_(False).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=stage.rate, betas=(0.9, 0.99),
@@ -394,7 +411,7 @@ def train(stage, args):
         progress = weights.load_training(checkpoint, modules, "model", optimizer)
         print(f"resumed at step {progress['step']}, after {progress['seconds'] / 60:.1f} min")
     step, seconds, budget = progress["step"], progress["seconds"], args.minutes * 60
-    start, last_save, average = time.monotonic() - seconds, seconds, None
+    start, last_save, last_sheet, average = time.monotonic() - seconds, seconds, seconds, None
     bar = tqdm(desc=args.stage, initial=step, unit="step", mininterval=5)
     while True:
         is_done = seconds >= budget or step >= args.steps
@@ -407,6 +424,9 @@ def train(stage, args):
                 log.write(json.dumps(row) + "\n")
             bar.write(json.dumps(row))
             last_save = time.monotonic() - start
+        if seconds - last_sheet > SHEET_SECONDS and hasattr(stage, "draw_sheet"):
+            stage.draw_sheet(ema, folder / f"drawn-{step:07d}.png")
+            last_sheet = seconds
         if is_done:
             return ema
         warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
@@ -437,6 +457,8 @@ def main():
     add("--steps", type=positive, default=10**9, help="stop after this many steps (default: never)")
     add("--work", type=Path, default=BASE.parent / "work", help="checkpoints (default: tiny/work)")
     add("--out", type=Path, default=BASE, help="SD folder (default: tiny/model)")
+    add("--init", action="store_true", help="start from tiny/model instead of random weights (vae "
+        "and unet)")
     add("--fast", action="store_true", help="compute in bf16 and compile (needs a C++ compiler): "
         "1.9 times faster on CPUs with AMX")
     add("--seed", type=seed_number, default=0, help="(default: %(default)s)")
