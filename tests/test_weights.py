@@ -174,7 +174,6 @@ def load_text(path):
     return checkpoints.read_text(path).build(CLIPTextModel, CLIPTextConfig)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loaders", [(load_unet, load_vae, load_text), (load_bps,)],
                          ids=["single file", "BPS file"])
 def test_a_header_damaged_at_random_loads_or_is_rejected(loaders, tmp_path, bps_file):
@@ -184,7 +183,7 @@ def test_a_header_damaged_at_random_loads_or_is_rejected(loaders, tmp_path, bps_
     length = struct.unpack("<Q", content[:8])[0]
     assert all(loads_or_is_rejected(load, file) for load in loaders)
     rejected = 0
-    for i in range(200):
+    for i in range(100):
         header = json.loads(content[8:8 + length])
         if load_bps in loaders and i % 4:
             entry = json.loads(header["__metadata__"]["bps"])
@@ -195,24 +194,7 @@ def test_a_header_damaged_at_random_loads_or_is_rejected(loaders, tmp_path, bps_
         text = json.dumps(header).encode()
         file.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length:])
         rejected += not all([loads_or_is_rejected(load, file) for load in loaders])
-    assert rejected > 100
-
-
-@pytest.mark.filterwarnings("ignore:Initializing zero-element")
-@pytest.mark.parametrize("load, prefix", [*zip((load_unet, load_vae, load_text),
-                                               references.PREFIXES)])
-def test_shapes_changed_at_random_load_or_are_rejected(load, prefix, tmp_path):
-    pick, file = random.Random(0), tmp_path / "changed.safetensors"
-    shapes = small_file(file)
-    names = [name for name in shapes if name.startswith(prefix)]
-    for _ in range(60):
-        changed = dict(shapes)
-        for name in pick.sample(names, pick.choice((1, 1, 9))):
-            shape = list(shapes[name])
-            shape[pick.randrange(len(shape))] = pick.choice((0, 1, 3, 33, 64))
-            changed[name] = pick.choice(([], [0], shape, shape[:1], [*shape, 2]))
-        references.write_zeros(file, changed)
-        loads_or_is_rejected(load, file)
+    assert rejected > 50
 
 
 @pytest.mark.parametrize("name, load", [
