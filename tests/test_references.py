@@ -45,7 +45,7 @@ def test_every_name_of_sd15_is_renamed_as_diffusers_does():
 def test_every_name_of_sd2s_text_encoder_is_found_under_openclips_names():
     table = RECORD["names"]["openclip"]
     state = {name.removeprefix("cond_stage_model.model."): weights.Stored(
-        None, name, (3 * 1024, 1024) if "in_proj" in name else (1024,))
+        None, name, (3 * 1024, 1024) if "in_proj" in name else (1024,), "F16")
         for name, _ in table.values()}
     split = checkpoints.split_in_proj(state, 1024)
     assert len(table) == 372                        # 23 blocks of 16 tensors, and four

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 import diffusion
 import sample
-from bps import BPSConfig, config_for, load_bps, save_bps
+from bps import BPS, BPSConfig, config_for, load_bps, save_bps
 from inputs import options, pictures
 from inputs.conditions import crop, open_image, read_mask, to_x
 from inputs.options import DEFAULT_BPS, DEFAULT_DRAWING
