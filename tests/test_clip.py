@@ -71,7 +71,7 @@ def test_a_tokenizer_json_alone_is_the_same_tokenizer(tmp_path, merges):
 
 @pytest.mark.parametrize("merges", ["", "#version: 0.2\n", "#version: 0.2\nr e\n"], ids=repr)
 def test_merges_that_are_cut_off_at_a_line_end_are_noticed(tmp_path, merges):
-    write_tokenizer(tmp_path)
+    write_tokenizer(tmp_path, VOCAB, MERGES)
     (tmp_path / "merges.txt").write_text(merges)
     with pytest.raises(UserError, match="merges of . tokens are missing, such as that of 'red</w>"):
         load_tokenizer(tmp_path)

@@ -126,13 +126,14 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
         assert (tmp_path / "run").is_dir()
 
 
-def test_the_weights_of_the_lowest_validation_loss_are_kept(run, tmp_path, monkeypatch):
+def test_the_average_of_the_lowest_validation_loss_is_kept(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "FEW_PAIRS", 1)
     losses, errors = iter([0.5, 0.3, 0.4]), train.paired_errors         # of the base, steps 2 and 4
     monkeypatch.setattr(train, "paired_errors", lambda *a: errors(*a) * 0 + next(losses))
     saved, save = {}, train.Training.save
 
     def noted(self, step, *arguments):
-        saved[step] = {key: tensor.half() for key, tensor in self.bps.state_dict().items()}
+        saved[step] = {key: tensor.half() for key, tensor in self.average.state_dict().items()}
         save(self, step, *arguments)
 
     monkeypatch.setattr(train.Training, "save", noted)
@@ -154,6 +155,7 @@ def test_lost_best_weights_are_noticed_before_the_training(run, tmp_path, monkey
     losses, errors = iter([0.5, 0.3, 0.4] + [0.5] * 9), train.paired_errors    # step 2 is best
     monkeypatch.setattr(train, "paired_errors", lambda *a: errors(*a) * 0 + next(losses))
     monkeypatch.setattr(train, "report", interrupted)
+    monkeypatch.setattr(train, "FEW_PAIRS", 1)
     with pytest.raises(SystemExit):
         run(tmp_path / "run")
     spoil(tmp_path / "run" / "bps.safetensors")
