@@ -43,7 +43,7 @@ from weights import UserError, is_finite
 DEFAULT_PROMPT = "person, purple hair, light skin, blue clothes, avataaars style, on white"
 DEFAULTS = diffusion.Sampling()
 SD_GUIDANCE = 7.5
-SIDE_BY_SIDE = 8                # pictures that share the passes of BPS and are written together
+SIDE_BY_SIDE = 4                # pictures that share the passes of BPS and are written together
 PROMPTS_AT_A_TIME = 16
 MAX_NAME = 200                  # bytes of a condition's name, which the pictures' names begin with
 FAR_OUTSIDE = 10                # mean of |x|, which is about 1 at most

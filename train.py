@@ -288,7 +288,7 @@ def example_condition(task, cache):
 
 def sampling_command(args, file, drawing, prompt):
     """The command that draws with a trained BPS on the base of these options."""
-    argv = ["python", "sample.py", "--bps", file, "--cond", drawing, "--prompt", prompt]
+    argv = ["python", "sample.py", "--bps", file, "--cond", drawing, f"--prompt={prompt}"]
     argv += ["--base", args.base] if args.base != BASE else []
     for name in ("tokenizer", "vae", "prediction_type"):
         value = getattr(args, name)
