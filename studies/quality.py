@@ -1,50 +1,86 @@
-"""How good are drawn pictures? What the embedded base's CLIP sees in them, beside true ones.
+"""What is a trained network worth? Losses and drawn pictures on held-out pairs, and comparisons.
+
+Pictures are measured against their conditions, their prompts, and the true pictures, by what the
+embedded base's CLIP sees in them. Methods that drew for the same pairs, from the same noises, are
+compared pair by pair: what these pairs do to both cancels, which decides smaller differences.
+
+    numbers = evaluate(base, cache, network, seed=0)
+    difference, error = paired_difference(numbers["distances"], others["distances"])
 
 Shapes: n pictures, D width.
 """
+import functools
+
 import numpy as np
 import torch
 
 from inputs.conditions import to_x
+from measure.obedience import meter_for, prompt_fidelity
+from measure.report import draw_pairs, mean_and_error, paired_squares, summarize
+from tiny import world
+from tiny.clip_score import Reader
+
+reader = functools.cache(Reader)
 
 
-def true_features(reader, cache, count):
-    """Features (count, D) of the first true pictures of a LatentCache, by a Reader."""
-    return reader.embed_pictures(torch.stack([to_x(cache.image(i)) for i in range(count)]))
+def distance_shares(drawn, true):
+    """The share (n,) of each pair in the kernel distance, which is the mean of the shares.
 
+    It is the squared maximum mean discrepancy between two laws, unbiased, so about 0 if they are
+    equal. drawn, true: features (n, D). Drawn i was made from what belongs to true i, so the two
+    are not independent and k(drawn i, true i) is left out. The kernel is Gaussian; its width is the
+    median distance within the true ones. Sources: A Kernel Two-Sample Test, JMLR 13 (2012),
+    equation 4, on the features of a CLIP as arXiv 2401.09603 has it.
 
-def kernel_distance(drawn, true, paired=True):
-    """The squared maximum mean discrepancy between two laws, unbiased, so about 0 if equal.
-
-    drawn: features (n, D). true: (m, D). paired: whether drawn i was made from what belongs to true
-    i, so that the two are not independent and k(drawn i, true i) is left out. The kernel is
-    Gaussian; its width is the median distance within the true ones. Sources: A Kernel Two-Sample
-    Test, JMLR 13 (2012), equations 3 and 4, on the features of a CLIP as arXiv 2401.09603 has it.
+    The shares are the jackknife's pseudo-values. Their standard error is that of the distance, and
+    that of the differences between two methods' shares is that of the difference of distances.
     """
-    width = torch.pdist(true).median()
+    n, width = len(true), torch.pdist(true).median()
 
     def kernel(a, b):
-        """k (n, m) of features (n, D) and (m, D)."""
+        """k (n, n) of features (n, D)."""
         return (-(torch.cdist(a, b) / width) ** 2 / 2).exp()
 
-    def mean_between_different(a, b):
-        """The mean of k over all pairs of two different rows."""
-        k = kernel(a, b)
-        return (k.sum() - k.diagonal().sum()) / (len(a) * (len(a) - 1))
-
-    between = mean_between_different(drawn, true) if paired else kernel(drawn, true).mean()
-    return (mean_between_different(drawn, drawn) + mean_between_different(true, true)
-            - 2 * between).item()
+    h = kernel(drawn, drawn) + kernel(true, true) - kernel(drawn, true) - kernel(true, drawn)
+    means = (h.sum(1) - h.diagonal()) / (n - 1)             # of h(i, j) over j that are not i
+    return means.mean() + 2 * (n - 1) / (n - 2) * (means - means.mean())
 
 
-def distance_and_error(drawn, true, paired=True):
-    """[kernel distance, its standard error by the jackknife], as kernel_distance does.
+def paired_difference(values, others):
+    """(mean of values minus that of others, its standard error), both for the same n pairs."""
+    return mean_and_error(torch.as_tensor(values) - torch.as_tensor(others))
 
-    If they are paired, true i is left out with drawn i.
+
+def judge(x, cache):
+    """Numbers (a dict) of pictures x (n, 3, H, W) drawn for all pairs of a LatentCache.
+
+    obedience: {measure: value}. colours: the share that is as the prompt says. distance: kernel
+    distance and its standard error. distances: each pair's share in it.
     """
-    n = len(drawn)
-    without_one = []
-    for i in range(n):
-        others = torch.arange(n) != i
-        without_one.append(kernel_distance(drawn[others], true[others] if paired else true, paired))
-    return [kernel_distance(drawn, true, paired), float(np.std(without_one) * (n - 1) ** 0.5)]
+    names, rows = [pair.name for pair in cache.pairs], range(len(x))
+    true = torch.stack([to_x(cache.image(i)) for i in rows])
+    shares = distance_shares(reader().embed_pictures(x), reader().embed_pictures(true))
+    colours = prompt_fidelity(x, list(map(world.figure, names)))
+    return dict(obedience=meter_for(cache.task, embedded=True)(x, cache.cond(rows), names),
+                colours=float(np.mean(list(colours.values()))), distance=mean_and_error(shares),
+                distances=[round(share, 5) for share in shares.tolist()])
+
+
+@torch.inference_mode()
+def evaluate(base, cache, network, seed):
+    """All numbers (a dict) of a trained network, or of the base alone (None), on held-out pairs.
+
+    What summarize and judge return, and calibrated_gain: the gain at the strength of the lowest
+    loss, with its standard error. gains: the gain of each pair.
+    """
+    numbers = judge(draw_pairs(base, cache, network, len(cache.pairs), seed), cache)
+    if network is None:
+        return numbers
+    squares = paired_squares(base, cache, network)
+    numbers |= summarize(squares, base.schedule, cache.rows("mean", [0]).numel())
+    prior, steered, _, steering = squares.mean(2)
+    gains, strength = prior - steered, numbers["strength"][0]
+    # the loss is a parabola in the strength: see measure/bits.py
+    calibrated = strength * (gains + steering) - strength**2 * steering
+    return numbers | dict(calibrated_gain=mean_and_error(calibrated),
+                          gains=[round(gain, 7) for gain in gains.tolist()])

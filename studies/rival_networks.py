@@ -1,4 +1,4 @@
-"""BPS's rivals, each wired as its authors wire it, at the embedded base's size.
+"""BPS's rivals, each wired as its authors wire it, at the embedded base's size; BPS without a part.
 
 | method | sees | enters the U-Net |
 |---|---|---|
@@ -6,32 +6,38 @@
 | T2I-Adapter (arXiv 2302.08453) | condition | the end of each level of the contracting path, once |
 | fine-tuning | all | every weight; the condition is further channels of the input |
 | LoRA (arXiv 2106.09685) | all | low-rank terms of the attention's layers; the same input |
+| output term (DEFT, arXiv 2406.01781) | all but the text | nowhere: it is added to eps |
 
 "All" is the condition, z_t, t and the text. A rival has the face of a BPS, rival(cond, t_emb) ->
 maps, and stands with the frozen U-Net in a RivalUNet, so that training, validation and drawing run
-as they do for BPS.
+as they do for BPS. All parameters of a rival are trained; none belongs to the frozen U-Net.
 
 Shapes: B batch, C channels, H W rows and columns of the latent, f the autoencoder's factor.
 """
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from bps import BPS, zero_conv
+from diffusion import NoiseSchedule
 from unet import CrossAttention, UNet, timestep_embedding
 
 HINT_CHANNELS = (16, 32, 96, 256)   # ControlNet's condition encoder, from size to size
+LORA_RANK = 16
+LAST_T = 999
 
 
 class RivalUNet(nn.Module):
     """The frozen U-Net, which predicts as the rival does where it is given the rival's maps."""
 
-    def __init__(self, unet, rival):
+    def __init__(self, unet, rival, time=None):
+        """time: a function of the timesteps (B,) that gives those to predict at, if others."""
         super().__init__()
-        self.unet, self.config = unet, unet.config
+        self.unet, self.config, self.time = unet, unet.config, time
         self.time_embedding = unet.time_embedding
         self.predict = rival.predict            # a bound method, so that its weights stay its own
 
@@ -39,8 +45,35 @@ class RivalUNet(nn.Module):
         """eps (B, 4, H, W)."""
         if maps is None:
             return self.unet(z_t, t, context)
-        return self.predict(self.unet, z_t, t, context, maps)
+        return self.predict(self.unet, z_t, self.time(t) if self.time else t, context, maps)
 
+
+def cubic_time(t):
+    """T2I-Adapter's timesteps (1 - u^3) 1000 for uniform ones t = 1000 u: most are noisy."""
+    return ((1 - (t / (LAST_T + 1)) ** 3) * (LAST_T + 1)).long().clamp(max=LAST_T)
+
+
+class CubicSchedule(NoiseSchedule):
+    """A schedule with the noise levels of cubic_time(t) at the timesteps t."""
+
+    def signal_and_noise(self, t, like):
+        """alpha and sigma as NoiseSchedule returns them."""
+        return super().signal_and_noise(cubic_time(t), like)
+
+
+def base_with(base, network, cubic=False):
+    """The base that predicts as a network does: a rival needs another U-Net, BPS does not.
+
+    cubic: for training, at T2I-Adapter's timesteps.
+    """
+    if not hasattr(network, "predict"):
+        return base
+    if cubic:
+        base = base._replace(schedule=CubicSchedule(**asdict(base.schedule)))
+    return base._replace(unet=RivalUNet(base.unet, network, cubic_time if cubic else None))
+
+
+# ---- networks beside the frozen U-Net ------------------------------------------------------
 
 def predict_with(unet, z_t, t, context, on_path=None, on_skips=None, on_middle=0.0):
     """eps (B, 4, H, W) of a U-Net to which maps are added once each.
@@ -63,28 +96,23 @@ def predict_with(unet, z_t, t, context, on_path=None, on_skips=None, on_middle=0
 
 
 class ControlNet(nn.Module):
-    """A trainable copy of contracting path and middle, which sees z_t and the text, too."""
+    """A trained copy of contracting path and middle, which sees z_t and the text, too."""
 
-    def __init__(self, unet, cond_channels, factor, width=1.0):
-        """width: of the copy, relative to the U-Net; one that is not 1 starts at random."""
+    def __init__(self, unet, cond_channels, factor):
         super().__init__()
-        channels = tuple(16 * round(c * width / 16) for c in unet.config.channels)
-        half = copy.deepcopy(unet) if width == 1 else UNet(
-            replace(unet.config, channels=channels, norm_groups=16))
-        self.time_embed, self.input_blocks = half.time_embed, half.input_blocks
-        self.middle_block = half.middle_block
-        self.sinusoids = channels[0]
+        self.time_embed, self.input_blocks, self.middle_block = copy.deepcopy(
+            nn.ModuleList([unet.time_embed, unet.input_blocks, unet.middle_block]))
+        self.requires_grad_(True)
         # pictures to latents' size: a stride of 2 until f is reached
+        base = unet.config.channels[0]
         layers = [nn.Conv2d(cond_channels, HINT_CHANNELS[0], 3, padding=1), nn.SiLU()]
         sizes = factor.bit_length() - 1
-        for here, there in zip(HINT_CHANNELS[:sizes], HINT_CHANNELS[1:]):
-            layers += [nn.Conv2d(here, here, 3, padding=1), nn.SiLU(),
-                       nn.Conv2d(here, there, 3, stride=2, padding=1), nn.SiLU()]
-        self.hint = nn.Sequential(*layers, zero_conv(HINT_CHANNELS[sizes], channels[0]))
-        shapes = list(zip(block_channels(half), block_channels(unet)))
-        self.zero_convs = nn.ModuleList(zero_conv(a, b, size=1) for a, b in shapes)
-        self.zero_middle = zero_conv(channels[-1], unet.config.channels[-1], size=1)
-        self.requires_grad_(True)
+        for c_in, c_out in zip(HINT_CHANNELS[:sizes], HINT_CHANNELS[1:]):
+            layers += [nn.Conv2d(c_in, c_in, 3, padding=1), nn.SiLU(),
+                       nn.Conv2d(c_in, c_out, 3, stride=2, padding=1), nn.SiLU()]
+        self.hint = nn.Sequential(*layers, zero_conv(HINT_CHANNELS[sizes], base))
+        self.zero_convs = nn.ModuleList(zero_conv(c, c, size=1) for c in block_channels(unet))
+        self.zero_middle = zero_conv(unet.config.channels[-1], unet.config.channels[-1], size=1)
 
     def forward(self, cond, t_emb):
         """The condition as a map that is added behind the copy's stem."""
@@ -92,7 +120,7 @@ class ControlNet(nn.Module):
 
     def predict(self, unet, z_t, t, context, maps):
         """eps of the U-Net with the copy's maps on its skips and its middle."""
-        t_emb = self.time_embed(timestep_embedding(t, self.sinusoids))
+        t_emb = self.time_embed(timestep_embedding(t, unet.config.channels[0]))
         h, on_skips = z_t, []
         for i, (block, zero) in enumerate(zip(self.input_blocks, self.zero_convs)):
             h = block(h, t_emb, context)
@@ -127,30 +155,24 @@ class AdapterBlock(nn.Module):
 
 
 class T2IAdapter(nn.Module):
-    """Four small levels, or as many as the U-Net has, whose ends are added to its contracting path.
-    """
+    """A small network with the U-Net's levels, whose ends are added to the contracting path."""
 
-    def __init__(self, unet, cond_channels, factor, width=1.0):
-        """width: of its residual blocks, relative to the U-Net's channels."""
+    def __init__(self, unet, cond_channels, factor):
         super().__init__()
-        self.factor, per_level = factor, unet.config.blocks_per_level + 1
-        narrow = [round(c * width) for c in unet.config.channels]
-        self.stem = nn.Conv2d(cond_channels * factor**2, narrow[0], 3, padding=1)
-        self.levels, self.outs = nn.ModuleList(), nn.ModuleList()
-        self.ends = [per_level * (level + 1) - 1 for level in range(len(narrow))]
-        for level, channels in enumerate(narrow):
-            before = narrow[max(0, level - 1)]
-            self.levels.append(nn.Sequential(AdapterBlock(before, channels),
-                                             AdapterBlock(channels, channels)))
-            self.outs.append(nn.Identity() if width == 1
-                             else nn.Conv2d(channels, unet.config.channels[level], 1))
+        channels, per_level = unet.config.channels, unet.config.blocks_per_level + 1
+        self.factor = factor
+        self.stem = nn.Conv2d(cond_channels * factor**2, channels[0], 3, padding=1)
+        self.ends = [per_level * (level + 1) - 1 for level in range(len(channels))]
+        self.levels = nn.ModuleList(
+            nn.Sequential(AdapterBlock(c_in, c), AdapterBlock(c, c))
+            for c_in, c in zip((channels[0], *channels), channels))
 
     def forward(self, cond, t_emb):
         """A map for the end of each level."""
         h, maps = self.stem(F.pixel_unshuffle(cond, self.factor)), []
-        for level, (blocks, out) in enumerate(zip(self.levels, self.outs)):
-            h = blocks(F.avg_pool2d(h, 2) if level else h)
-            maps.append(out(h))
+        for i, level in enumerate(self.levels):
+            h = level(F.avg_pool2d(h, 2) if i else h)
+            maps.append(h)
         return maps
 
     def predict(self, unet, z_t, t, context, maps):
@@ -158,57 +180,92 @@ class T2IAdapter(nn.Module):
         return predict_with(unet, z_t, t, context, dict(zip(self.ends, maps)))
 
 
-class FineTuned(nn.Module):
-    """A copy of the U-Net, all of it trained, with the condition as further input channels."""
+# ---- networks that see the condition as channels beside z_t --------------------------------
 
-    def __init__(self, unet, cond_channels, factor):
+class InputRival(nn.Module):
+    """A rival that is given the condition at the latent's size, as further channels."""
+
+    def __init__(self, factor):
         super().__init__()
-        self.factor, self.unet = factor, copy.deepcopy(unet).requires_grad_(True)
-        stem = self.unet.input_blocks[0][0]
-        wider = zero_conv(stem.in_channels + cond_channels * factor**2, stem.out_channels)
-        with torch.no_grad():
-            wider.weight[:, :stem.in_channels] = stem.weight
-            wider.bias.copy_(stem.bias)
-        self.unet.input_blocks[0][0] = wider
+        self.factor = factor
 
     def forward(self, cond, t_emb):
-        """The condition at the latent's size."""
+        """The condition as one map (B, f^2 C, H, W)."""
         return [F.pixel_unshuffle(cond, self.factor)]
+
+
+def beside(z_t, maps):
+    """z_t and the condition (B, 4 + f^2 C, H, W)."""
+    return torch.cat([z_t, maps[0].to(z_t).expand(len(z_t), -1, -1, -1)], dim=1)
+
+
+def widened(stem, channels):
+    """A copy of the U-Net's first layer with further input channels, which start at zero."""
+    wider = zero_conv(stem.in_channels + channels, stem.out_channels)
+    with torch.no_grad():
+        wider.weight[:, :stem.in_channels] = stem.weight
+        wider.bias.copy_(stem.bias)
+    return wider
+
+
+class FineTuned(InputRival):
+    """A copy of the U-Net, all of it trained."""
+
+    def __init__(self, unet, cond_channels, factor):
+        super().__init__(factor)
+        self.unet = copy.deepcopy(unet).requires_grad_(True)
+        self.unet.input_blocks[0][0] = widened(unet.input_blocks[0][0], cond_channels * factor**2)
 
     def predict(self, unet, z_t, t, context, maps):
         """eps of the copy; the frozen U-Net is not asked."""
-        cond = maps[0].to(z_t).expand(len(z_t), -1, -1, -1)
-        return self.unet(torch.cat([z_t, cond], dim=1), t, context)
+        return self.unet(beside(z_t, maps), t, context)
 
 
-class LowRank(nn.Module):
-    """A frozen linear layer plus a trained product of two thin ones that starts at zero."""
+class LoRA(InputRival):
+    """Products of thin matrices, which start at zero, for the attention's weights; a new stem."""
 
-    def __init__(self, layer, rank):
-        super().__init__()
-        self.layer = layer
-        self.down = nn.Linear(layer.in_features, rank, bias=False)
-        self.up = nn.Linear(rank, layer.out_features, bias=False)
-        nn.init.normal_(self.down.weight, std=1 / rank)
-        nn.init.zeros_(self.up.weight)
+    def __init__(self, unet, cond_channels, factor, rank=LORA_RANK):
+        super().__init__(factor)
+        self.stem = widened(unet.input_blocks[0][0], cond_channels * factor**2)
+        self.names = [f"{name}.{layer}.weight" for name, module in unet.named_modules()
+                      if isinstance(module, CrossAttention)
+                      for layer in ("to_q", "to_k", "to_v", "to_out.0")]
+        shapes = [unet.get_parameter(name).shape for name in self.names]
+        self.up = nn.ParameterList(torch.zeros(c_out, rank) for c_out, _ in shapes)
+        self.down = nn.ParameterList(torch.randn(rank, c_in) / rank for _, c_in in shapes)
 
-    def forward(self, h):
-        return self.layer(h) + self.up(self.down(h))
+    def predict(self, unet, z_t, t, context, maps):
+        """eps of the frozen U-Net with these terms added to its weights."""
+        changed = {f"input_blocks.0.0.{name}": p for name, p in self.stem.named_parameters()}
+        for name, up, down in zip(self.names, self.up, self.down):
+            changed[name] = unet.get_parameter(name) + up @ down
+        return functional_call(unet, changed, (beside(z_t, maps), t, context))
 
 
-class LoRA(FineTuned):
-    """A copy of the U-Net. Only low-rank terms in attention and the new input are trained."""
+class OutputTerm(InputRival):
+    """eps_bar = eps + h(z_t, eps, cond, t): h is a convolutional U-Net of half the width.
 
-    def __init__(self, unet, cond_channels, factor, rank=16):
-        super().__init__(unet, cond_channels, factor)
-        self.unet.requires_grad_(False)
-        self.unet.input_blocks[0][0].requires_grad_(True)
-        for attention in self.unet.modules():
-            if isinstance(attention, CrossAttention):
-                for name in ("to_q", "to_k", "to_v"):
-                    setattr(attention, name, LowRank(getattr(attention, name), rank))
-                attention.to_out[0] = LowRank(attention.to_out[0], rank)
+    As in DEFT it sees what the frozen U-Net predicts, and the frozen U-Net never sees it.
+    """
 
+    def __init__(self, unet, cond_channels, factor):
+        super().__init__(factor)
+        latent_channels = unet.config.latent_channels
+        config = replace(unet.config, channels=tuple(c // 2 for c in unet.config.channels),
+                         attention=(False,) * len(unet.config.channels),
+                         latent_channels=2 * latent_channels + cond_channels * factor**2,
+                         norm_groups=unet.config.norm_groups // 2)
+        self.h = UNet(config)
+        self.h.middle_block[1] = nn.Identity()              # a transformer, which reads the text
+        self.h.out[2] = zero_conv(config.channels[0], latent_channels)
+
+    def predict(self, unet, z_t, t, context, maps):
+        """eps of the frozen U-Net plus the term."""
+        eps = unet(z_t, t, context)
+        return eps + self.h(beside(torch.cat([z_t, eps], dim=1), maps), t, context)
+
+
+# ---- BPS without a part --------------------------------------------------------------------
 
 class TimeBlindBPS(BPS):
     """A BPS that is not told the timestep."""

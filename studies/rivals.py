@@ -1,20 +1,27 @@
-"""Compares BPS with its rivals, on the same pairs, noises and steps, each at a rate of its own.
+"""Compares BPS with its rivals, with other recipes of its training, and with parts of itself.
 
-    python -m studies.rivals --task sketch --study methods
-    python -m studies.rivals --task sketch --study data         # 12 pairs to all
-    python -m studies.rivals --task sketch --study steps
-    python -m studies.rivals --task sketch --study methods --done       # prints, trains nothing
-    python -m studies.rivals --task sketch --method lora --pairs 40 --seed 1    # one row
+    python -m studies.rivals                            # everything, seed by seed: hours
+    python -m studies.rivals --study data --minutes 60
+    python -m studies.rivals --method lora --pairs 40 --seed 1      # one row
+    python -m studies.rivals --done                     # print the tables, train nothing
 
-The results of each training are a line of docs/rivals.jsonl; a study trains what has no line there,
-which takes hours, and print its tables. Stopped, it goes on where it was. A method's learning
-rate, in all studies, has the lowest validation loss of a sweep: all pairs, another seed, a third
-of the steps (all steps for ControlNet, which learns late). Lines of another base than today's are
-not read.
+The result of each training is a line of docs/rivals.jsonl. A study trains what has no line there.
+If it is interrupted, the same command resumes; processes with the same command share the work.
+Lines of another base than today's are not read.
+
+All methods have the same pairs, noises and steps, and train.py's recipe: the moving average of the
+weights, and moved copies of few pairs. Each has the learning rate of the lowest validation loss of
+another seed, with the same steps and with 40 pairs (for 12 and 100, too) or all. T2I-Adapter and
+ControlNet are also trained once as their authors do; this is kept if its validation loss is lower.
+Without pairs, BPS learns from pictures that the base draws, as train.py --from-base does.
 """
+import contextlib
 import functools
+import itertools
 import json
+import math
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -24,465 +31,425 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 import weights
-from bps import build_bps, config_for
-from data import LatentCache, load_pairs
+from bps import BPS, LightBPS, config_for
+from data import EMPTY_SHARE, LatentCache, load_pairs, with_copies
+from draws import add_draws, draw_splits
 from inputs import checkpoints
-from inputs.conditions import TASKS, to_x
-from inputs.files import fingerprint, write_lines
+from inputs.conditions import TASKS
+from inputs.files import fingerprint
 from inputs.options import BASE, ROOT, Parser, positive, run_script
 from inputs.processes import Processes
 from inputs.run_folder import lock
-from measure.obedience import meter_for
 from measure.plots import Figure
-from studies.quality import distance_and_error, true_features
-from measure.report import draw_pairs, paired_errors, paired_squares, summarize
-from studies.rival_networks import (
-    ConditionBlindBPS,
-    ControlNet,
-    FineTuned,
-    LoRA,
-    RivalUNet,
-    T2IAdapter,
-    TimeBlindBPS,
-)
+from measure.report import paired_errors
 from sample import load_base
+from studies import rival_networks as networks
+from studies.quality import evaluate, paired_difference
 from tiny import world
-from tiny.clip_score import Reader
-from train import NotFinite, Training, train
+from train import FEW_PAIRS, NotFinite, Training, require_finite, train
 from weights import UserError
 
 BATCH, STEPS, SAVES = 16, 300, 5
 SEEDS, SWEEP_SEED = (0, 1, 2), 100
-RATES = (3e-4, 1e-3, 3e-3, 1e-2)
-WIDER = 10**0.5                 # factor by which a sweep goes on beyond its best end
-MOST_RATES = 7
-DIGITS = {"strength": 2, "bits": 1, "line F1": 3, "pixel accuracy": 3, "mIoU": 3}   # printed
+RATES, FIRST_RATE = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 1e-3
+SWEPT = {12: 40, 100: 40, 300: 0}       # pairs: the pairs with which their rate is found
+DRAWS = 500                             # pictures that the base draws
+ALL_PAIRS = 1000                        # of sketch
+WAIT = 10                               # seconds, if other processes do all that is left
 
 
-def bps_maker(port_weights="head-heavy", foot="faithful"):
+class Recipe(NamedTuple):
+    """How a network is trained; the defaults are train.py's."""
+    averaged: bool = True               # else the best step's weights, however few pairs there are
+    copies: bool = True                 # moved ones; else the mirrored one only
+    pairs: bool = True                  # else only pictures that the base draws
+    draws: bool = False                 # as many of the base's pictures as rows of pairs, too
+    cubic: bool = False                 # T2I-Adapter's timesteps
+    empty_share: float = EMPTY_SHARE    # of the prompts
+
+
+RECIPES = {"documented": Recipe(averaged=False, copies=False), "average": Recipe(copies=False),
+           "copies": Recipe(), "draws": Recipe(copies=False, draws=True),
+           "copies and draws": Recipe(draws=True), "draws alone": Recipe(pairs=False),
+           "cubic timesteps": Recipe(cubic=True), "half of the prompts": Recipe(empty_share=0.5)}
+AUTHORS = {"t2i-adapter": "cubic timesteps", "controlnet": "half of the prompts"}
+
+
+def bps_maker(Network=BPS, port_weights="head-heavy"):
     """A maker of BPS networks."""
-    return lambda unet, channels, factor: build_bps(
-        config_for(unet.config, channels, factor, port_weights, foot))
+    return lambda unet, channels, factor: Network(
+        config_for(unet.config, channels, factor, port_weights))
 
 
 # name: maker(frozen U-Net, channels of the condition, f)
 METHODS = {
-    "bps": bps_maker(), "bps-light": bps_maker(foot="light"), "controlnet": ControlNet,
-    "t2i-adapter": T2IAdapter, "fine-tuned": FineTuned, "lora": LoRA,
-    # at about BPS's number of parameters
-    "controlnet-wide-random": lambda *base: ControlNet(*base, width=1.25),
-    "t2i-adapter-wide": lambda *base: T2IAdapter(*base, width=2.5),
-    "lora-full-rank": lambda *base: LoRA(*base, rank=410),
-    # BPS without one of its parts
-    "bps-contracting": bps_maker((16, 8, 4, 0, 0)), "bps-flat": bps_maker("flat"),
-    "bps-foot-heavy": bps_maker((1, 1, 1, 16, 16)),
-    "bps-time-blind": lambda unet, *base: TimeBlindBPS(config_for(unet.config, *base)),
-    "bps-condition-blind": lambda unet, *base: ConditionBlindBPS(config_for(unet.config, *base))}
-MAIN = ("bps", "bps-light", "controlnet", "t2i-adapter", "fine-tuned", "lora")
-# pictures to compare with: by the base, true ones of other pairs, the test pairs' after the VAE
-BOUNDS = ("base alone", "other true pictures", "VAE round trip")
+    "bps": bps_maker(), "bps-light": bps_maker(LightBPS), "controlnet": networks.ControlNet,
+    "t2i-adapter": networks.T2IAdapter, "lora": networks.LoRA, "fine-tuned": networks.FineTuned,
+    "output-term": networks.OutputTerm,
+    "bps-contracting": bps_maker(port_weights=(16, 8, 4, 0, 0)),
+    "bps-flat": bps_maker(port_weights="flat"),
+    # small on the way down; on the way up 8, the geometric mean of 16, 8 and 4
+    "bps-mirrored": bps_maker(port_weights=(1, 1, 1, 16, 8)),
+    "bps-time-blind": bps_maker(networks.TimeBlindBPS),
+    "bps-condition-blind": bps_maker(networks.ConditionBlindBPS)}
+MAIN, PARTS = list(METHODS)[:7], ["bps", *list(METHODS)[7:]]
+FILTERS = ("task", "method", "recipe", "pairs", "steps", "seed")
+BASE_ALONE = "base-alone"               # in place of a method: nothing is trained
 
 
 class Job(NamedTuple):
-    """One training and its evaluation."""
+    """One training and its measurements."""
     task: str
     method: str
-    pairs: int                  # training pairs; 0 is all
+    recipe: str
+    pairs: int                          # for training; 0 is all. "draws alone": pictures
     steps: int
-    rate: float
+    rate: float                         # 0 in a row of a study: the best one
     seed: int
 
-    def folder(self, root):
-        """The folder of its files, which are there until it is done."""
-        return root / "-".join(map(str, (self.task, self.method, self.pairs or "all", self.steps,
-                                         f"{self.rate:.2g}", self.seed)))
+
+def rows(tasks, methods, recipes=("copies",), pairs=(40, 0), steps=STEPS):
+    """The Jobs of a study."""
+    return [Job(task, method, recipe, count, steps, 0.0, seed) for seed, task, count, recipe, method
+            in itertools.product(SEEDS, tasks, pairs, recipes, methods)]
 
 
-class Record:
-    """The results of all Jobs that are done on a base, in a file of JSON lines."""
+STUDIES = dict(
+    methods=rows(("sketch", "segmentation"), [BASE_ALONE], ["-"], [0], 0)
+    + rows(("sketch", "segmentation"), MAIN),
+    recipes=rows(["artistic"], [BASE_ALONE], ["-"], [0], 0)
+    + rows(("sketch", "artistic"), ["bps"], list(RECIPES)[:5], [40])
+    + rows(("sketch", "artistic"), ["bps"], ["draws alone"], [DRAWS])
+    + rows(["sketch"], ["bps"], pairs=(100, 0)),
+    data=rows(["sketch"], MAIN, pairs=(12, 40, 100, 300, 0)),
+    ablations=rows(["sketch"], PARTS),
+    steps=rows(["sketch"], ("bps", "t2i-adapter", "controlnet"), pairs=[0], steps=3 * STEPS))
 
-    def __init__(self, file, base_sha256):
-        self.file, self.base_sha256, self.results = file, base_sha256, {}
-        self.read()
 
-    def read(self):
-        """Read what other processes have added, too."""
-        lines = self.file.read_text(errors="replace").splitlines() if self.file.exists() else []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if row["base_sha256"] == self.base_sha256:
-                    self.results[Job(**row["job"])] = row["results"]
-            except (KeyError, TypeError, ValueError):
-                raise UserError(f"{self.file}: line {number} is corrupt. Delete it.") from None
+# ---- what is done, and what to train next --------------------------------------------------
 
-    def add(self, job, numbers):
-        """Add the numbers of a Job."""
-        self.results[job] = numbers
-        row = dict(job=job._asdict(), base_sha256=self.base_sha256, torch=torch.__version__,
-                   results=numbers)
-        with self.file.open("a") as f:
-            f.write(json.dumps(row, allow_nan=False) + "\n")
-        print(f"done: {' '.join(map(str, job))}", file=sys.stderr)
+def read_record(file, base_sha256):
+    """{Job: numbers} of everything that is done on a base, also by other processes."""
+    results = {}
+    lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if row["base_sha256"] == base_sha256:
+                results[Job(**row["job"])] = row["results"]
+        except (KeyError, TypeError, ValueError):
+            raise UserError(f"{file}: line {number} is corrupt. Delete it.") from None
+    return results
 
+
+def write_record(file, base_sha256, job, numbers):
+    """Append a line in one piece, because other processes may append at the same time."""
+    commit = subprocess.run(("git", "rev-parse", "--short", "HEAD"), cwd=ROOT, capture_output=True,
+                            text=True).stdout.strip()
+    line = json.dumps(dict(job=job._asdict(), base_sha256=base_sha256, commit=commit,
+                           torch=torch.__version__, results=numbers), allow_nan=False)
+    with file.open("ab", buffering=0) as f:
+        f.write(f"{line}\n".encode())
+    tqdm.write(f"done: {' '.join(map(str, job))}", file=sys.stderr)
+
+
+def best_rate(losses):
+    """The rate with the lowest loss of {rate: validation loss}, the smaller one of two equals."""
+    return min(losses, key=lambda rate: (losses[rate], rate))
+
+
+def next_rate(losses):
+    """The rate to try next, or None if both neighbours of the best one have been tried."""
+    if not losses:
+        return FIRST_RATE
+    best = RATES.index(best_rate(losses))
+    return next((rate for rate in RATES[max(0, best - 1):best + 2] if rate not in losses), None)
+
+
+def resolve(results, row):
+    """A row as the Job with its best rate and recipe, or else the next Job of its sweep.
+
+    The BPS that sees no condition has the rate of the one that does.
+    """
+    if row.method == BASE_ALONE:
+        return row
+    method = "bps" if row.method == "bps-condition-blind" else row.method
+    sweep = row._replace(method=method, pairs=SWEPT.get(row.pairs, row.pairs), seed=SWEEP_SEED)
+    losses = {}
+    while (rate := next_rate(losses)) is not None:
+        job = sweep._replace(rate=rate)
+        if job not in results:
+            return job
+        losses[rate] = results[job]["val"] or math.inf
+    best = best_rate(losses)
+    if row.method in AUTHORS:
+        job = sweep._replace(rate=best, recipe=AUTHORS[row.method])
+        if job not in results:
+            return job
+        if (results[job]["val"] or math.inf) < losses[best]:
+            row = row._replace(recipe=job.recipe)
+    return row._replace(rate=best)
+
+
+def claim(stack, folder):
+    """Lock a folder until the stack is closed; False if another process has it."""
+    try:
+        stack.enter_context(lock(folder))
+    except UserError:
+        return False
+    return True
+
+
+def finish(row, bench_of, args):
+    """Train all that a row needs, until the time is up; False if another process is at it."""
+    def read():
+        return read_record(args.record, args.base_sha256)
+
+    while time.monotonic() < args.end and (job := resolve(results := read(), row)) not in results:
+        out = args.out / "-".join(map(str, job)).replace(" ", "_")
+        with contextlib.ExitStack() as stack:
+            if not claim(stack, out):
+                return False
+            if job not in read():               # it may have been done meanwhile
+                numbers = bench_of(job.task).measure(job, out)
+                write_record(args.record, args.base_sha256, job, numbers)
+            shutil.rmtree(out, ignore_errors=True)
+    return True
+
+
+# ---- training and measuring ----------------------------------------------------------------
 
 class RivalTraining(Training):
-    """A run that keeps the trained weights as they are, for rivals have no BPS file."""
+    """A training whose network need not be a BPS; it keeps a file of the average."""
+
+    def __init__(self, out, network, args, recipe, picks_best):
+        """picks_best: keep the average of the lowest validation loss, not the last one."""
+        super().__init__(out, network, args, Processes(), keep_best=False)
+        self.recipe, self.picks_best = recipe, picks_best
+
+    def average_weights(self, step):
+        """Let the average follow the weights; a mean over one step is the weights themselves."""
+        super().average_weights(step if self.recipe.averaged else 0)
+
+    def kept(self):
+        """The log's row of the average that is kept."""
+        return min(self.rows if self.picks_best else self.rows[-1:],
+                   key=lambda row: row["val_steered"])
 
     def write(self):
-        """Write the log, and the weights if they are the best."""
-        if self.best["step"] == self.step:
-            weights.save({key: parameter.detach() for key, parameter in self.bps.named_parameters()
-                          if parameter.requires_grad}, self.out / "best.safetensors", {})
-        write_lines(self.rows, self.out / "log.jsonl")
+        """Write the average if it is to be kept."""
+        if self.kept() is self.rows[-1]:
+            weights.save(self.average.state_dict(), self.out / "kept.safetensors", {})
 
     def restore_best(self):
-        """Put the best weights into the network."""
-        self.bps.load_state_dict(load_file(self.out / "best.safetensors"), strict=False)
+        """Load the average that was kept."""
+        self.average.load_state_dict(load_file(self.out / "kept.safetensors"))
 
 
 class Bench:
-    """What all trainings of a task share: the base, the pairs, and how pictures are judged."""
+    """What the trainings of a task share: the base, and the pairs."""
 
-    def __init__(self, task, base, root, record):
-        self.task, self.base, self.root, self.record = task, base, root, record
-        self.pairs = {split: load_pairs(task, split) for split in ("train", "val", "test")}
-        self.count = len(self.pairs["test"])
+    def __init__(self, task, base, root):
+        """root: folder for what the base draws."""
+        self.task, self.base, self.root = task, base, root
+        self.pairs = {split: load_pairs(task, split) for split in world.SPLITS}
+        self.val, *self.tests = (self.cache(lambda: pairs) for split, pairs in self.pairs.items()
+                                 if split != "train" and pairs)
 
-    def network(self, method, seed):
-        """(the base that predicts with it, an untrained network) of a method."""
-        torch.manual_seed(seed)
-        network = METHODS[method](self.base.unet, TASKS[self.task].channels, self.base.vae.factor)
-        if hasattr(network, "predict"):
-            return self.base._replace(unet=RivalUNet(self.base.unet, network)), network
-        return self.base, network
+    def cache(self, make_rows, extract=False):
+        """The LatentCache of rows, made while no other process makes one: they share files."""
+        with contextlib.ExitStack() as stack:
+            while not claim(stack, self.root / "preparing"):
+                time.sleep(1)
+            return LatentCache(make_rows(), self.task, world.SIZE, self.base, extract)
 
-    @functools.cached_property
-    def val(self):
-        """The LatentCache of the validation pairs."""
-        return LatentCache(self.pairs["val"], self.task, world.SIZE, self.base)
+    def train_rows(self, job):
+        """The rows of the LatentCache that a Job trains on; its seed chooses the pairs."""
+        recipe, labelled = RECIPES[job.recipe], self.pairs["train"]
+        args = SimpleNamespace(task=self.task, data=None, extract=False, size=world.SIZE,
+                               from_base=DRAWS if recipe.pairs else job.pairs, seed=job.seed,
+                               cache=self.root, no_mirror=False)
+        if not recipe.pairs:
+            return with_copies(draw_splits(self.base, args, Processes())["train"])
+        order = np.random.default_rng(job.seed).permutation(len(labelled))
+        pairs = [labelled[i] for i in sorted(order[:job.pairs or None])]
+        rows = with_copies(pairs)[:None if recipe.copies else 2 * len(pairs)]
+        return rows if not recipe.draws else add_draws(
+            rows, self.pairs | dict(train=pairs), self.base, args, Processes())
 
-    @functools.cached_property
-    def test(self):
-        """The LatentCache of the test pairs."""
-        return LatentCache(self.pairs["test"], self.task, world.SIZE, self.base)
-
-    @functools.cached_property
-    def reader(self):
-        """The small CLIP."""
-        return Reader()
-
-    @functools.cached_property
-    def true(self):
-        """Its features (n, D) of the true test pictures."""
-        return true_features(self.reader, self.test, self.count)
-
-    @functools.cached_property
-    def base_loss(self):
-        """The frozen base's validation loss."""
-        return paired_errors(self.base, self.val).mean().item()
-
-    @functools.cached_property
-    def all_pairs(self):
-        """The LatentCache of all training pairs."""
-        return LatentCache(self.pairs["train"], self.task, world.SIZE, self.base, mirror=True)
-
-    def train_cache(self, pairs, seed):
-        """The LatentCache of all training pairs, or of so many, drawn by the seed."""
-        if not pairs:
-            return self.all_pairs
-        order = np.random.default_rng(seed).permutation(len(self.pairs["train"]))
-        chosen = [self.pairs["train"][i] for i in sorted(order[:pairs])]
-        return LatentCache(chosen, self.task, world.SIZE, self.base, mirror=True)
-
-    def result(self, job):
-        """A job's numbers (a dict), for which it trains unless that has been done."""
-        if job not in self.record.results:
-            out = job.folder(self.root)
-            with lock(out):
-                self.record.read()                  # it may have been done meanwhile
-                if job not in self.record.results:
-                    self.record.add(job, self.bound(job.method) if job.method in BOUNDS
-                                    else self.train(job, out))
-                shutil.rmtree(out)
-        return self.record.results[job]
+    def measure(self, job, out):
+        """The numbers of a Job (a dict), for which it trains in the folder `out`."""
+        base, network, numbers = self.base, None, {}
+        if job.method != BASE_ALONE:
+            try:
+                network, numbers = self.train(job, out)
+            except NotFinite:
+                return dict(val=None)                       # the rate is too large
+            base = networks.base_with(self.base, network)
+        if job.seed == SWEEP_SEED:
+            return numbers
+        test, *unseen = (evaluate(base, cache, network, job.seed) for cache in self.tests)
+        return numbers | test | (dict(unseen=unseen[0]) if unseen else {})
 
     def train(self, job, out):
-        """The numbers of a job after training; without a finite loss, a val of None."""
-        base, network = self.network(job.method, job.seed)
+        """(trained network, numbers of its training) of a Job."""
+        recipe = RECIPES[job.recipe]
+        torch.manual_seed(job.seed)
+        network = METHODS[job.method](self.base.unet, TASKS[self.task].channels,
+                                      self.base.vae.factor).to(memory_format=torch.channels_last)
         args = SimpleNamespace(
             device="cpu", dtype="fp32", steps=job.steps, batch=BATCH, lr=job.rate, seed=job.seed,
             accumulate=1,
             save_every=job.steps if job.seed == SWEEP_SEED else max(1, job.steps // SAVES))
-        run_of_job = RivalTraining(out, network, args, Processes())
-        run_of_job.start_or_resume(job._asdict())
-        steps_to_go, base_loss = job.steps - run_of_job.step, self.base_loss
-        cache = self.train_cache(job.pairs, job.seed)
+        labelled = (job.pairs or len(self.pairs["train"])) if recipe.pairs else 0
+        training = RivalTraining(out, network, args, recipe,
+                                 picks_best=labelled >= FEW_PAIRS or not recipe.averaged)
+        training.start_or_resume(job._asdict())
+        steps_to_go = job.steps - training.step
+        cache = self.cache(lambda: self.train_rows(job), extract=not recipe.pairs)
+        cache.batch = functools.partial(cache.batch, empty_share=recipe.empty_share)
 
-        def on_save(step, loss):
-            val_loss = paired_errors(base, self.val, network).mean().item()
-            run_of_job.save(step, loss, base_loss, val_loss)
+        def on_save(step, train_loss):
+            base = networks.base_with(self.base, training.average)
+            val_loss = paired_errors(base, self.val, training.average).mean()
+            require_finite(val_loss, "the validation loss", job.rate)
+            training.save(step, train_loss, None, val_loss.item())
 
-        start = time.process_time()
-        try:
-            train(run_of_job, base, cache, args, on_save)
-        except NotFinite:
-            pass                                # its rate was too large
-        minutes = (time.process_time() - start) / 60 * job.steps / max(1, steps_to_go)
-        best = run_of_job.best
-        numbers = dict(parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
-                       val=best["loss"] if best["step"] else None, best_step=best["step"],
-                       minutes=minutes if steps_to_go else None)
-        if best["step"] and job.seed != SWEEP_SEED:
-            run_of_job.restore_best()
-            numbers |= self.measure(base, network, job)
-        return numbers
-
-    def measure(self, base, network, job):
-        """The numbers of a trained network on the test pairs."""
-        squares = paired_squares(base, self.test, network)
-        numbers = summarize(squares, base.schedule, self.test.rows("mean", [0]).numel())
-        del numbers["pairs"]
-        numbers["gains"] = [round(gain, 7) for gain in (squares[0] - squares[1]).mean(1).tolist()]
-        return numbers | self.judge(draw_pairs(base, self.test, network, self.count, job.seed))
-
-    def bound(self, name):
-        """The numbers of one of the BOUNDS."""
-        return self.judge(self.pictures_of(name), paired=name != "other true pictures")
-
-    def pictures_of(self, bound):
-        """Pictures x (n, 3, H, W) of one of the BOUNDS."""
-        if bound == "base alone":
-            return draw_pairs(self.base, self.test, None, self.count, 0)
-        if bound == "other true pictures":
-            chosen = np.random.default_rng(0).permutation(len(self.pairs["train"]))[:self.count]
-            return torch.stack([to_x(self.pairs["train"][i].open_image()) for i in chosen])
-        with torch.inference_mode():
-            return self.base.vae.decode(self.test.rows("mean", range(self.count)).float())
-
-    def judge(self, x, paired=True):
-        """The obedience and the quality of pictures x (n, 3, H, W) for n test pairs."""
-        return dict(obedience=self.obedience(x), distance=distance_and_error(
-            self.reader.embed_pictures(x), self.true, paired))
-
-    def obedience(self, x):
-        """{measure: how far pictures x do what the first n conditions say}."""
-        names = [pair.name for pair in self.pairs["test"][:len(x)]]
-        return meter_for(self.task, embedded=True)(x, self.test.cond(range(len(x))), names)
-
-    def best_rate(self, method):
-        """The learning rate of the lowest validation loss; the sweep widens at its ends.
-
-        The control that sees no condition is trained at BPS's rate.
-        """
-        if method == "bps-condition-blind":
-            return self.best_rate("bps")
-        losses, rates = {}, list(RATES)
-        while rates:
-            rate = rates.pop(0)
-            steps = STEPS if method == "controlnet" else STEPS // 3
-            job = Job(self.task, method, 0, steps, rate, SWEEP_SEED)
-            loss = self.result(job)["val"]
-            losses[rate] = float("inf") if loss is None else loss
-            best = min(losses, key=losses.get)
-            if not rates and best in (min(losses), max(losses)) and len(losses) < MOST_RATES:
-                rates = [best / WIDER if best == min(losses) else best * WIDER]
-        return best
+        start, base = time.process_time(), networks.base_with(self.base, network, recipe.cubic)
+        train(training, base, cache, args, on_save)
+        minutes = (time.process_time() - start) / 60
+        training.restore_best()
+        return training.average, dict(
+            val=training.kept()["val_steered"], step=training.kept()["step"],
+            minutes=minutes * job.steps / steps_to_go if steps_to_go else None,
+            parameters=sum(parameter.numel() for parameter in network.parameters()))
 
 
-# ---- studies -------------------------------------------------------------------------------
+# ---- tables and figures --------------------------------------------------------------------
 
-def methods_study(bench, rates):
-    """Yield the Jobs at all pairs and the bounds; for segmentation the main methods, one seed."""
-    for bound in BOUNDS:
-        yield Job(bench.task, bound, 0, 0, 0.0, 0)
-    sketch = bench.task == "sketch"
-    for method in METHODS if sketch else (*MAIN, "bps-condition-blind"):
-        yield Job(bench.task, method, 0, STEPS, rates(method), 0)
-    for seed in SEEDS[1:] if sketch else ():
-        for method in MAIN:
-            yield Job(bench.task, method, 0, STEPS, rates(method), seed)
-
-
-def data_study(bench, rates):
-    """Yield the Jobs of the main methods over the number of pairs; several seeds at 40 and all."""
-    for seed in SEEDS:
-        for pairs in (40, 12, 300, 100, 0) if seed == 0 else (40, 0):
-            for method in MAIN:
-                yield Job(bench.task, method, pairs, STEPS, rates(method), seed)
-
-
-def steps_study(bench, rates):
-    """Yield the Jobs of the main methods over the number of steps."""
-    for steps in (STEPS // 3, STEPS, 3 * STEPS):
-        for method in MAIN:
-            yield Job(bench.task, method, 0, steps, rates(method), 0)
-
-
-STUDIES = dict(methods=methods_study, data=data_study, steps=steps_study)
-
-
-def done(record, task, study):
-    """{Job: numbers} of a study, as far as they are in the record, in the table's order."""
-    belongs = dict(methods=lambda job: job.pairs == 0 and job.steps in (0, STEPS),
-                   data=lambda job: job.method in MAIN and job.steps == STEPS,
-                   steps=lambda job: job.method in MAIN and job.pairs == 0)
-    order = [*BOUNDS, *METHODS]
-    jobs = [job for job, numbers in record.results.items()
-            if job.task == task and job.method in order and "obedience" in numbers
-            and belongs[study](job)]
-    return {job: record.results[job] for job in sorted(jobs, key=lambda job: (
-        job.pairs or float("inf"), job.steps, order.index(job.method), job.seed))}
-
-
-def over_seeds(results):
-    """{Job of seed 0: {seed: numbers}} of {Job: numbers}."""
+def over_seeds(results, study):
+    """{Job of seed 0: {seed: numbers}} of a study's rows, as far as they are measured."""
     groups = {}
-    for job, numbers in results.items():
-        groups.setdefault(job._replace(seed=0), {})[job.seed] = numbers
+    for row in study:
+        job = resolve(results, row)
+        if "obedience" in results.get(job, {}):
+            groups.setdefault(job._replace(seed=0), {})[job.seed] = results[job]
     return groups
 
 
-def means(group):
-    """{measure: (mean over seeds, standard error over test pairs, deviation over seeds)}.
+def columns(numbers):
+    """{head: value} of a Job's numbers."""
+    found = {}
+    for where, part in (("", numbers), (", unseen hair", numbers.get("unseen", {}))):
+        if "gain" in part:
+            found[f"gain x 1000{where}"] = 1000 * part["gain"][0]
+            found[f"gain x 1000 at best strength{where}"] = 1000 * part["calibrated_gain"][0]
+        for name, value in part.get("obedience", {}).items():
+            found[f"{name} (0 to 1){where}"] = value
+    found["colours as in the prompt (%)"] = 100 * numbers["colours"]
+    found["kernel distance x 1000"] = 1000 * numbers["distance"][0]
+    if "gain" in numbers:
+        found |= {"best strength": numbers["strength"][0],
+                  "CPU minutes": numbers["minutes"] or math.nan,
+                  "parameters (millions)": numbers["parameters"] / 1e6}
+    return found
 
-    group: {seed: numbers}. The standard error of an obedience is unknown, as is a deviation over a
-    single seed: both nan.
+
+def beyond_bps(results, job, group, name):
+    """A cell: by how much gains or distances (`name`) exceed BPS's, with an error over pairs.
+
+    BPS has the same pairs, steps and seeds.
     """
-    first = next(iter(group.values()))
-    values = {name: [numbers[name] for numbers in group.values()]
-              for name in ("gain", "gap", "bits", "distance", "strength") if name in first}
-    for name in first["obedience"]:
-        values[name] = [(numbers["obedience"][name], float("nan")) for numbers in group.values()]
-    return {name: (*np.mean(pairs, axis=0),
-                   np.std(pairs, axis=0, ddof=1)[0] if len(group) > 1 else float("nan"))
-            for name, pairs in values.items()}
+    values = []
+    for seed, numbers in group.items():
+        bps = resolve(results, job._replace(method="bps", recipe="copies", rate=0.0, seed=seed))
+        if name in numbers and name in results.get(bps, {}) and bps != job._replace(seed=seed):
+            values.append((numbers[name], results[bps][name]))
+    if not values:
+        return "-"
+    difference, error = paired_difference(*np.mean(values, axis=0))
+    return f"{1000 * difference:+.2f} +- {1000 * error:.2f}"
 
 
-def gain_beyond(group, reference):
-    """The gain beyond another method's with the same seeds, and its standard error.
-
-    The error is over the test pairs. group, reference: {seed: numbers}, with a seed in common.
-    """
-    seeds = group.keys() & reference.keys()
-    difference = np.subtract(*(np.mean([each[seed]["gains"] for seed in seeds], axis=0)
-                               for each in (group, reference)))
-    return difference.mean(), difference.std(ddof=1) / len(difference) ** 0.5
-
-
-def print_results(results):
-    """Print the table of {Job: its numbers}."""
-    groups = over_seeds(results)
-    measures = list(means(list(groups.values())[-1]))
-    titles = ("method", "pairs", "steps", "rate", "seeds", "parameters", *measures,
-              "gain beyond bps", "best step", "CPU minutes")
-    print(f"| {' | '.join(titles)} |\n|" + "---|" * len(titles))
+def print_table(title, results, groups):
+    """Print what over_seeds returns as a table. title: its study and task."""
+    heads = list(dict.fromkeys(head for group in reversed(groups.values())
+                               for head in columns(group[min(group)])))
+    titles = ["method", "recipe", "pairs", "steps", "rate", "seeds", *heads,
+              "gain x 1000 beyond bps", "kernel distance x 1000 beyond bps"]
+    print(f"\n### {', '.join(title)}\n\n+- is the standard deviation over seeds; for what is "
+          f"beyond bps, the standard error over test pairs.\n\n"
+          f"| {' | '.join(titles)} |\n{'|---' * len(titles)}|")
     for job, group in groups.items():
-        found, first, cells = means(group), group[min(group)], []
-        for name in measures:
-            mean, error, deviation = found.get(name, 3 * (float("nan"),))
-            digits = DIGITS.get(name, 4)
-            cells.append("-" if np.isnan(mean) else f"{mean:.{digits}f}"
-                         + ("" if np.isnan(error) else f" +- {error:.{digits}f}")
-                         + ("" if np.isnan(deviation) else f", sd {deviation:.{digits}f}"))
-        reference = [each for other, each in groups.items() if other.method == "bps"
-                     and other._replace(method=job.method, rate=job.rate) == job]
-        beyond = "-"
-        if "gains" in first and job.method != "bps" and reference and group.keys() & reference[0]:
-            beyond = "{:+.4f} +- {:.4f}".format(*gain_beyond(group, reference[0]))
-        size = f"{first['parameters']:,}" if "parameters" in first else "-"
-        best = ", ".join(f"{numbers['best_step']}" for numbers in group.values()
-                         if "best_step" in numbers)
-        minutes = [numbers["minutes"] for numbers in group.values() if numbers.get("minutes")]
-        print(f"| {job.method} | {job.pairs or 'all'} | {job.steps} | {job.rate:.2g} "
-              f"| {len(group)} | {size} | {' | '.join(cells)} | {beyond} "
-              f"| {best or '-'} | {f'{np.mean(minutes):.1f}' if minutes else '-'} |")
+        cells = [job.method, job.recipe, job.pairs or "all", job.steps, f"{job.rate:g}", len(group)]
+        for head in heads:
+            values = [columns(numbers).get(head, math.nan) for numbers in group.values()]
+            deviation = f" +- {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+            cells.append("-" if np.isnan(values).any() else f"{np.mean(values):.3g}{deviation}")
+        cells += [beyond_bps(results, job, group, name) for name in ("gains", "distances")]
+        print(f"| {' | '.join(map(str, cells))} |")
 
 
-def print_sweeps(record, task):
-    """Print the validation loss of each method at each learning rate that was tried."""
-    sweeps = {}
-    for job, numbers in record.results.items():
-        if job.task == task and job.seed == SWEEP_SEED:
-            sweeps.setdefault((job.method, job.steps), {})[job.rate] = numbers["val"]
-    print("\n| method | steps | validation loss at each rate |\n|---|---|---|")
-    for (method, steps), losses in sweeps.items():
-        cells = [f"{rate:.2g}: {loss:.5f}" if loss else f"{rate:.2g}: not finite"
-                 for rate, loss in sorted(losses.items())]
-        print(f"| {method} | {steps} | {', '.join(cells)} |")
-
-
-def draw_results(results, over, most_pairs, file):
-    """Draw gain, first obedience and kernel distance over "pairs" or "steps", a line per method.
-
-    Bands are standard errors over test pairs, and for obedience, where there are several seeds,
-    deviations over these.
-    """
-    groups = over_seeds(results)
-    names = ("gain", next(iter(next(iter(results.values()))["obedience"])), "distance")
-    figure = Figure(len(names), [f"{name} by {over}" for name in names])
-    for axes, name in zip(figure.axes, names):
-        for method in MAIN:
-            lines = sorted((getattr(job, over) or most_pairs, *means(group)[name])
-                           for job, group in groups.items() if job.method == method)
-            if not lines:
-                continue                    # nothing of this method is done
-            x, mean, error, deviation = np.array(lines).T
-            axes.line(x, mean, method, band=np.nan_to_num(deviation if name == names[1] else error))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.save(file)
+def draw_figures(groups, folder):
+    """Draw gain and line F1 by number of pairs, a line for each method, with bands over seeds."""
+    folder.mkdir(exist_ok=True)
+    for head, name in (("gain x 1000", "gain"), ("line F1 (0 to 1)", "line-f1")):
+        figure = Figure(1, [f"{head} by number of pairs"])
+        for color, method in enumerate(MAIN):
+            points = []
+            for job, group in groups.items():
+                if job.method == method:
+                    values = [columns(numbers)[head] for numbers in group.values()]
+                    points.append((job.pairs or ALL_PAIRS, np.mean(values), np.std(values)))
+            if points:
+                x, y, band = zip(*sorted(points))
+                figure.axes[0].line(x, y, method, band=band, color=color)
+        if figure.axes[0].lines:
+            figure.save(folder / f"rivals-{name}.png")
 
 
 def main():
-    """Run a study, as far as it is not done, and print its table."""
+    """Train what is missing of the chosen rows, and print their tables."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--task", choices=("sketch", "segmentation"), default="sketch", help="(default: sketch)")
-    add("--study", choices=STUDIES, default="methods", help="(default: methods)")
-    add("--record", type=Path, default=ROOT / "docs" / "rivals.jsonl", help="file of the results "
-        "(default: docs/rivals.jsonl)")
+    add("--study", choices=STUDIES, help="(default: all)")
+    for field in FILTERS:
+        values = list(dict.fromkeys(getattr(row, field) for row in sum(STUDIES.values(), [])))
+        add(f"--{field}", type=type(values[0]), choices=values, help="only rows with this value")
+    add("--done", action="store_true", help="train nothing: print what is done")
+    add("--minutes", type=positive, default=10**6, help="start no training after this time")
+    add("--record", type=Path, default=ROOT / "docs" / "rivals.jsonl", help="file of the results; "
+        "figures go to the folder beside it (default: docs/rivals.jsonl)")
     add("--out", type=Path, default=Path("runs/rivals"), help="folder of the trainings under way "
         "(default: %(default)s)")
-    add("--figures", type=Path, default=ROOT / "docs" / "figures", help="folder of the figures "
-        "(default: docs/figures)")
-    add("--done", action="store_true", help="train nothing: print what is done")
-    add("--method", choices=METHODS, help="train this one only, on --pairs for --steps by --seed")
-    add("--pairs", type=int, default=0, help="its training pairs; 0 is all (default: %(default)s)")
-    add("--steps", type=positive, default=STEPS, help="its steps (default: %(default)s)")
-    add("--seed", type=int, choices=SEEDS, default=0, help="its seed (default: %(default)s)")
     args = parser.parse_args()
-    if args.done and args.method:
-        parser.error("--method can't be combined with --done, which prints a whole study.")
-    if not args.method and (args.pairs, args.steps, args.seed) != (0, STEPS, 0):
-        parser.error("--pairs, --steps and --seed need --method.")
     parser.check_out(args.record.parent, option="--record")
-    parser.check_out(args.figures, option="--figures")
-    record = Record(args.record, fingerprint(*checkpoints.read_unet(BASE).files()))
+    parser.check_out(args.out)
+    args.end = time.monotonic() + 60 * args.minutes
+    args.base_sha256 = fingerprint(*checkpoints.read_unet(BASE).files())
+    chosen = {name: [row for row in study if args.study in (None, name) and all(
+        getattr(args, field) in (None, getattr(row, field)) for field in FILTERS)]
+        for name, study in STUDIES.items()}
     if not args.done:
         args.record.parent.mkdir(parents=True, exist_ok=True)       # before the work
-        bench = Bench(args.task, load_base(BASE), args.out, record)
-        rates = functools.cache(bench.best_rate)
-        jobs = STUDIES[args.study](bench, rates)
-        if args.method:
-            if not 0 <= args.pairs <= len(bench.pairs["train"]):
-                parser.error(f"--pairs must be in 0..{len(bench.pairs['train'])}, got "
-                             f"{args.pairs}. 0 is all.")
-            jobs = [Job(args.task, args.method, args.pairs, args.steps, rates(args.method),
-                        args.seed)]
-        for job in jobs:
-            bench.result(job)
-    results = done(record, args.task, args.study)
-    if not results:
-        raise UserError(f"{args.record} has no results of this study.")
-    print_results(results)
-    if args.study == "methods":
-        print_sweeps(record, args.task)
-    else:
-        over = dict(data="pairs", steps="steps")[args.study]
-        draw_results(results, over, len(load_pairs(args.task, "train")),
-                     args.figures / f"rivals-{args.task}-{args.study}.png")
+        base = load_base(BASE)
+        bench_of = functools.cache(lambda task: Bench(task, base, args.out))
+        todo = sorted(dict.fromkeys(sum(chosen.values(), [])), key=lambda row: row.seed)
+        while todo := [row for row in todo if not finish(row, bench_of, args)]:
+            time.sleep(WAIT)
+    results = read_record(args.record, args.base_sha256)
+    tables = {(name, task): over_seeds(results, [row for row in study if row.task == task])
+              for name, study in chosen.items() for task in TASKS}
+    if not any(tables.values()):
+        raise UserError(f"{args.record} has no results of these rows.")
+    for title, groups in tables.items():
+        if groups:
+            print_table(title, results, groups)
+    if chosen["data"]:
+        draw_figures(over_seeds(results, STUDIES["data"]), args.record.parent / "figures")
 
 
 if __name__ == "__main__":

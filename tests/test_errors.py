@@ -67,8 +67,7 @@ ERRORS = [
      "--strength must be given once or 2 times, got 3"),
     (sample, "--guidance 1 --negative-prompt x", "--guidance must not be 1"),
     (pad, "--base a.md", "--base a.md needs --bps"),
-    (rivals, "--done --method lora", "--method can't be combined with --done"),
-    (rivals, "--steps 5", "--pairs, --steps and --seed need --method"),
+    (rivals, "--steps 5", "--steps: invalid choice: 5"),
     (figures, "strip --bps a b", "--bps must be one file for strip, got 2"),
     # files and folders to read
     (train, "--base empty", "empty must be a Stable Diffusion folder"),
@@ -89,7 +88,7 @@ ERRORS = [
     (pad, "--bps nowhere", "nowhere is missing"),
     (figures, "strip --bps nowhere", "nowhere is missing"),
     (base_study, "--bps nowhere", "nowhere is missing"),
-    (rivals, "--done --record a.jsonl", "a.jsonl has no results of this study"),
+    (rivals, "--done --record a.jsonl", "a.jsonl has no results of these rows"),
     (wiring, "--table --base a.md", "a.md is no complete safetensors file"),
     # folders to write
     (train, "--out a.md/run", "--out must be a folder, got a.md/run"),
@@ -99,7 +98,7 @@ ERRORS = [
     (sample, "--out a.md", "--out must be a folder, got a.md"),
     (sample, "--cond empty --out empty/x", "--out must be outside empty, whose images"),
     (pad, "--out a.md", "--out must be a folder, got a.md"),
-    (rivals, "--figures a.md", "--figures must be a folder, got a.md"),
+    (rivals, "--out a.md", "--out must be a folder, got a.md"),
     (base_study, "--out a.md", "--out must be a folder, got a.md"),
     (figures, "strip --out a.md", "--out must be a folder, got a.md"),
 ]
