@@ -13,7 +13,7 @@ ZOOM = 3                                        # figures are drawn larger, then
 MAX_TICKS = 8                                   # of a horizontal axis
 MARGIN = 0.04                                   # share of it before its first and after its last
 PLANE = 2.6                                     # a plane is drawn over [-2.6, 2.6] squared
-COLORS = ("#d1495b", "#e28413", "#2a9d5c", "#2f6fb5", "#7b4fa3", "#444444")
+COLORS = ("#d1495b", "#e28413", "#2a9d5c", "#2f6fb5", "#7b4fa3", "#444444", "#1fa2b0")
 LIGHT, GREY = "#d5d8dd", "#777777"
 BAND_ALPHA = 50                                 # opacity, 0 to 255
 

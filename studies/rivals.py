@@ -387,7 +387,7 @@ def print_table(title, results, groups):
         cells = [job.method, job.recipe, job.pairs or "all", job.steps, f"{job.rate:g}", len(group)]
         for head in heads:
             values = [columns(numbers).get(head, math.nan) for numbers in group.values()]
-            deviation = f" +- {np.std(values, ddof=1):.2g}" if len(values) > 1 else ""
+            deviation = f" +- {np.std(values, ddof=1):.2g}" if np.ptp(values) > 0 else ""
             cells.append("-" if np.isnan(values).any() else f"{np.mean(values):.3g}{deviation}")
         cells += [beyond_bps(results, job, group, name) for name in ("gains", "distances")]
         print(f"| {' | '.join(map(str, cells))} |")
