@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 from dataclasses import fields
@@ -35,9 +36,21 @@ class UserError(Exception):
     """A mistake the user can fix. The message is one line: what is wrong, and the fix."""
 
 
-def first_line(error):
-    """Message of an error without the lines that PyTorch appends."""
-    return str(error).partition("\n")[0]
+def reason(error):
+    """Why something failed, in one line; PyTorch appends more."""
+    return (getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            or type(error).__name__)
+
+
+@contextlib.contextmanager
+def as_user_error(errors, problem, fix=""):
+    """Turn these errors, a type or a tuple, into a UserError: the problem, the reason, the fix."""
+    try:
+        yield
+    except UserError:
+        raise
+    except errors as error:
+        raise UserError(f"{problem} ({reason(error)}). {fix}".rstrip()) from None
 
 
 def quoted(argument):
@@ -75,7 +88,8 @@ class Checkpoint(NamedTuple):
         time. But each layer does, so there must not be more of them than tensors.
         """
         check_types(self.config, {field.name: field.default for field in fields(Config)}, self.file)
-        try:
+        part = Config.__name__.removesuffix("Config")
+        with as_user_error(MALFORMED, f"{self.file}: no {part} has these sizes"):
             config = Config(**self.config)
             layers = (config.layers if hasattr(config, "layers") else
                       len(config.channels) * config.blocks_per_level)
@@ -83,10 +97,6 @@ class Checkpoint(NamedTuple):
                 raise ValueError(f"{layers} layers in {len(self.state)} tensors")
             with torch.device("meta"):
                 module = Module(config)
-        except MALFORMED as error:
-            part = Config.__name__.removesuffix("Config")
-            raise UserError(f"{self.file}: no {part} has these sizes "
-                            f"({first_line(error)}).") from error
         return load_strict(module, self, dtype, device)
 
 
@@ -126,14 +136,12 @@ def read_header(file):
     if not file.is_file():
         raise UserError(f"{file} is {'a folder' if file.is_dir() else 'missing'}. Give a "
                         f".safetensors file; nothing is downloaded.")
-    try:
-        with safe_open(file, "pt") as f:
-            slices = {name: f.get_slice(name) for name in f.offset_keys()}
-            return {name: Stored(file, name, tuple(part.get_shape()), part.get_dtype())
-                    for name, part in slices.items()}
-    except SafetensorError as error:
-        raise UserError(f"{file} is no complete safetensors file ({error}). Copy or download it "
-                        f"again; for a Git-LFS pointer run `git lfs pull`.") from None
+    with as_user_error(SafetensorError, f"{file} is no complete safetensors file",
+                       "Copy or download it again; for a Git-LFS pointer run `git lfs pull`."), \
+            safe_open(file, "pt") as f:
+        slices = {name: f.get_slice(name) for name in f.offset_keys()}
+        return {name: Stored(file, name, tuple(part.get_shape()), part.get_dtype())
+                for name, part in slices.items()}
 
 
 def read_tensors(entries, dtype, device):
@@ -213,24 +221,24 @@ def is_finite(module):
 def replacing(file):
     """Yield a temporary path with the same name, and move it to `file` at the end.
 
-    After an error or an interruption the old `file` is intact and the temporary one is deleted. It
-    has a folder of its own because safetensors writes to random names next to it first; what a
-    killed process left in the folder is deleted when `file` is written again.
+    After an error or an interruption the old `file` is intact and the temporary one is deleted. Its
+    folder is its own, because safetensors writes to random names next to it first, and because
+    another process may write the same file: the first one that is done deletes the folders of all,
+    also those that killed processes left, and the others have nothing more to do.
     """
     file = Path(file)
-    folder = file.with_name(f".{file.name}")
+    folder = file.with_name(f".{file.name}.{secrets.token_hex(4)}")
     temporary = folder / file.name
-    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
     try:
-        folder.mkdir()
-        temporary.touch()
-        mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)           # safetensors makes its files private to this user
+        temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors' files are private to the user
         os.replace(temporary, file)
+        for other in file.parent.glob(f".{file.name}.*"):
+            shutil.rmtree(other, ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{file} can't be written ({reason}).") from None
+        if folder.exists():                     # else another process has just written the file
+            raise UserError(f"{file} can't be written ({reason(error)}).") from None
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -260,7 +268,8 @@ def save_training(file, modules, trained, optimizer, progress):
 @torch.no_grad()
 def load_training(file, modules, trained, optimizer):
     """Restore in place what save_training wrote of the same modules; return the progress."""
-    try:
+    with as_user_error((SafetensorError, *MALFORMED), f"{file}: checkpoint is corrupt",
+                       "Delete the run folder to start over."):
         with safe_open(file, "pt") as f:
             progress = json.loads(f.metadata()["facts"])
             stored = {name: f.get_tensor(name) for name in f.keys()}
@@ -268,15 +277,10 @@ def load_training(file, modules, trained, optimizer):
         for name, module in modules.items():
             for key, parameter in module.named_parameters():
                 parameter.copy_(stored[f"{name}.{key}"])
-        for key, parameter in modules[trained].named_parameters():
-            if f"m.{key}" in stored:
-                # AdamW keeps its step count on the CPU, unless it is fused
-                device = parameter.device if optimizer.defaults.get("fused") else "cpu"
-                optimizer.state[parameter] = dict(
-                    step=torch.tensor(updates, device=device),
-                    exp_avg=torch.empty_like(parameter).copy_(stored[f"m.{key}"]),
-                    exp_avg_sq=torch.empty_like(parameter).copy_(stored[f"v.{key}"]))
-    except (SafetensorError, *MALFORMED) as error:
-        raise UserError(f"{file}: checkpoint is corrupt ({first_line(error)}). Delete the run "
-                        f"folder to start over.") from None
-    return progress
+        moments = {i: dict(step=torch.tensor(updates),
+                           exp_avg=torch.empty_like(parameter).copy_(stored[f"m.{key}"]),
+                           exp_avg_sq=torch.empty_like(parameter).copy_(stored[f"v.{key}"]))
+                   for i, (key, parameter) in enumerate(modules[trained].named_parameters())
+                   if f"m.{key}" in stored}
+        optimizer.load_state_dict(optimizer.state_dict() | dict(state=moments))
+        return progress

@@ -11,6 +11,7 @@ from a folder's config.json, or from the tensors' shapes in a single file.
 import functools
 import re
 import warnings
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from diffusion import PREDICTION_TYPES, NoiseSchedule
 from inputs.files import read_json, read_utf8
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
-from weights import (MALFORMED, PICKLES, Checkpoint, UserError, check_types, first_line,
+from weights import (MALFORMED, PICKLES, Checkpoint, UserError, as_user_error, check_types,
                      read_header, shortened)
 
 
@@ -31,6 +32,11 @@ OTHER_CHANNELS = {9: "an in-painting", 8: "an InstructPix2Pix", 7: "an up-scaler
 SD2_WIDTH, SD2_TEXT_LAYERS = 1024, 23
 SD2_PAD = "!"
 
+# What a field of our config dataclasses is called in a config.json, if not by its own name.
+CONFIG_KEYS = dict(
+    channels="block_out_channels", blocks_per_level="layers_per_block",
+    context_dim="cross_attention_dim", norm_groups="norm_num_groups",
+    linear_projection="use_linear_projection", spacing="timestep_spacing")
 # Keys of a config.json that change the graph, but no tensor's name or shape, with the values that
 # are implemented.
 UNET_FIXED = dict(
@@ -91,33 +97,27 @@ def load_tokenizer(folder, pad_token=None):
 
     pad_token: instead of the folder's own.
     """
-    try:
+    # `tokenizers` raises plain Exceptions
+    with as_user_error(Exception, f"{folder} holds no CLIP tokenizer"):
         vocab, merges, own_pad_token, added = read_tokenizer(Path(folder))
         return Tokenizer(vocab, merges, pad_token or own_pad_token, added)
-    except UserError:
-        raise
-    except Exception as error:      # `tokenizers` raises plain Exceptions
-        raise UserError(f"{folder} holds no CLIP tokenizer ({first_line(error)}).") from None
 
 
 # ---- rejecting -----------------------------------------------------------------------------
 
-def as_user_error(read):
+def checked(read):
     """Decorate a reader of a path: malformed content raises UserError.
 
     The readers themselves name the known problems. This covers all others, such as a number in
     place of a list or a tensor with too few dimensions.
     """
     @functools.wraps(read)
-    def guarded(path, *args):
-        try:
+    def read_checked(path, *args):
+        with as_user_error(MALFORMED, f"{path}: its names or sizes are not those of SD 1.x or 2.x",
+                           SUPPORTED):
             return read(path, *args)
-        except MALFORMED as error:
-            raise UserError(f"{path}: its names or sizes are not those of SD 1.x or 2.x "
-                            f"({type(error).__name__}: {first_line(error)}). {SUPPORTED}"
-                            ) from error
 
-    return guarded
+    return read_checked
 
 
 def reject_other_models(state, path):
@@ -157,10 +157,18 @@ def read_config(file):
     return {key: value for key, value in read_json(file).items() if value is not None}
 
 
+def config_arguments(config, Config):
+    """Arguments of our dataclass from a config.json's dict; absent keys have its defaults."""
+    values = {field.name: config.get(CONFIG_KEYS.get(field.name, field.name), field.default)
+              for field in fields(Config)}
+    return {name: tuple(value) if isinstance(value, list) else value
+            for name, value in values.items()}
+
+
 def find_weights(folder, stem):
     """Weights files of a network's folder: the exact name, else shards, fp16, or the only file.
 
-    Warn if the name is not the exact one.
+    Warn if the name is not the exact one. If there is none, return what read_header explains.
     """
     exact = f"{stem}.safetensors"
     if not folder.is_dir():
@@ -183,17 +191,15 @@ def find_weights(folder, stem):
     if files:
         raise UserError(f"{folder} has several weights files: "
                         f"{', '.join(file.name for file in files)}. Rename one to {exact}.")
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in PICKLES:
-            read_header(file)           # raises, with the reason
-    raise UserError(f"{folder / exact} is missing.")
+    pickles = [file for file in sorted(folder.iterdir()) if file.suffix.lower() in PICKLES]
+    return pickles[:1] or [folder / exact]
 
 
 def config_files(*paths):
     """Sorted .json and .txt files of SD folders, which say how the weights are used."""
     folders = [Path(path) for path in paths if path and Path(path).is_dir()]
-    return sorted({file for folder in folders for pattern in ("*.json", "*.txt")
-                   for file in folder.rglob(pattern)})
+    return sorted({file for folder in folders for file in folder.rglob("*")
+                   if file.suffix in (".json", ".txt")})
 
 
 def read_folder(folder, stem, implemented):
@@ -285,7 +291,8 @@ def unet_folder_name(key, blocks_per_level):
 
 def unet_config_from_json(config, file):
     """Arguments of UNetConfig from a folder's config.json; absent keys are SD 1.5's."""
-    channels = tuple(config.get("block_out_channels", (320, 640, 1280, 1280)))
+    arguments = config_arguments(config, UNetConfig)
+    channels = arguments["channels"]
     down = config.get("down_block_types", ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"])
     # SD's configs call the number of heads attention_head_dim
     heads = config.get("num_attention_heads") or config.get("attention_head_dim", 8)
@@ -294,14 +301,9 @@ def unet_config_from_json(config, file):
             c % head for c, head in zip(channels, heads)):
         raise UserError(f"{file}: {len(down)} blocks, block_out_channels {list(channels)} and "
                         f"heads {list(heads)} don't fit together.")
-    return dict(channels=channels, heads=heads,
-                attention=tuple(kind == "CrossAttnDownBlock2D" for kind in down),
-                blocks_per_level=config.get("layers_per_block", 2),
-                context_dim=config.get("cross_attention_dim", 768),
-                latent_channels=config.get("out_channels", 4),
-                norm_groups=config.get("norm_num_groups", 32),
-                linear_projection=config.get("use_linear_projection", False),
-                sample_size=config.get("sample_size"))
+    attention = tuple(kind == "CrossAttnDownBlock2D" for kind in down)
+    return arguments | dict(heads=heads, attention=attention,
+                            latent_channels=config.get("out_channels", 4))
 
 
 def unet_config_from_shapes(state, path):
@@ -326,7 +328,7 @@ def unet_config_from_shapes(state, path):
                 linear_projection=context_dim == SD2_WIDTH)
 
 
-@as_user_error
+@checked
 def read_unet(path):
     """Checkpoint of the U-Net in an SD folder or single file."""
     path = Path(path)
@@ -368,11 +370,7 @@ def vae_folder_name(key, levels):
 
 def vae_config_from_json(config):
     """Arguments of VAEConfig from a folder's config.json; absent keys are SD's."""
-    return dict(channels=tuple(config.get("block_out_channels", (128, 256, 512, 512))),
-                blocks_per_level=config.get("layers_per_block", 2),
-                latent_channels=config.get("latent_channels", 4),
-                norm_groups=config.get("norm_num_groups", 32),
-                scaling_factor=config.get("scaling_factor") or VAEConfig.scaling_factor)
+    return config_arguments(config, VAEConfig)
 
 
 def vae_config_from_shapes(state):
@@ -385,7 +383,7 @@ def vae_config_from_shapes(state):
                 blocks_per_level=_count(state, "encoder.down.0.block.{}.conv1.weight"))
 
 
-@as_user_error
+@checked
 def read_vae(path):
     """Checkpoint of an autoencoder in an SD folder or single file, or in files of its own."""
     path = Path(path)
@@ -445,7 +443,7 @@ def split_in_proj(state, width):
     return split
 
 
-@as_user_error
+@checked
 def read_text(path):
     """Checkpoint of the CLIP text encoder in an SD folder or single file."""
     path = Path(path)
@@ -466,19 +464,19 @@ def read_text(path):
     heads = config.get("num_attention_heads", width // 64)
     if width % heads:
         raise UserError(f"{file}: num_attention_heads must divide the width {width}, got {heads}.")
+    layers = config.get("num_hidden_layers", _count(state, "encoder.layers.{}.layer_norm1.weight"))
+    key_map = str
+    if "token_embedding.weight" in state:
+        # OpenCLIP: SD 2 reads the states before the last of 24 blocks; some files don't contain it
+        blocks = _count(state, "transformer.resblocks.{}.ln_1.weight")
+        layers = blocks if blocks == SD2_TEXT_LAYERS else blocks - 1
+        state = {name: stored for name, stored in split_in_proj(state, width).items()
+                 if not name.startswith(f"transformer.resblocks.{layers}.")}
+        key_map = openclip_name
     activation = config.get("hidden_act", "gelu" if width == SD2_WIDTH else "quick_gelu")
-    arguments = dict(width=width, vocab_size=vocab_size, heads=heads, activation=activation)
-    layers = _count(state, "encoder.layers.{}.layer_norm1.weight")
-    if layers or "embeddings.token_embedding.weight" in state:
-        layers = config.get("num_hidden_layers", layers)
-        return Checkpoint(arguments | dict(layers=layers), state, str, file)
-    # OpenCLIP: SD 2 reads the states before the last of 24 blocks; some files don't contain it
-    blocks = _count(state, "transformer.resblocks.{}.ln_1.weight")
-    layers = blocks if blocks == SD2_TEXT_LAYERS else blocks - 1
-    state = {name: stored for name, stored in split_in_proj(state, width).items()
-             if not name.startswith(f"transformer.resblocks.{layers}.")}
-    return Checkpoint(arguments | dict(layers=layers, activation="gelu"), state, openclip_name,
-                      file)
+    arguments = dict(width=width, vocab_size=vocab_size, heads=heads, layers=layers,
+                     activation=activation)
+    return Checkpoint(arguments, state, key_map, file)
 
 
 # ---- tokenizer -----------------------------------------------------------------------------
@@ -523,11 +521,7 @@ def read_tokenizer(folder):
     if lost:
         raise UserError(f"{folder}: the merges of {len(lost)} tokens are missing, such as that of "
                         f"{lost[-1]!r}. Copy merges.txt again.")
-    vocab = vocab | {entry["content"]: entry["id"] for entry in entries}
-    for token, number in vocab.items():
-        if type(number) is not int or number < 0:
-            raise ValueError(f"id of {token!r} is {number!r}")
-    return vocab, merges, pad_token, added
+    return vocab | {entry["content"]: entry["id"] for entry in entries}, merges, pad_token, added
 
 
 def check_vocab(vocab, folder, checkpoint):
@@ -546,7 +540,7 @@ def check_vocab(vocab, folder, checkpoint):
 
 # ---- noise schedule ------------------------------------------------------------------------
 
-@as_user_error
+@checked
 def load_schedule(path, prediction_type=None):
     """NoiseSchedule of an SD folder; a single file has Stable Diffusion's.
 
@@ -563,13 +557,9 @@ def load_schedule(path, prediction_type=None):
     if config.get("_class_name") == "LCMScheduler":
         warnings.warn(f"{path} is distilled for few steps (LCM). Draw with --guidance 1 to 2 and "
                       f"--steps 4 to 8.")
-    beta_start, beta_end = config.get("beta_start", 0.00085), config.get("beta_end", 0.012)
-    check_types(config, dict(beta_start=0.1, beta_end=0.1, set_alpha_to_one=False), file)
-    if not 0 < beta_start <= beta_end < 1:
-        raise UserError(f"{file}: need 0 < beta_start <= beta_end < 1, got {beta_start} and "
-                        f"{beta_end}.")
-    return NoiseSchedule(beta_start, beta_end,
-                         prediction_type=config.get("prediction_type", "epsilon"),
-                         spacing=config.get("timestep_spacing"),
-                         steps_offset=config.get("steps_offset", 1),
-                         set_alpha_to_one=config.get("set_alpha_to_one", False))
+    arguments = config_arguments(config, NoiseSchedule)
+    check_types(arguments, dict(beta_start=0.1, beta_end=0.1, set_alpha_to_one=False), file)
+    if not 0 < arguments["beta_start"] <= arguments["beta_end"] < 1:
+        raise UserError(f"{file}: need 0 < beta_start <= beta_end < 1, got "
+                        f"{arguments['beta_start']} and {arguments['beta_end']}.")
+    return NoiseSchedule(**arguments)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from weights import UserError, replacing
+from weights import UserError, as_user_error, replacing
 
 MAX_TEXT = 1 << 26              # characters in a text file: captions of half a million pictures
 LFS_POINTER = b"version https://git-lfs"
@@ -34,11 +34,9 @@ def check_file(file):
 def read_utf8(file):
     """Content of a UTF-8 text file, with or without a byte order mark."""
     check_file(file)
-    try:
-        with open(file, encoding="utf-8-sig") as f:
-            text = f.read(MAX_TEXT + 1)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} must be UTF-8 ({error}). Save it as UTF-8.") from None
+    with as_user_error(UnicodeDecodeError, f"{file} must be UTF-8", "Save it as UTF-8."), \
+            open(file, encoding="utf-8-sig") as f:
+        text = f.read(MAX_TEXT + 1)
     if len(text) > MAX_TEXT:
         raise UserError(f"{file} must have at most {MAX_TEXT:,} characters. Split it.")
     return text
@@ -46,10 +44,8 @@ def read_utf8(file):
 
 def read_json(file):
     """The dict in a JSON file."""
-    try:
+    with as_user_error((ValueError, RecursionError), f"{file} is not JSON"):
         content = json.loads(read_utf8(file))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is not JSON ({error}).") from None
     if not isinstance(content, dict):
         raise UserError(f"{file} is not a JSON object.")
     return content
@@ -76,12 +72,10 @@ def fingerprint(*files):
     digest = hashlib.sha256()
     for file in files:
         check_file(file)
-    size = sum(os.path.getsize(file) for file in files)
-    with tqdm(total=size, unit="B", unit_scale=True, desc="fingerprint", delay=2,
-              leave=False) as bar:
-        for chunk in read_chunks(files):
-            digest.update(chunk)
-            bar.update(len(chunk))
+    megabytes = sum(os.path.getsize(file) for file in files) >> 20
+    for chunk in tqdm(read_chunks(files), desc="fingerprint", total=megabytes, unit="MB", delay=2,
+                      leave=False):
+        digest.update(chunk)
     return digest.hexdigest()[:16]
 
 

@@ -12,7 +12,7 @@ import torch
 
 import diffusion
 from inputs.processes import peer_ended
-from weights import UserError, first_line, quoted
+from weights import UserError, reason, quoted
 
 DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 MAX_PIXELS = 4096**2
@@ -122,7 +122,7 @@ def usable_device(name):
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise argparse.ArgumentTypeError(f"{device} can't be used ({first_line(error)}). cpu "
+        raise argparse.ArgumentTypeError(f"{device} can't be used ({reason(error)}). cpu "
                                          f"always works.") from None
     return name
 

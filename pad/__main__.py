@@ -21,7 +21,7 @@ from inputs.conditions import TASKS
 from inputs.options import BASE, DEFAULT_BPS, DTYPES, Parser, in_range, run_script
 from inputs.run_folder import CHECKPOINT
 from pad.studio import Studio
-from weights import UserError, first_line
+from weights import UserError, reason
 
 ADDRESS, PORT = "127.0.0.1", 8765
 DRAW_TIMEOUT = 5                # seconds that a page may take to read, because others wait
@@ -51,7 +51,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         try:
             self.respond()
         except Exception as error:          # a mistake in one request must not end the pad
-            message = first_line(error) or type(error).__name__
+            message = reason(error)
             if not isinstance(error, (UserError, OSError)):
                 print(f"error: {type(error).__name__}: {message}", file=sys.stderr)
             with contextlib.suppress(OSError):

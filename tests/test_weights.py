@@ -103,13 +103,22 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="a.json can't be written .No space left"):
         with weights.replacing(file):
             raise OSError(errno.ENOSPC, "No space left on device")
-    (tmp_path / ".b").mkdir()                               # a killed process left it behind,
-    (tmp_path / ".b" / ".tmpX2b1").write_text("half")       # where safetensors writes
+    (tmp_path / ".b.0").mkdir()                             # a killed process left it behind,
+    (tmp_path / ".b.0" / ".tmpX2b1").write_text("half")     # where safetensors writes
     weights.save({}, tmp_path / "b", {})
     assert (tmp_path / "b").stat().st_mode == file.stat().st_mode
     (tmp_path / "b").unlink()
     write_json(dict(a=2), file)
     assert read_json(file) == dict(a=2) and list(tmp_path.iterdir()) == [file]
+
+
+def test_two_processes_may_write_the_same_file_at_once(tmp_path):
+    file = tmp_path / "part"
+    with weights.replacing(file) as slow:
+        slow.write_text("slow")
+        with weights.replacing(file) as fast:
+            fast.write_text("fast")
+    assert file.read_text() == "fast" and list(tmp_path.iterdir()) == [file]
 
 
 @pytest.mark.parametrize("name", ["it's $(touch ran).ckpt", "x'); open('ran', 'w'); ('.pt"])
