@@ -38,8 +38,8 @@ class UserError(Exception):
 
 def reason(error):
     """Why something failed, in one line; PyTorch appends more."""
-    return (getattr(error, "strerror", None) or str(error).partition("\n")[0]
-            or type(error).__name__)
+    message = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return message.partition("\n")[0].rstrip(".")
 
 
 @contextlib.contextmanager

@@ -18,10 +18,10 @@ from typing import Callable, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 from inputs.files import check_file
-from weights import UserError
+from weights import UserError, as_user_error
 
 # Pillow starts another program for some other formats: Ghostscript for PostScript
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
@@ -49,17 +49,13 @@ PIXELS_AT_A_TIME = 48 * 64**2   # of a batch outside of training: 48 pictures of
 @contextlib.contextmanager
 def naming_file(file):
     """Turn any error that Pillow raises for a file into a UserError that names it."""
-    try:
+    bombs = Image.DecompressionBombError, Image.DecompressionBombWarning
+    # Exception, because each decoder has its own errors
+    with as_user_error(Exception, f"{file} can't be read as an image",
+                       f"Save it as {', '.join(FORMATS[:-1])} or {FORMATS[-1]}."), \
+            as_user_error(bombs, f"{file} must have at most {Image.MAX_IMAGE_PIXELS:,} pixels",
+                          "Scale it down, because it could fill the memory."):
         yield
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise UserError(f"{file} must have at most {Image.MAX_IMAGE_PIXELS:,} pixels, because "
-                        f"larger pictures can fill the memory. Scale it down.") from None
-    except Exception as error:          # each decoder has its own
-        reason = str(error) or type(error).__name__
-        if isinstance(error, UnidentifiedImageError):
-            reason = "its format is not read"
-        raise UserError(f"{file} can't be read as an image ({reason}). Save it as "
-                        f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}.") from None
 
 
 def load_image(file):
@@ -382,10 +378,15 @@ def distinct_colours():
     return colours.tobytes()
 
 
+def colour_of(i, palette):
+    """Entry i of a palette (bytes), as in "#1f77b4"."""
+    return f"#{palette[3 * i:3 * i + 3].hex()}"
+
+
 def class_colours(labels):
     """{colour, as in "#1f77b4": palette index} of the classes in a palette image."""
-    palette = labels.getpalette("RGB") + [0] * 3 * MAX_CLASSES      # it may be shorter
-    return {"#%02x%02x%02x" % tuple(palette[3 * i:3 * i + 3]): i for _, i in labels.getcolors()}
+    palette = bytes(labels.getpalette("RGB")) + bytes(3 * MAX_CLASSES)      # it may be shorter
+    return {colour_of(i, palette): i for _, i in labels.getcolors()}
 
 
 def class_names(colours):
@@ -394,7 +395,7 @@ def class_names(colours):
     Grey maps are recognised by the palette of distinct_colours.
     """
     palette = distinct_colours()
-    numbered = all(colour == f"#{palette[3 * i:3 * i + 3].hex()}" for colour, i in colours.items())
+    numbered = all(colour == colour_of(i, palette) for colour, i in colours.items())
     return {colour: str(i) if numbered else colour for colour, i in colours.items()}
 
 
@@ -448,7 +449,7 @@ def match_mask(labels, classes):
     trained on.
     """
     palette = distinct_colours()
-    outside, *insides = (f"#{palette[3 * i:3 * i + 3].hex()}" for i in (0, *INSIDE_NUMBERS))
+    outside, *insides = (colour_of(i, palette) for i in (0, *INSIDE_NUMBERS))
     insides.append("#ffffff")
     colours, known = class_colours(labels), [colour for colour in classes if colour != outside]
     if any(colours.keys() <= {outside, inside} for inside in insides) \

@@ -35,7 +35,7 @@ def test_a_picture_that_is_postscript_is_not_executed(read, tmp_path, monkeypatc
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: started.append(1))
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n"
                                      b"%%EndComments\nshowpage\n%%EOF\n")
-    with pytest.raises(UserError, match="its format is not read.* Save it as PNG, JPEG, WEBP"):
+    with pytest.raises(UserError, match="cannot identify image file .* Save it as PNG, JPEG, WEBP"):
         read(tmp_path / "a.png")
     assert not started
 

@@ -269,8 +269,8 @@ def test_a_format_that_is_not_read_is_named_unless_it_is_a_source(folder, check,
     (folder / "images" / f"02{suffix}").write_text("<svg/>")                # of 02.png
     (folder / "images" / "03.png").rename(folder / "images" / f"03{suffix}")
     (folder / "images" / f"03{suffix}").write_text("<svg/>")
-    assert f"problem: {folder}/images/03{suffix} can't be read as an image (its format is not " \
-           "read). Save it as PNG, JPEG" in check(problems=1)
+    assert f"problem: {folder}/images/03{suffix} can't be read as an image (cannot identify image " \
+           f"file '{folder}/images/03{suffix}'). Save it as PNG, JPEG" in check(problems=1)
 
 
 @pytest.mark.parametrize("place, name", [(".", "."), ("images", ".."), (".", "images/..")])
