@@ -24,7 +24,7 @@ import weights
 from inputs.conditions import (TASKS, class_colours, images_at_a_time, is_blank, object_note,
                                open_image, palette_fault, to_x)
 from inputs.files import fingerprint, hash_module
-from inputs.pairs import find_pairs, group_pairs, same_shape, shape_fault
+from inputs.pairs import find_pairs, group_pairs, shape_fault
 from inputs.processes import Processes
 from tiny.tasks import embedded_pairs
 from tiny.world import FIGURES
@@ -39,6 +39,8 @@ EMPTY_SHARE = 0.1               # share of empty prompts, so that guidance has i
 CACHE = Path("runs/cache")
 CACHE_VERSION = 3               # raise it when the content of cached parts changes
 PART = 48                       # pairs in a part of the cache
+BLANK_FIX = ("Drawings need lines of a pixel or more at --size; label maps need at least two "
+             "classes.")
 MOST_PROMPTS = 2000             # encoded in advance: 240 MB at SD 1.5's size
 
 
@@ -140,8 +142,8 @@ def open_pair(pair, task_name, size, extract=False):
     Condition and image show the same View.
     """
     task, cond, image = TASKS[task_name], pair.open_cond(), pair.open_image()
-    if not same_shape(cond, image):
-        raise UserError(shape_fault(pair.name, cond, image))
+    if fault := shape_fault(pair.name, cond, image):
+        raise UserError(fault)
     colours = class_colours(cond) if task.has_labels else {}
     to_cond = task.extract if extract else task.to_cond
     cond = to_cond(show(cond, pair.view, size))
@@ -285,8 +287,7 @@ def check_conditions(caches, task):
     blank = [name for cache in caches for name in cache.blank]
     number_of_pairs = sum(len({pair.name for pair in cache.pairs}) for cache in caches)
     if len(blank) == number_of_pairs:
-        raise UserError(f"all conditions are blank (first: {blank[0]}). Drawings need lines of a "
-                        f"pixel or more at --size; label maps need at least two classes.")
+        raise UserError(f"all conditions are blank (first: {blank[0]}). {BLANK_FIX}")
     if blank:
         warnings.warn(f"{len(blank)} of {number_of_pairs} conditions are blank, such as "
                       f"{blank[0]}. --check-data lists them.")

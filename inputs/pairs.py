@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 from inputs.conditions import LABELS_NOTE, load_image, looks_like_label_map
 from inputs.files import read_utf8
-from weights import UserError
+from weights import MALFORMED, UserError
 
 IMAGE_SUFFIXES = (".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".tif", ".tiff",
                   ".bmp", ".gif", ".avif", ".avifs")
@@ -170,14 +170,12 @@ def _named_pairs(folder, extract):
     if not extract:
         conds, _, cond_problems = list_files(folder / "conditions")
         problems += cond_problems
-    pairs, used = [], []
-    for name in sorted(conds.keys() | images.keys()):
-        missing = [part for part, part_files in (("conditions", conds), ("images", images))
-                   if name not in part_files]
+    for part, names in (("conditions", images.keys() - conds.keys()),
+                        ("images", conds.keys() - images.keys())):
         problems += [f"{folder / part}/{name}.* is missing. Each name must be in both conditions/ "
-                     f"and images/." for part in missing]
-        if missing:
-            continue
+                     f"and images/." for name in sorted(names)]
+    pairs, used = [], []
+    for name in sorted(conds.keys() & images.keys()):
         captions, caption_files = (), files.captions.get(name, [])
         try:
             captions = read_captions(caption_files)
@@ -211,7 +209,7 @@ def _listed_pairs(folder, listing, extract):
             captions.setdefault(pair, []).extend(prompts)
         except UserError as error:
             problems.append(f"{place}: {error}")
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except MALFORMED as error:
             problems.append(f"{place} must be a JSON object with the keys {', '.join(keys)}, "
                             f"{' or '.join(CAPTION_KEYS)} ({error}).")
     if not captions and not problems:
@@ -267,12 +265,9 @@ def group_pairs(folder, pairs):
     return [root(pair.cond) for pair in pairs]
 
 
-def same_shape(a, b):
-    """Whether two images have the same aspect ratio, up to rounding."""
-    return abs(a.width * b.height / (a.height * b.width) - 1) < SAME_SHAPE
-
-
 def shape_fault(name, cond, image):
-    """The error of a condition whose aspect ratio is not its picture's."""
+    """What is wrong with a condition whose aspect ratio is not its picture's; None up to rounding."""
+    if abs(cond.width * image.height / (cond.height * image.width) - 1) < SAME_SHAPE:
+        return None
     return (f"{name} must have the aspect ratio of its picture, {image.width} x {image.height} px, "
             f"got {cond.width} x {cond.height} px. Crop both alike.")

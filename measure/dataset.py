@@ -7,11 +7,11 @@ from collections import Counter
 import torch
 from tqdm import tqdm
 
-from data import View, load_pairs, open_pair, split_names
+from data import BLANK_FIX, load_pairs, open_pair, split_names, with_copies
 from inputs import conditions
 from inputs.checkpoints import find_tokenizer, load_tokenizer
 from inputs.files import fingerprint
-from inputs.pairs import NO_CAPTIONS, find_pairs, group_pairs, same_shape, shape_fault
+from inputs.pairs import NO_CAPTIONS, find_pairs, group_pairs, shape_fault
 from measure.report import SHEET_ROWS, contact_sheet
 from weights import UserError, shortened
 
@@ -21,9 +21,8 @@ MANY_CLASSES = 64               # more than this in all maps may be shades
 class Survey:
     """Counts of what the files of some pairs contain, and their problems."""
 
-    def __init__(self, task_name, extract, size):
-        self.task_name, self.task = task_name, conditions.TASKS[task_name]
-        self.extract, self.size = extract, size
+    def __init__(self, args):
+        self.args, self.task = args, conditions.TASKS[args.task]
         self.problems, self.blank = [], []
         self.sizes, self.modes, self.classes = Counter(), Counter(), Counter()
         self.files_of_digest = {}                   # (role, fingerprint): files
@@ -37,7 +36,7 @@ class Survey:
         """
         try:
             image = conditions.load_image(file)
-            if role == "condition" or self.extract:
+            if role == "condition" or self.args.extract:
                 self.add_condition(file, image)
             self.files_of_digest.setdefault((role, fingerprint(file)), set()).add(file)
         except (UserError, OSError) as error:
@@ -49,11 +48,11 @@ class Survey:
 
     def add_condition(self, file, image):
         """Count a label map's classes, what is odd about a drawing, or a blank condition."""
-        picture = conditions.open_image(file) if self.extract else self.task.open(file)
-        to_cond = self.task.extract if self.extract else self.task.to_cond
-        cond = to_cond(conditions.crop(picture, self.size, self.size))
-        is_drawing = self.task_name == "sketch" and not self.extract
-        if conditions.is_blank(cond, self.task_name):
+        size, extract = self.args.size, self.args.extract
+        picture = conditions.open_image(file) if extract else self.task.open(file)
+        to_cond = self.task.extract if extract else self.task.to_cond
+        is_drawing = self.args.task == "sketch" and not extract
+        if conditions.is_blank(to_cond(conditions.crop(picture, size, size)), self.args.task):
             reason = conditions.why_blank(picture) if is_drawing else "is the same everywhere."
             self.blank.append(f"{file} {reason}")
         if self.task.has_labels:
@@ -65,7 +64,7 @@ class Survey:
             self.notes["drawings are light on dark and will be inverted"] += is_inverted
             self.notes[conditions.LABELS_NOTE] += conditions.looks_like_label_map(image)
 
-    def report(self, folder, number_of_pairs):
+    def report(self, number_of_pairs):
         """Print sizes, modes, classes, blank conditions and duplicates.
 
         Add a problem if palettes differ, or if all conditions are blank.
@@ -82,15 +81,13 @@ class Survey:
                 print(f"note: {note}")
         fault = conditions.palette_fault(self.palettes)
         if fault and self.task.has_numbers:
-            self.problems.append(f"{folder}: {fault}")
+            self.problems.append(f"{self.args.data}: {fault}")
         for line in self.blank:
             print(f"blank condition: {line}")
         if self.blank and len(self.blank) == number_of_pairs:
-            self.problems.append(f"{folder}: all conditions are blank. Drawings need lines of a "
-                                 f"pixel or more at --size; label maps need at least two classes.")
-        for note, n in self.notes.items():
-            if n:
-                print(f"note: {n} {note}")
+            self.problems.append(f"{self.args.data}: all conditions are blank. {BLANK_FIX}")
+        for note, n in (+self.notes).items():           # without those that no drawing has
+            print(f"note: {n} {note}")
         for (role, _), files in self.files_of_digest.items():
             if len(files) > 1:
                 print(f"duplicates: {role} {' = '.join(map(str, sorted(files)))}")
@@ -117,20 +114,19 @@ def check_data(args):
     """Print what --data contains and write a sheet of it; raise UserError if anything is wrong."""
     tokenizer = load_tokenizer(find_tokenizer(args.base, args.tokenizer))
     pairs, problems, unused = find_pairs(args.data, args.extract)
-    survey = Survey(args.task, args.extract, args.size)
+    survey = Survey(args)
     for pair in tqdm(pairs, desc="check", leave=False):
         image = survey.add("image", pair.image)
         cond = image if args.extract else survey.add("condition", pair.cond)
-        if image and cond and not same_shape(cond, image):
-            survey.problems.append(shape_fault(pair.cond, cond, image))
+        if image and cond and (fault := shape_fault(pair.cond, cond, image)):
+            survey.problems.append(fault)
     groups = group_pairs(args.data, pairs)
-    split_of = split_names(groups)
-    counts = Counter(split_of[group] for group in groups)
-    print(f"pairs: {len(pairs)} (" + ", ".join(
-        f"{counts[split]} {split}" for split in ("train", "val", "test")) + ")")
+    counts = Counter(map(split_names(groups).get, groups))
+    print(f"pairs: {len(pairs)} ({counts['train']} train, {counts['val']} val, {counts['test']} "
+          f"test)")
     if unused:
         print(f"belong to no pair: {shortened(list(map(str, unused)))}")
-    survey.report(args.data, len(pairs))
+    survey.report(len(pairs))
     check_captions(pairs, tokenizer, args.default_prompt)
     problems += survey.problems
     for problem in problems:
@@ -143,15 +139,15 @@ def check_data(args):
 
 
 def write_sheet(args):
-    """Write check.png: the first training pairs as the network will see them, and flipped."""
+    """Write check.png: the first training pairs and their first copies as the network sees them."""
     pairs = load_pairs(args.task, "train", args.data, args.extract,
                        args.default_prompt)[:SHEET_ROWS]
-    columns = []
-    for is_mirrored in (False, not args.no_mirror):
-        conds, pictures, _ = zip(*(open_pair(pair._replace(view=View(is_mirrored=is_mirrored)),
-                                             args.task, args.size, args.extract)
-                                   for pair in pairs))
-        columns += [conditions.cond_to_x(torch.stack(conds) / 255), torch.stack(pictures)]
+    rows = with_copies(pairs, not args.no_mirror)[:2 * len(pairs)]
+    conds, pictures, _ = zip(*(open_pair(pair, args.task, args.size, args.extract)
+                               for pair in rows))
+    cond, cond_copy = conditions.cond_to_x(torch.stack(conds) / 255).split(len(pairs))
+    picture, picture_copy = torch.stack(pictures).split(len(pairs))
+    title = "moved" if args.no_mirror else "flipped"
     args.out.mkdir(parents=True, exist_ok=True)
-    contact_sheet(columns, ["condition", "picture", "flipped", "flipped"],
+    contact_sheet([cond, picture, cond_copy, picture_copy], ["condition", "picture", title, title],
                   [pair.prompts[0] for pair in pairs], args.out / "check.png")
