@@ -16,7 +16,7 @@ from inputs import checkpoints
 from inputs.conditions import load_image
 from inputs.files import fingerprint
 from inputs.options import BASE, DEFAULT_BPS, DEFAULT_DRAWING, NONE, shell_command, to_argv
-from weights import UserError
+from weights import MALFORMED, UserError, as_user_error, reason
 
 # Options that a picture stores. Where files are written is never among them.
 STORED = ("prompt", "negative_prompt", "sampler", "steps", "guidance", "dtype", "denoise", "seed",
@@ -70,13 +70,11 @@ def read_stored(picture):
 
     Only STORED options: a picture from elsewhere must not decide where files are written.
     """
-    text = getattr(load_image(picture), "text", {})
-    try:
+    text = load_image(picture).info
+    with as_user_error(MALFORMED, f"--from {picture}: does not say how it was drawn",
+                       "Use a PNG as sample.py wrote it; other programs drop its text."):
         options, files = json.loads(text["options"]), dict(json.loads(text["files"]))
         return {name: value for name, value in options.items() if name in STORED}, files
-    except (AttributeError, KeyError, RecursionError, TypeError, ValueError):
-        raise UserError(f"--from {picture}: does not say how it was drawn. Use a PNG as sample.py "
-                        f"wrote it; other programs drop its text.") from None
 
 
 def note_changes(args, files, networks):
@@ -97,7 +95,7 @@ def find_drawn(file, fields):
     """The existing picture FILE, FILE-2 .. that the same options drew from the same files."""
     for candidate in (file, *sorted(file.parent.glob(f"{file.stem}-[0-9]*{file.suffix}"))):
         with contextlib.suppress(UserError):            # another file, which is left alone
-            text = getattr(load_image(candidate), "text", {})
+            text = load_image(candidate).info
             if all(text.get(key) == str(fields[key]) for key in ("options", "files")):
                 return candidate
     return None
@@ -133,6 +131,6 @@ def write_new(image, file, fields=()):
             picture.write(content.getbuffer())
     except OSError as error:
         name.unlink()
-        raise UserError(f"{name} can't be written ({error.strerror}).") from None
+        raise UserError(f"{name} can't be written ({reason(error)}).") from None
     print(name)
     return name

@@ -69,12 +69,9 @@ def join_processes(device):
     count = 1 if missing else int(os.environ["WORLD_SIZE"])
     if count == 1:
         return Processes(), device
-    if device.startswith("cuda:"):
-        raise UserError(f"--device must be cuda with torchrun, got {device}. Each process gets a "
-                        f"GPU of its own.")
-    if device.startswith("mps"):
-        raise UserError("--device must be cpu or cuda with torchrun, got mps. Apple's GPU can't "
-                        "connect processes.")
+    if device not in ("cpu", "cuda"):
+        raise UserError(f"--device must be cpu or cuda with torchrun, got {device}. Each process "
+                        f"gets a GPU of its own; Apple's can't connect processes.")
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)

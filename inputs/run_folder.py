@@ -8,6 +8,7 @@
 import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import warnings
@@ -19,7 +20,7 @@ except ModuleNotFoundError:             # Windows
 
 from bps import load_bps
 from inputs import checkpoints, files
-from weights import UserError
+from weights import UserError, reason
 
 CHECKPOINT = "checkpoint.safetensors"   # written first, and deleted when the training is finished
 FILES = ("args.json", CHECKPOINT, "bps.safetensors", "log.jsonl", "curve.png", "samples.png",
@@ -48,8 +49,9 @@ def choose_out(folder, record):
 
     Nothing is overwritten.
     """
-    folder = folder if folder.name else folder.resolve()        # "." has no name to append to
-    for number in range(1, 10_000):
+    # "." and ".." are no names to append to
+    folder = folder.resolve() if folder.name in ("", "..") else folder
+    for number in itertools.count(1):
         out = folder if number == 1 else folder.with_name(f"{folder.name}-{number}")
         existing = [name for name in FILES if (out / name).exists()]
         if not existing:
@@ -58,7 +60,6 @@ def choose_out(folder, record):
         if unfinished and (out / "args.json").exists() \
                 and files.read_json(out / "args.json") == record:
             return out
-    raise UserError(f"{folder} and 9,998 numbered folders beside it are taken. Give another --out.")
 
 
 def check_best(out):
@@ -88,7 +89,7 @@ def lock(folder):
             raise UserError(f"{folder} is in use by another training. Wait until it ends, or give "
                             f"another --out.") from None
         except OSError as error:            # some network file systems
-            warnings.warn(f"{folder} can't be locked ({error.strerror}). Don't start a second "
+            warnings.warn(f"{folder} can't be locked ({reason(error)}). Don't start a second "
                           f"training in it.")
         yield
     finally:

@@ -139,7 +139,7 @@ def make_server(studio, port):
     try:
         server = http.server.ThreadingHTTPServer((ADDRESS, port), Handler)
     except OSError as error:
-        raise UserError(f"--port {port} can't be used ({error.strerror}). Give another, or 0 for "
+        raise UserError(f"--port {port} can't be used ({reason(error)}). Give another, or 0 for "
                         f"any free one.") from None
     server.studio, server.address = studio, f"http://{ADDRESS}:{server.server_port}"
     return server

@@ -69,7 +69,7 @@ def process(rank, count, port, folder):
 
 @pytest.mark.parametrize("device, missing, message", [
     ("mps", None, "--device must be cpu or cuda with torchrun, got mps"),
-    ("cuda:0", None, "--device must be cuda with torchrun, got cuda:0"),
+    ("cuda:0", None, "--device must be cpu or cuda with torchrun, got cuda:0"),
     ("cpu", "WORLD_SIZE", "WORLD_SIZE must be set if RANK is. Start several processes with"),
     ("cpu", "MASTER_ADDR", "MASTER_ADDR must be set if RANK is")])
 def test_processes_that_cannot_train_together_are_refused(device, missing, message, monkeypatch):
