@@ -97,15 +97,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def read_request(self, body):
         """The JSON object in a body."""
-        try:
-            request = json.loads(body)
-        except ValueError:
-            request = None
-        if self.headers.get_content_type() != "application/json" or len(body) > MOST_BYTES \
-                or not isinstance(request, dict):
-            raise UserError(f"a request must be a JSON object, sent as application/json with a "
-                            f"Content-Length of at most {MOST_BYTES:,}.")
-        return request
+        if self.headers.get_content_type() == "application/json" and len(body) <= MOST_BYTES:
+            with contextlib.suppress(ValueError):
+                if isinstance(request := json.loads(body), dict):
+                    return request
+        raise UserError(f"a request must be a JSON object, sent as application/json with a "
+                        f"Content-Length of at most {MOST_BYTES:,}.")
 
     def start(self, status, kind):
         """Send the head of an answer."""
@@ -153,7 +150,8 @@ def main():
         "above)")
     parser.add_base()
     add("--dtype", choices=DTYPES, default="fp32", help="as in sample.py (default: %(default)s)")
-    add("--port", type=in_range(int, 0, 2**16 - 1), default=PORT, help="0 is any free one (default: %(default)s)")
+    add("--port", type=in_range(int, 0, 2**16 - 1), default=PORT, help="0 is any free one "
+        "(default: %(default)s)")
     add("--out", type=Path, default=Path("pictures"), help="folder of what is saved (default: "
         "%(default)s)")
     parser.add_device()

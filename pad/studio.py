@@ -23,17 +23,18 @@ from bps import Condition, load_bps
 from data import load_pairs
 from inputs.conditions import TASKS, load_image, open_condition, read_condition, to_image
 from inputs.files import fingerprint
-from inputs.options import BASE, DTYPES, shell_command
+from inputs.options import BASE, DTYPES, shell_command, to_argv
 from inputs.pictures import fingerprints, png_fields, write_new
 from sample import Job, check_fit, draw, load_base, make_parser, parse_args
-from weights import UserError
+from weights import MALFORMED, UserError, as_user_error
 
 PREVIEW_STEPS = 5
 CANVAS_SIDE = 256                       # least side of the page's canvas, pixels
 STRIP = (0.0, 0.25, 0.5, 0.75, 1.0)     # strengths
 NOISE = 8                               # levels that a privacy browser may change a canvas by
 EXAMPLES = 3                            # conditions to start from, for each task
-# entries of a request that are options of sample.py
+# options of the pad, and entries of a request, that are options of sample.py
+OPTIONS = ("base", "tokenizer", "vae", "prediction_type", "dtype", "device", "out")
 SETTINGS = ("prompt", "negative_prompt", "seed", "steps", "guidance", "sampler", "strength")
 
 
@@ -47,7 +48,6 @@ class Drawn(NamedTuple):
     args: object                # sample.py's arguments
     job: Job
     x: torch.Tensor
-    size: tuple
     drawing: Image.Image | None
 
 
@@ -68,20 +68,13 @@ def canvas_url(image, task, bps):
     return data_url(TASKS[task].fit(image, side_of(bps), side_of(bps)).convert("RGB"))
 
 
-def from_data_url(url):
-    """The bytes of the picture in a page's URL."""
-    try:
-        return base64.b64decode(url.split(",", 1)[1], validate=True)
-    except (AttributeError, IndexError, ValueError):
-        raise UserError("the picture must be a data URL, as in data:image/png;base64,...") from None
-
-
 @contextlib.contextmanager
-def picture_file(content):
-    """A file with the bytes of a picture while it is read; its errors name a picture."""
+def picture_file(url):
+    """A file with the picture in a page's URL while it is read; its errors name a picture."""
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         file = Path(folder) / "picture"
-        file.write_bytes(content)
+        with as_user_error(MALFORMED, "the picture must be a data URL"):
+            file.write_bytes(base64.b64decode(url.split(",", 1)[1], validate=True))
         try:
             yield file
         except UserError as error:
@@ -178,12 +171,11 @@ class Studio:
         _, bps = self.network(request)
         size, is_preview = (bps.metadata["size"],) * 2, bool(request.get("preview"))
         drawings, drawing = [], None            # (options, strength, Conditions) of each
-        content = request.get("drawing") and from_data_url(request["drawing"])
-        if content:
-            args, cond, drawing = self.read(request, content)
-            for s in STRIP if request.get("strip") else [args.conditions[0].strength]:
-                drawings.append((args, s, [Condition(bps, cond.to(self.args.device), s)]))
-        prior_of = size, [request.get(name) for name in SETTINGS if name != "strength"]
+        if request.get("drawing"):
+            args, cond, drawing = self.read(request)
+            strengths = STRIP if request.get("strip") else [args.conditions[0].strength]
+            drawings = [(args, s, [Condition(bps, cond, s)]) for s in strengths]
+        prior_of = size, [request.get(name) for name in SETTINGS[:-1]]
         if self.prior[0] != prior_of and not is_preview:
             drawings.append((self.parse(request, "none"), None, []))
         step, steps = itertools.count(1), sum(args.steps for args, *_ in drawings)
@@ -198,7 +190,7 @@ class Studio:
                 args.sampler, args.steps, args.guidance), conditions, on_step=on_step)
             job = Job("", [args.conditions[0]._replace(strength=strength)] if conditions else [],
                       args.prompt)
-            drawn = Drawn(request["number"], args, job, x, size, drawing)
+            drawn = Drawn(request["number"], args, job, x, drawing)
             if not conditions:
                 self.prior = prior_of, drawn
                 continue
@@ -206,7 +198,7 @@ class Studio:
                 self.last = drawn
             send(dict(picture=data_url(to_image(x)), strength=strength))
         if not is_preview:
-            if not content:
+            if drawing is None:
                 self.last = self.prior[1]._replace(number=request["number"])
             send(dict(prior=data_url(to_image(self.prior[1].x))))
 
@@ -217,33 +209,30 @@ class Studio:
                             f"{request.get('task')}.")
         return self.networks[request["task"]]
 
-    def read(self, request, content):
-        """(sample.py's options, cond (1, C, H, W), image without noise) of a drawing's bytes."""
+    def read(self, request):
+        """(sample.py's options, cond (1, C, H, W), image without noise) of a request's drawing."""
         file, bps = self.network(request)
         task, size, classes = request["task"], bps.metadata["size"], bps.metadata.get("classes")
-        with picture_file(content) as drawing:
+        with picture_file(request["drawing"]) as drawing:
             if classes and TASKS[task].has_labels:
                 without_noise(load_image(drawing), classes).save(drawing, "PNG")
             args = self.parse(request, file, drawing)
             cond, _ = read_condition(drawing, task, size, size, classes)
-            return args, cond[None], load_image(drawing)
+            return args, cond[None].to(self.args.device), load_image(drawing)
 
     def parse(self, request, bps, drawing=None):
         """sample.py's checked options for a request."""
-        argv = ["--n=1", f"--dtype={self.args.dtype}", f"--device={self.args.device}",
-                f"--base={self.args.base}", f"--out={self.args.out}", "--bps", str(bps)]
-        argv += [f"--{name.replace('_', '-')}={getattr(self.args, name)}" for name in
-                 ("tokenizer", "vae", "prediction_type") if getattr(self.args, name)]
-        argv += ["--cond", str(drawing)] if drawing else []
-        argv += [f"--{name.replace('_', '-')}={request[name]}"
-                 for name in (SETTINGS if drawing else SETTINGS[:-1]) if name in request]
+        options = {name: getattr(self.args, name) for name in OPTIONS if getattr(self.args, name)}
+        options |= dict(n=1, bps=bps) | (dict(cond=drawing) if drawing else {})
+        options |= {name: str(request[name]) for name in (SETTINGS if drawing else SETTINGS[:-1])
+                    if name in request}
 
         def refuse(message):
             raise UserError(message.removeprefix("argument "))
 
         parser = make_parser()
         parser.error = refuse
-        args = parse_args(argv, parser)
+        args = parse_args(to_argv(options), parser)
         if request.get("preview"):
             args.steps = min(args.steps, PREVIEW_STEPS)
         return args
@@ -256,7 +245,7 @@ class Studio:
         request: task, and file, a URL.
         """
         _, bps = self.network(request)
-        with picture_file(from_data_url(request.get("file"))) as file:
+        with picture_file(request.get("file")) as file:
             image = open_condition(file, request["task"], bps.metadata.get("classes"))
         return dict(picture=canvas_url(image, request["task"], bps))
 
@@ -271,16 +260,14 @@ class Studio:
             raise UserError("this picture is gone. Draw it again, then save.")
         self.args.out.mkdir(parents=True, exist_ok=True)
         job, files = last.job, []
+        used = fingerprints(last.args, [c._replace(cond=None) for c in job.conditions],
+                            self.fingerprint)           # which reads each file only once
         if job.conditions:
             files.append(write_new(last.drawing, self.args.out / "pad-drawing.png"))
             job = job._replace(conditions=[job.conditions[0]._replace(cond=files[0])])
-
-        def hash_once(*paths):
-            """Read a base only once, but a drawing of the same name again."""
-            return (fingerprint if paths[0] in files else self.fingerprint)(*paths)
-
-        used = fingerprints(last.args, job.conditions, hash_once)
-        fields = png_fields(last.args, job, last.args.seed, last.size, used, self.base)
+            used["cond 1"] = fingerprint(files[0])      # another one may have had its name
+        size = last.x.shape[2], last.x.shape[1]
+        fields = png_fields(last.args, job, last.args.seed, size, used, self.base)
         picture = write_new(to_image(last.x), self.args.out / "pad.png", fields)
         return dict(files=[str(file) for file in (picture, *files)],
                     command=shell_command(["python", "sample.py", "--from", picture]))
