@@ -330,7 +330,7 @@ def read_conditions(job, networks, size, base, device):
         bps = networks[c.bps]
         if c.cond == DEFAULT_DRAWING and bps.metadata["task"] != "sketch":
             raise UserError(f"--cond is missing. {c.bps} was trained for {bps.metadata['task']}.")
-        cond, _ = read_condition(c.cond, bps.metadata["task"], *size, bps.metadata.get("classes"))
+        cond = read_condition(c.cond, bps.metadata["task"], *size, bps.metadata.get("classes"))
         mask = c.mask and read_mask(c.mask, *size, base.vae.factor).to(device)
         conditions.append(Condition(bps, cond[None], c.strength, c.window, mask))
     return conditions

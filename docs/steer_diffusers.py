@@ -7,7 +7,7 @@ Put the project's folder and this one into PYTHONPATH, and load LoRAs into the p
 
     pipe = StableDiffusionPipeline.from_pretrained("SD_FOLDER")
     bps = load_bps("runs/sd/bps.safetensors", pipe.dtype, pipe.device)
-    cond, _ = read_condition("drawing.png", "sketch", 512, 512)
+    cond = read_condition("drawing.png", "sketch", 512, 512)
     pipe.unet = SteeredUNet(pipe.unet)
     pipe.unet.conditions = [Condition(bps, cond[None])]         # one or several
 """

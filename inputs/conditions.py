@@ -547,7 +547,7 @@ def open_condition(file, task_name, classes=None):
 
 
 def read_condition(file, task_name, width, height, classes=None):
-    """(cond (C, height, width), picture of it) of a file to draw with.
+    """cond (C, height, width) in [0, 1] of a file to draw with.
 
     A drawing is fitted in, everything else covers the picture and is cropped. classes: {colour:
     name} that BPS was trained on.
@@ -556,7 +556,7 @@ def read_condition(file, task_name, width, height, classes=None):
     cond = task.to_cond(task.fit(picture, width, height))
     if task.open is open_drawing and is_blank(cond, task_name):
         raise UserError(f"{file} {why_blank(picture)}")
-    return cond, to_image(cond_to_x(cond[None])[0])
+    return cond
 
 
 def why_blank(drawing):

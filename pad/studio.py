@@ -217,7 +217,7 @@ class Studio:
             if classes and TASKS[task].has_labels:
                 without_noise(load_image(drawing), classes).save(drawing, "PNG")
             args = self.parse(request, file, drawing)
-            cond, _ = read_condition(drawing, task, size, size, classes)
+            cond = read_condition(drawing, task, size, size, classes)
             return args, cond[None].to(self.args.device), load_image(drawing)
 
     def parse(self, request, bps, drawing=None):

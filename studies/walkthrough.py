@@ -43,7 +43,7 @@ def show_maps(base, bps, cond, t):
 def show_drawing(base, bps):
     """Print what happens when BPS draws a picture from a drawing."""
     print("1. What is given")
-    cond = read_condition(DEFAULT_DRAWING, "sketch", world.SIZE, world.SIZE)[0][None]
+    cond = read_condition(DEFAULT_DRAWING, "sketch", world.SIZE, world.SIZE)[None]
     show("cond", cond, "tiny/drawing.png: 1 is ink")
     context, empty = base.encode([DEFAULT_PROMPT, ""]).split(1)
     show("context", context, "states of 77 tokens")

@@ -164,7 +164,7 @@ def bps():
 @pytest.fixture
 def cond():
     """The included drawing as a condition (1, 1, 64, 64)."""
-    return read_condition(DEFAULT_DRAWING, "sketch", 64, 64)[0][None]
+    return read_condition(DEFAULT_DRAWING, "sketch", 64, 64)[None]
 
 
 def drawn_by(pipe, steps):
