@@ -9,6 +9,7 @@ from a folder's config.json, or from the tensors' shapes in a single file.
     schedule = load_schedule("tiny/model")
 """
 import functools
+import itertools
 import re
 import warnings
 from dataclasses import fields
@@ -233,15 +234,13 @@ def read_single_file(path, prefix):
     prefix: one of SINGLE_FILE_PARTS. All other tensors have to be of another part or ignored.
     """
     state = read_header(path)
-    prefixes = tuple(SINGLE_FILE_PARTS)
     reject_other_models(state, path)
-    if not any(name.startswith(prefixes) for name in state):
-        raise UserError(f"{path} is not a Stable Diffusion checkpoint: no name of a tensor starts "
-                        f"with {' or '.join(prefixes)}. It may be a LoRA or one network alone.")
     kept = [name for name in state if not SINGLE_FILE_IGNORED.match(name)]
-    unexpected = [name for name in kept if not name.startswith(prefixes)]
+    unexpected = [name for name in kept if not name.startswith(tuple(SINGLE_FILE_PARTS))]
     if unexpected:
-        raise UserError(f"{path}: {len(unexpected)} unexpected tensors: {shortened(unexpected)}")
+        raise UserError(f"{path} is no complete Stable Diffusion checkpoint. It may be a LoRA or "
+                        f"one network alone: {len(unexpected)} unexpected tensors: "
+                        f"{shortened(unexpected)}")
     state = {name.removeprefix(prefix): state[name] for name in kept if name.startswith(prefix)}
     if not state:
         fix = "Add --vae" if prefix == "first_stage_model." else "Give a complete checkpoint"
@@ -251,42 +250,43 @@ def read_single_file(path, prefix):
 
 def _count(state, name, first=0):
     """Number of consecutive names name.format(first), name.format(first + 1) .. in the state."""
-    number = first
-    while name.format(number) in state:
-        number += 1
-    return number - first
+    numbers = itertools.takewhile(lambda n: name.format(n) in state, itertools.count(first))
+    return len(list(numbers))
+
+
+def renamed(name, names):
+    """A tensor's name with the parts in `names`, {old: new}, replaced one after the other."""
+    for old, new in names.items():
+        name = name.replace(old, new)
+    return name
 
 
 # ---- U-Net ---------------------------------------------------------------------------------
 
-UNET_NAMES = {"time_embed.0": "time_embedding.linear_1", "time_embed.2": "time_embedding.linear_2",
-              "input_blocks.0.0": "conv_in", "out.0": "conv_norm_out", "out.2": "conv_out",
-              "middle_block.0": "mid_block.resnets.0", "middle_block.1": "mid_block.attentions.0",
-              "middle_block.2": "mid_block.resnets.1"}
-RES_NAMES = {"in_layers.0": "norm1", "in_layers.2": "conv1", "emb_layers.1": "time_emb_proj",
-             "out_layers.0": "norm2", "out_layers.3": "conv2", "skip_connection": "conv_shortcut"}
+UNET_NAMES = {
+    ".time_embed.0.": ".time_embedding.linear_1.", ".time_embed.2.": ".time_embedding.linear_2.",
+    ".input_blocks.0.0.": ".conv_in.", ".out.0.": ".conv_norm_out.", ".out.2.": ".conv_out.",
+    ".middle_block.0.": ".mid_block.resnets.0.", ".middle_block.1.": ".mid_block.attentions.0.",
+    ".middle_block.2.": ".mid_block.resnets.1.", ".in_layers.0.": ".norm1.",
+    ".in_layers.2.": ".conv1.", ".emb_layers.1.": ".time_emb_proj.", ".out_layers.0.": ".norm2.",
+    ".out_layers.3.": ".conv2.", ".skip_connection.": ".conv_shortcut."}
 
 
 def unet_folder_name(key, blocks_per_level):
     """Name in the folder layout of a U-Net key of the single-file layout."""
-    for single, folder in UNET_NAMES.items():
-        key = re.sub(rf"^{re.escape(single)}\.", f"{folder}.", key)
+    key = renamed(f".{key}", UNET_NAMES).removeprefix(".")
     match = re.match(r"(input|output)_blocks\.(\d+)\.(\d+)\.(.*)", key)
-    if match:
-        path, block, layer, rest = match.groups()
-        # a level of either path has blocks_per_level + 1 entries; the input path starts at 1
-        level, i = divmod(int(block) - (path == "input"), blocks_per_level + 1)
-        level = f"{'down' if path == 'input' else 'up'}_blocks.{level}"
-        if rest.startswith("op."):
-            key = f"{level}.downsamplers.0.conv.{rest[3:]}"
-        elif rest.startswith("conv."):
-            key = f"{level}.upsamplers.0.{rest}"
-        else:
-            key = f"{level}.{'resnets' if layer == '0' else 'attentions'}.{i}.{rest}"
-    if ".resnets." in key:
-        for single, folder in RES_NAMES.items():
-            key = key.replace(f".{single}.", f".{folder}.")
-    return key
+    if not match:
+        return key
+    path, block, layer, rest = match.groups()
+    # a level of either path has blocks_per_level + 1 entries; the input path starts at 1
+    level, i = divmod(int(block) - (path == "input"), blocks_per_level + 1)
+    level = f"{'down' if path == 'input' else 'up'}_blocks.{level}"
+    if rest.startswith("op."):
+        return f"{level}.downsamplers.0.conv.{rest[3:]}"
+    if rest.startswith("conv."):
+        return f"{level}.upsamplers.0.{rest}"
+    return f"{level}.{'resnets' if layer == '0' else 'attentions'}.{i}.{rest}"
 
 
 def unet_config_from_json(config, file):
@@ -347,23 +347,17 @@ VAE_NAMES = {".block.": ".resnets.", ".nin_shortcut.": ".conv_shortcut.",
              ".downsample.conv.": ".downsamplers.0.conv.", ".upsample.conv.": ".upsamplers.0.conv.",
              ".norm_out.": ".conv_norm_out.", ".mid.block_1.": ".mid_block.resnets.0.",
              ".mid.block_2.": ".mid_block.resnets.1.", ".mid.attn_1.": ".mid_block.attentions.0."}
-# The attention in the middle has three sets of names, each under both of its own names.
-VAE_ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v",
-                 "proj_out": "to_out.0", "query": "to_q", "key": "to_k", "value": "to_v",
-                 "proj_attn": "to_out.0"}
-
-
-def vae_attention_name(name):
-    """Name of an autoencoder's tensor with its attention called group_norm, to_q .. to_out.0."""
-    return re.sub(r"(\.mid\.attn_1|\.mid_block\.attentions\.0)\.(\w+)\.(?=weight|bias)",
-                  lambda m: f"{m[1]}.{VAE_ATTENTION.get(m[2], m[2])}.", name)
+# The attention in the middle has three sets of names, which older files mix.
+VAE_ATTENTION = {".norm.": ".group_norm.", ".q.": ".to_q.", ".k.": ".to_k.", ".v.": ".to_v.",
+                 ".proj_out.": ".to_out.0.", ".query.": ".to_q.", ".key.": ".to_k.",
+                 ".value.": ".to_v.", ".proj_attn.": ".to_out.0."}
+# name of an autoencoder's tensor with its attention called group_norm, to_q .. to_out.0
+vae_attention_name = functools.partial(renamed, names=VAE_ATTENTION)
 
 
 def vae_folder_name(key, levels):
     """Name in the folder layout of an autoencoder's key of the single-file layout."""
-    key = vae_attention_name(key)
-    for single, folder in VAE_NAMES.items():
-        key = key.replace(single, folder)
+    key = renamed(vae_attention_name(key), VAE_NAMES)
     key = re.sub(r"\.down\.(\d+)\.", r".down_blocks.\1.", key)
     return re.sub(r"\.up\.(\d+)\.", lambda m: f".up_blocks.{levels - 1 - int(m[1])}.", key)
 
@@ -420,13 +414,8 @@ OPENCLIP_NAMES = {"encoder.layers.": "transformer.resblocks.", ".self_attn.": ".
                   ".mlp.fc2.": ".mlp.c_proj.", "final_layer_norm.": "ln_final.",
                   "embeddings.token_embedding.": "token_embedding.",
                   "embeddings.position_embedding.weight": "positional_embedding"}
-
-
-def openclip_name(key):
-    """Name of a text encoder's key in an SD 2 single file, where split_in_proj was applied."""
-    for name, openclip in OPENCLIP_NAMES.items():
-        key = key.replace(name, openclip)
-    return key
+# name of a text encoder's key in an SD 2 single file, where split_in_proj was applied
+openclip_name = functools.partial(renamed, names=OPENCLIP_NAMES)
 
 
 def split_in_proj(state, width):
