@@ -46,6 +46,35 @@ def run_script(monkeypatch):
 
 
 @pytest.fixture
+def refused(capsys):
+    """A function that calls another, which ends in one line and exit code 2; returns the line."""
+    def call(function, *arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            function(*arguments)
+        printed = capsys.readouterr().err
+        *_, line = printed.splitlines()
+        assert stop.value.code == 2 and line.startswith("error: ") and printed.count("error: ") == 1
+        return line
+
+    return call
+
+
+@pytest.fixture
+def interrupted(monkeypatch):
+    """A function that calls another, whose training is interrupted before its report."""
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    def call(function, *arguments):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit):
+            patch.setattr(train, "report", interrupt)
+            function(*arguments)
+
+    return call
+
+
+@pytest.fixture
 def draw(run_script, tmp_path, bps_file):
     """A function that runs sample.py with two steps; returns the folder of its pictures."""
     counter = itertools.count()
@@ -65,6 +94,12 @@ def draw(run_script, tmp_path, bps_file):
 def pixels():
     """A function from an image file to its pixels."""
     return lambda file: np.asarray(Image.open(file))
+
+
+@pytest.fixture
+def picture(draw, pixels):
+    """A function that draws a picture with sample.py; returns its pixels."""
+    return lambda *arguments: pixels(draw("--n", 1, *arguments) / "0000.png")
 
 
 @pytest.fixture(scope="session")

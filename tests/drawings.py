@@ -38,6 +38,13 @@ def with_orientation(orientation):
     return exif
 
 
+def flip_bit(content, place=-16):
+    """Bytes with one bit changed, by default in the checksum of a PNG's pixels."""
+    changed = bytearray(content)
+    changed[place] ^= 1
+    return bytes(changed)
+
+
 def write_shapes(folder):
     """Write ten pairs of a shape and its outline, no two alike, with captions, to a folder."""
     for kind, width in (("images", 20), ("conditions", 3)):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from drawings import label_map, mask, ring, with_orientation
+from drawings import flip_bit, label_map, mask, ring
 from PIL import EpsImagePlugin, Image, ImageDraw, ImageOps
 
 from data import Pair, load_pairs, open_pair
@@ -96,12 +96,9 @@ def jpeg_with_tags(*tags):
 
 LARGE = zlib.compress(b"a" * 3_000_000)
 ODD_PICTURES = {
-    "long.jpg": (jpeg_with_tags((0x0103, 4, 0xFFFFFFFF), (0x0112, 3, 6)), ring(96, 64).rotate(
-        -90, expand=True)),
-    "offset.jpg": (jpeg_with_tags((0x0112, 2, 0xFFFF)), ring(96, 64)),
+    "turned.jpg": (jpeg_with_tags((0x0103, 4, 0xFFFFFFFF), (0x0112, 3, 6)),
+                   ring(96, 64).rotate(-90, expand=True)),
     "exif.png": (png_with(b"eXIf", b"not a TIFF header"), ring(64, 64)),
-    "hex.png": (png_with(b"zTXt", b"Raw profile type exif\0\0"
-                         + zlib.compress(b"\nexif\n  20\nzz\n")), ring(64, 64)),
     "profile.png": (png_with(b"iCCP", b"large\0\0" + LARGE), ring(64, 64)),
     "text.png": (png_with(b"zTXt", b"Comment\0\0" + LARGE), ring(64, 64))}
 
@@ -115,43 +112,31 @@ def test_a_picture_with_odd_metadata_is_read_as_viewers_show_it(tmp_path, name, 
     assert np.abs(np.asarray(picture, float) - np.asarray(expected)).mean() < 3
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_every_orientation_is_turned_upright(tmp_path, orientation):
-    image = Image.new("RGB", (6, 4), "white")
-    image.putpixel((1, 0), (0, 0, 0))
-    image.save(tmp_path / "a.png", exif=with_orientation(orientation))
-    # where the EXIF standard has rows and columns begin: the black pixel's place when upright
-    x, y = {1: (1, 0), 2: (4, 0), 3: (4, 3), 4: (1, 3), 5: (0, 1), 6: (3, 1), 7: (3, 4),
-            8: (0, 4)}[orientation]
-    upright = np.asarray(open_image(tmp_path / "a.png"))
-    assert upright.shape[:2] == ((4, 6) if orientation < 5 else (6, 4))
-    assert np.argwhere(upright[..., 0] == 0).tolist() == [[y, x]]
-
-
-@pytest.mark.parametrize("error", [IndexError("x"), struct.error("x"), MemoryError()], ids=repr)
-def test_any_error_of_a_decoder_is_one_line_with_the_file(tmp_path, monkeypatch, error):
-    def fail(*_):
-        raise error
-
+@pytest.mark.parametrize("pixels", [900, 500])      # more than that warns, twice as many raises
+def test_a_huge_picture_is_refused_by_name(pixels, tmp_path, monkeypatch):
     ring(32, 32).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image.Image, "convert", fail)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
+    with pytest.raises(UserError, match=f"a.png must have at most {pixels} pixels"):
+        open_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("spoil", [flip_bit, lambda content: content[:60]],
+                         ids=["checksum of the pixels", "truncated"])
+def test_a_corrupt_picture_is_refused_by_name(spoil, tmp_path):
+    ring(32, 32).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes(spoil((tmp_path / "a.png").read_bytes()))
     with pytest.raises(UserError, match="a.png can't be read as an image"):
         open_image(tmp_path / "a.png")
 
 
-def test_a_huge_and_a_corrupt_file_are_refused_by_name(tmp_path, monkeypatch):
+def test_any_error_of_a_decoder_is_one_line_with_the_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise struct.error
+
     ring(32, 32).save(tmp_path / "a.png")
-    content = bytearray((tmp_path / "a.png").read_bytes())
-    for pixels in (900, 500):                       # more than that warns, twice as many raises
-        with monkeypatch.context() as patch:
-            patch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
-            with pytest.raises(UserError, match=f"a.png must have at most {pixels} pixels"):
-                open_image(tmp_path / "a.png")
-    content[-16] ^= 1                               # in the checksum of the pixels
-    for corrupt in (content, content[:60]):
-        (tmp_path / "a.png").write_bytes(corrupt)
-        with pytest.raises(UserError, match="a.png can't be read as an image"):
-            open_image(tmp_path / "a.png")
+    monkeypatch.setattr(Image.Image, "convert", fail)
+    with pytest.raises(UserError, match="a.png can't be read as an image .error"):
+        open_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("scale, dtype", [(1 / 255, "f4"), (1, "f4"), (257, "f4"), (257, "u2"),
@@ -177,20 +162,6 @@ def test_images_survive_the_way_to_x_and_back():
 
 
 # ---- drawings ------------------------------------------------------------------------------
-
-@pytest.mark.parametrize("change", [
-    lambda image: image.convert("L"), lambda image: image.convert("1"),
-    lambda image: image.convert("P"), ImageOps.invert,
-    lambda image: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)],
-    ids=["grey", "bilevel", "palette", "light on dark", "16 bit"])
-def test_a_drawing_of_any_mode_and_polarity_gives_the_same_condition(tmp_path, change):
-    ring(64, 64).save(tmp_path / "a.png")
-    change(ring(64, 64)).save(tmp_path / "b.png")
-    expected = read_condition(tmp_path / "a.png", "sketch", 64, 64)
-    cond = read_condition(tmp_path / "b.png", "sketch", 64, 64)
-    assert cond.shape == (1, 64, 64) and cond.min() == 0 and cond.max() == 1
-    torch.testing.assert_close(cond, expected, atol=0.02, rtol=0)
-
 
 def test_a_drawing_keeps_its_aspect_ratio_and_is_padded_with_paper(tmp_path):
     ring(400, 200).save(tmp_path / "wide.png")
@@ -228,6 +199,10 @@ def as_jpeg(image):
 
 LOOKS = {
     "plain": lambda image: image,
+    "grey": lambda image: image.convert("L"),
+    "bilevel": lambda image: image.convert("1"),
+    "palette": lambda image: image.convert("P"),
+    "16 bit": lambda image: Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257),
     "thin black frame": lambda image: framed(image, 2),
     "thick black frame": lambda image: framed(image, 20),
     "letterbox": lambda image: ImageOps.expand(image, (0, 60), "black"),
@@ -274,7 +249,6 @@ def test_a_sheet_on_a_dark_desk_is_dark_on_light_at_any_angle(angle):
 def test_a_filled_shape_that_is_light_on_dark_is_no_sheet():
     image = Image.new("RGB", (200, 200))
     ImageDraw.Draw(image).ellipse((30, 30, 170, 170), fill="white")
-    ImageDraw.Draw(image).ellipse((80, 70, 120, 110), fill="black")
     assert is_light_on_dark(image)
 
 
@@ -288,14 +262,14 @@ def test_polarity_is_right_for_drawings_that_touch_a_side(margin, color):
     assert np.mean(wrong) < 0.02 and np.mean(right) > 0.93
 
 
-@pytest.mark.parametrize("look", ["plain", "light on dark", "grey paper", "thin black frame",
-                                  "pencil"])
+@pytest.mark.parametrize("look", ["plain", "16 bit", "light on dark", "grey paper",
+                                  "thin black frame", "pencil"])
 def test_training_and_sampling_see_the_same_ink(look, tmp_path):
     LOOKS[look](ring(256, 256)).save(tmp_path / "a.png")
     pair = Pair("a", lambda: open_drawing(tmp_path / "a.png"), lambda: ring(256, 256), ("",))
     trained, _, _ = open_pair(pair, "sketch", 64)
     sampled = read_condition(tmp_path / "a.png", "sketch", 64, 64)
-    assert trained.max() == 255 and sampled.max() == 1
+    assert trained.max() == 255 and sampled.shape == (1, 64, 64) and sampled.max() == 1
     assert (trained / 255 - sampled).abs().max() < 0.003
 
 
@@ -321,7 +295,7 @@ def test_sparse_white_ink_on_transparency_is_seen(tmp_path):
 @pytest.mark.parametrize("image, message", [
     (Image.new("RGB", (50, 50), "white"), "has no line. A drawing must be dark on light"),
     (Image.new("RGB", (50, 40), (200, 180, 90)), "has no line"),
-    (Image.fromarray(255 - 255 * np.eye(3000, 4000, dtype=np.uint8)),
+    (Image.fromarray(255 - 255 * np.eye(900, 1200, dtype=np.uint8)),
      "has only lines thinner than a pixel at this size")], ids=["white", "yellow", "thin lines"])
 def test_a_drawing_without_ink_is_refused_with_the_reason(tmp_path, image, message):
     image.save(tmp_path / "a.png")
@@ -408,7 +382,8 @@ def test_a_mask_is_the_same_in_one_bit_grey_and_black_and_white(tmp_path, traine
     cond = read_condition(tmp_path / "drawn.png", "segmentation", 48, 48, colours)
     assert torch.equal(cond, expected) and cond[:, :, 24:].amax() > 0.4
     label_map("L").save(tmp_path / "seven.png")
-    with pytest.raises(UserError, match="seven.png: class 7 is unknown"):
+    known = "#ffffff, #000000" if trained[0] == "P" else r"0, \d+"
+    with pytest.raises(UserError, match=f"seven.png: class 7 .* trained on {known}.$"):
         read_condition(tmp_path / "seven.png", "segmentation", 48, 48, colours)
 
 
@@ -429,10 +404,11 @@ def test_classes_of_faint_contrast_are_not_blank():
     assert is_blank(cond * 0, "segmentation") and is_blank(cond[:1], "sketch")
 
 
-@pytest.mark.parametrize("white", [(0, 0, 0, 0), (0, 0, 9, 40)], ids=["black", "white is cropped"])
-def test_a_mask_that_steers_nowhere_is_refused(white, tmp_path):
+@pytest.mark.parametrize("white, tone, maximum", [
+    ((0, 0, 80, 40), 1, 1), ((0, 0, 9, 40), 255, 0)], ids=["class numbers", "white is cropped"])
+def test_a_mask_that_steers_nowhere_is_refused(white, tone, maximum, tmp_path):
     image = Image.new("L", (80, 40))
-    image.paste(255, white)
+    image.paste(tone, white)
     image.save(tmp_path / "mask.png")
-    with pytest.raises(UserError, match="mask.png: mask is black where the picture is .maximum 0"):
+    with pytest.raises(UserError, match=f"mask.png: .* black where the picture is .*m {maximum} of"):
         read_mask(tmp_path / "mask.png", 40, 40, 4)             # the middle 40 of 80 columns
