@@ -39,11 +39,12 @@ def folder(tmp_path):
 
 
 @pytest.fixture
-def pairs(tmp_path):
-    """Sixty pairs of files, more than a part contains."""
+def pairs(tmp_path, monkeypatch):
+    """Six pairs of files, two more than a part contains."""
+    monkeypatch.setattr(data, "PART", 4)
     (tmp_path / "pairs").mkdir()
     found = []
-    for i in range(60):
+    for i in range(6):
         files = tmp_path / "pairs" / f"{i}-cond.png", tmp_path / "pairs" / f"{i}.png"
         ring(80 - i, 80 - i).save(files[0])
         ring(80 - i, 80 - i).rotate(90).save(files[1])
@@ -73,7 +74,7 @@ def test_a_condition_with_another_aspect_ratio_is_refused(base, folder):
 
 
 def test_a_batch_has_mirrored_pairs_their_own_prompts_and_a_tenth_empty(base, pairs, folder):
-    copies = with_copies(pairs[:6])[:12]
+    copies = with_copies(pairs)[:12]
     cache = LatentCache(copies, "sketch", 64, base, folder=folder)
     assert torch.equal(cache.cond(range(6)).flip(-1), cache.cond(range(6, 12)))
     cond, z, context = cache.batch(torch.arange(1000), 1000, torch.Generator().manual_seed(0))
@@ -91,7 +92,7 @@ def test_a_batch_has_mirrored_pairs_their_own_prompts_and_a_tenth_empty(base, pa
 
 
 def test_shards_of_a_batch_are_rows_of_the_whole(base, pairs, folder):
-    cache = LatentCache(pairs[:6], "sketch", 64, base, folder=folder)
+    cache = LatentCache(pairs, "sketch", 64, base, folder=folder)
     whole, shard = (cache.batch(torch.arange(8)[rows], 8, torch.Generator().manual_seed(0))
                     for rows in (slice(None), slice(1, None, 2)))
     for expected, rows in zip(whole, shard, strict=True):
@@ -99,26 +100,17 @@ def test_shards_of_a_batch_are_rows_of_the_whole(base, pairs, folder):
 
 
 def test_a_cache_is_computed_once_and_again_for_different_content(base, pairs, folder, encoded):
-    expected = batches(LatentCache(pairs, "sketch", 64, base, folder=folder))
-    assert sum(encoded) == 60
-    encoded.clear()
-    assert all(map(torch.equal, expected, batches(
-        LatentCache(pairs, "sketch", 64, base, folder=folder))))
-    assert not encoded
-    for task, size, chosen in (("sketch", 48, pairs), ("sketch", 64, pairs[1:]),
-                               ("artistic", 64, pairs)):
-        encoded.clear()
-        LatentCache(chosen, task, size, base, folder=folder)
-        assert sum(encoded) == len(chosen)
-
-
-def test_another_autoencoder_or_a_changed_file_is_another_part(base, pairs, folder):
-    LatentCache(pairs[:2], "sketch", 64, base, folder=folder)
+    first, again = (batches(LatentCache(pairs, "sketch", 64, base, folder=folder))
+                    for _ in range(2))
+    assert all(map(torch.equal, first, again)) and sum(encoded) == 6
     other = base._replace(vae=type(base.vae)(base.vae.config))
-    LatentCache(pairs[:2], "sketch", 64, other, folder=folder)
+    for arguments in ((pairs, "sketch", 48, base), (pairs[1:], "sketch", 64, base),
+                      (pairs, "artistic", 64, base), (pairs, "sketch", 64, other)):
+        LatentCache(*arguments, folder=folder)
+    assert len(list(folder.iterdir())) == 5 * 2
     ImageOps.invert(Image.open(pairs[1].files[1])).save(pairs[1].files[1])
-    LatentCache(pairs[:2], "sketch", 64, base, folder=folder)
-    assert len(list(folder.iterdir())) == 3
+    LatentCache(pairs, "sketch", 64, base, folder=folder)
+    assert len(list(folder.iterdir())) == 5 * 2 + 1
 
 
 def test_an_interrupted_pass_resumes_with_the_part_that_is_missing(base, pairs, folder, encoded,
@@ -126,7 +118,7 @@ def test_an_interrupted_pass_resumes_with_the_part_that_is_missing(base, pairs, 
     encode = base.vae.encode
 
     def interrupted(x):
-        if sum(encoded) >= 48:
+        if sum(encoded) >= 4:
             raise KeyboardInterrupt
         return encode(x)
 
@@ -136,7 +128,7 @@ def test_an_interrupted_pass_resumes_with_the_part_that_is_missing(base, pairs, 
             LatentCache(pairs, "sketch", 64, base, folder=folder)
     encoded.clear()
     cache = LatentCache(pairs, "sketch", 64, base, folder=folder)
-    assert sum(encoded) == 12 and len(cache.files) == 2
+    assert sum(encoded) == 2 and len(cache.files) == 2
 
 
 def test_the_memory_format_of_weights_does_not_change_their_hash():
@@ -165,9 +157,9 @@ def test_a_latent_that_overflows_is_named(base, pairs, folder, monkeypatch):
 
 
 def test_many_prompts_are_encoded_when_they_are_needed(base, pairs, folder, monkeypatch):
-    expected = batches(LatentCache(pairs[:8], "sketch", 64, base, folder=folder))
+    expected = batches(LatentCache(pairs, "sketch", 64, base, folder=folder))
     monkeypatch.setattr(data, "MOST_PROMPTS", 5)
-    cache = LatentCache(pairs[:8], "sketch", 64, base, folder=folder)
+    cache = LatentCache(pairs, "sketch", 64, base, folder=folder)
     assert cache.contexts is None
     for ours, theirs in zip(batches(cache), expected):
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)      # a rounding of fp16
@@ -185,19 +177,15 @@ def dots(size, colours):
     return image
 
 
-def test_fewer_pairs_have_more_copies_and_no_two_are_the_same():
+@pytest.mark.parametrize("with_mirrored", [True, False])
+def test_fewer_pairs_have_more_copies_and_no_two_are_the_same(with_mirrored):
     pair = Pair("a", None, None, ("",))
     for count, copies in ((12, 14), (40, 14), (100, 6), (300, 2), (1000, 2)):
-        rows = with_copies([pair] * count)
-        assert len(rows) == copies * count
-        assert len({row.view for row in rows[::count]}) == copies
-        assert all(row.view == View() for row in rows[:count])
-        assert all(row.view == View(is_mirrored=True) for row in rows[count:2 * count])
-
-
-def test_without_mirrored_copies_nothing_is_flipped():
-    rows = with_copies([Pair("a", None, None, ("",))] * 40, with_mirrored=False)
-    assert len(rows) == 14 * 40 and not any(row.view.is_mirrored for row in rows)
+        views = [row.view for row in with_copies([pair] * count, with_mirrored)]
+        assert len(views) == copies * count and len(set(views[::count])) == copies
+        assert set(views[:count]) == {View()}
+        assert (set(views[count:2 * count]) == {View(is_mirrored=True)}) == with_mirrored
+        assert any(view.is_mirrored for view in views) == with_mirrored
 
 
 def test_views_lie_inside_the_picture_and_move_by_at_most_6_percent():
