@@ -46,6 +46,20 @@ def run_script(monkeypatch):
 
 
 @pytest.fixture
+def run_train(run_script, short_report, monkeypatch):
+    """A function that runs train.py for two steps on the first six pairs of each split."""
+    load_pairs = train.load_pairs
+    monkeypatch.setattr(train, "load_pairs", lambda *a, **k: load_pairs(*a, **k)[:6])
+
+    def run(*arguments):
+        size = () if "--size" in arguments else ("--size", 32)
+        run_script(train, "--steps", 2, "--batch", 2, "--save-every", 1, "--device", "cpu", *size,
+                   *arguments)
+
+    return run
+
+
+@pytest.fixture
 def refused(capsys):
     """A function that calls another, which ends in one line and exit code 2; returns the line."""
     def call(function, *arguments):

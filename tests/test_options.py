@@ -161,30 +161,3 @@ def test_files_may_have_names_that_are_not_utf8(draw, run_script, short_report, 
     run_script(train, "--data", folder, "--steps", 1, "--batch", 2, "--device", "cpu", "--out",
                tmp_path / "run")
     assert (tmp_path / "run" / "bps.safetensors").is_file()
-
-
-# ---- which run is resumed ------------------------------------------------------------------
-
-def test_other_pictures_or_weights_are_another_run(run_script, short_report, tmp_path, monkeypatch,
-                                                   capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-
-    def run():
-        with pytest.raises(SystemExit):
-            run_script(train, "--base", base, "--data", folder, "--steps", 1, "--batch", 2,
-                       "--device", "cpu", "--out", tmp_path / "run")
-        line, = [line for line in capsys.readouterr().out.splitlines() if line.startswith("run: ")]
-        return line.split()[1]
-
-    monkeypatch.setattr(train, "report", interrupted)
-    base, folder = tmp_path / "base", drawings.write_shapes(tmp_path / "pairs")
-    shutil.copytree(BASE, base)
-    assert run() == run() == f"{tmp_path}/run"
-    ImageOps.mirror(Image.open(folder / "images" / "5.png")).save(folder / "images" / "5.png")
-    assert run() == f"{tmp_path}/run-2"
-    file = base / "vae" / "diffusion_pytorch_model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-4] ^= 1                                    # a bit of one weight
-    file.write_bytes(content)
-    assert run() == f"{tmp_path}/run-3"

@@ -4,9 +4,10 @@ import shlex
 import shutil
 from types import SimpleNamespace
 
+import drawings
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,23 +23,8 @@ from inputs.run_folder import choose_out, run_record
 from measure import report
 from weights import UserError
 
-SHORT = ["--steps", "4", "--batch", "2", "--save-every", "2", "--device", "cpu"]
-
-
-@pytest.fixture(autouse=True)
-def few_pairs(monkeypatch, short_report):
-    """Only the first six embedded pairs of each split."""
-    monkeypatch.setattr(train, "load_pairs", lambda *a, **k: load_pairs(*a, **k)[:6])
-
-
-@pytest.fixture
-def run_train(run_script):
-    """A function that runs train.py for four steps with more options."""
-    return lambda *arguments: run_script(train, *SHORT, *arguments)
-
-
-def interrupt(*_):
-    raise KeyboardInterrupt
+ARGS = dict(steps=3, lr=1e-3, batch=2, seed=0, save_every=9, device="cpu", accumulate=1,
+            dtype="fp32")
 
 
 # ---- a run ---------------------------------------------------------------------------------
@@ -49,10 +35,10 @@ def test_a_run_writes_everything_and_its_last_line_draws(run_train, run_script, 
     assert sorted(file.name for file in out.iterdir()) == [
         "args.json", "bps.safetensors", "condition.png", "curve.png", "log.jsonl", "samples.png"]
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [2, 4]
+    assert [row["step"] for row in rows] == [1, 2]
     assert all(row["val_base"] > 0 and row["val_steered"] > 0 for row in rows)
     metadata = load_bps(out / "bps.safetensors").metadata
-    assert metadata["steps"] == 4 and metadata["size"] == 64 and metadata["results"]["pairs"] == 6
+    assert metadata["steps"] == 2 and metadata["size"] == 32 and metadata["results"]["pairs"] == 6
     assert Image.open(out / "samples.png").width > 500
     command = capsys.readouterr().out.splitlines()[-1]
     assert command.startswith("python sample.py --bps") and "'" in command      # quoted
@@ -67,7 +53,7 @@ def test_a_run_writes_everything_and_its_last_line_draws(run_train, run_script, 
     ("artistic", ["colour distance", "line F1"])])
 def test_every_task_trains_and_draws_from_its_own_condition(task, measured, run_train, run_script,
                                                             tmp_path, capsys):
-    run_train("--task", task, "--out", tmp_path / "run")
+    run_train("--task", task, "--size", 64, "--out", tmp_path / "run")
     command = capsys.readouterr().out.splitlines()[-1]
     bps = load_bps(tmp_path / "run" / "bps.safetensors")
     metadata, head = bps.metadata, bps.config.input_weights
@@ -81,14 +67,14 @@ def test_every_task_trains_and_draws_from_its_own_condition(task, measured, run_
     assert (tmp_path / "p" / "0000.png").is_file()
 
 
-def test_the_options_of_the_network_reach_it(run_train, tmp_path):
-    run_train("--weights", "1,1,1,2,0", "--foot", "light", "--out", tmp_path / "run")
+def test_the_options_of_the_network_reach_it(run_train, interrupted, tmp_path):
+    interrupted(run_train, "--weights", "1,1,1,2,0", "--foot", "light", "--out", tmp_path / "run")
     config = load_bps(tmp_path / "run" / "bps.safetensors").config
     assert config.output_weight == 0 and config.foot == "light"
     assert config.input_weights == (1, 1, 1) and config.middle_weight == 2
 
 
-def test_the_loss_is_against_what_the_model_predicts(run_train, tmp_path, monkeypatch):
+def test_the_loss_is_against_what_the_model_predicts(run_train, interrupted, tmp_path, monkeypatch):
     """Not the noise, which a model that predicts v never gives: here the target is far away."""
     seen = []
 
@@ -97,7 +83,7 @@ def test_the_loss_is_against_what_the_model_predicts(run_train, tmp_path, monkey
         return torch.full_like(noise, 1000.0)
 
     monkeypatch.setattr(diffusion.NoiseSchedule, "target", far_away)
-    run_train("--prediction-type", "v_prediction", "--out", tmp_path / "run")
+    interrupted(run_train, "--prediction-type", "v_prediction", "--out", tmp_path / "run")
     assert set(seen) == {"v_prediction"}
     row = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
     assert all(0.9e6 < row[loss] < 1.1e6 for loss in ("train_loss", "val_base", "val_steered"))
@@ -108,11 +94,10 @@ def test_the_loss_is_against_what_the_model_predicts(run_train, tmp_path, monkey
 def test_training_changes_all_of_bps_and_nothing_of_the_base(base):
     parts = base.unet, base.vae, base.text_model
     before = [{key: t.clone() for key, t in part.state_dict().items()} for part in parts]
-    cache = LatentCache(load_pairs("sketch", "train")[:4], "sketch", 64, base)
+    cache = LatentCache(load_pairs("sketch", "train")[:4], "sketch", 32, base)
     bps = BPS(config_for(base.unet.config, 1, base.vae.factor))
     start = {key: t.clone() for key, t in bps.state_dict().items()}
-    args = SimpleNamespace(steps=3, lr=1e-3, batch=2, seed=0, save_every=9, device="cpu",
-                           accumulate=1, dtype="fp32")
+    args = SimpleNamespace(**ARGS)
     training = train.Training(None, bps, args, Processes())
     train.train(training, base, cache, args, lambda step, loss: None)
     for part, saved in zip(parts, before):
@@ -122,13 +107,11 @@ def test_training_changes_all_of_bps_and_nothing_of_the_base(base):
     assert unchanged == []
 
 
-def test_the_average_is_a_mean_at_first_and_then_forgets(tmp_path):
-    args = SimpleNamespace(device="cpu", dtype="fp32", lr=1e-3)
-    training = train.Training(tmp_path, torch.nn.Linear(1, 1), args, Processes())
+def test_the_average_is_a_mean_at_first_and_then_forgets():
+    training = train.Training(None, torch.nn.Linear(1, 1), SimpleNamespace(**ARGS), Processes())
     expected = 0.0
     for step in range(300):
-        with torch.no_grad():
-            training.bps.weight.fill_(step)
+        torch.nn.init.constant_(training.bps.weight, step)
         training.average_weights(step)
         if step == 49:
             assert training.average.weight.item() == pytest.approx(sum(range(50)) / 50)
@@ -137,20 +120,28 @@ def test_the_average_is_a_mean_at_first_and_then_forgets(tmp_path):
     assert training.average.weight.item() == pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("keep_best, kept", [(True, 1.0), (False, 2.0)])
-def test_few_pairs_keep_the_last_average_others_the_best(keep_best, kept, tmp_path, monkeypatch):
-    saved = []
-    monkeypatch.setattr(train, "save_bps", lambda bps, *_: saved.append(bps.weight.item()))
-    args = SimpleNamespace(device="cpu", dtype="fp32", lr=1e-3)
-    training = train.Training(tmp_path, torch.nn.Linear(1, 1), args, Processes(), {}, keep_best)
-    for value, val_loss in ((1.0, 0.5), (2.0, 0.6)):
-        with torch.no_grad():
-            training.average.weight.fill_(value)
-        training.save(int(value), 0.5, 0.7, val_loss)
-    assert saved[-1] == kept and training.best["step"] == kept
+@pytest.mark.parametrize("few_pairs, kept", [(1, 1), (1000, 2)], ids=["many pairs", "few pairs"])
+def test_the_best_average_is_kept_and_of_few_pairs_the_last(few_pairs, kept, run_train, interrupted,
+                                                            tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "FEW_PAIRS", few_pairs)
+    losses, errors = iter([0.5, 0.3, 0.4]), train.paired_errors         # of the base, steps 1 and 2
+    monkeypatch.setattr(train, "paired_errors", lambda *a: errors(*a) * 0 + next(losses))
+    averages, save = {}, train.Training.save
+
+    def noted(self, step, *arguments):
+        averages[step] = {key: tensor.half() for key, tensor in self.average.state_dict().items()}
+        save(self, step, *arguments)
+
+    monkeypatch.setattr(train.Training, "save", noted)
+    interrupted(run_train, "--out", tmp_path / "run")
+    tensors = load_file(tmp_path / "run" / "bps.safetensors")
+    assert all(torch.equal(tensors[key], averages[kept][key]) for key in tensors)
+    assert any(not torch.equal(averages[1][key], averages[2][key]) for key in tensors)
+    best = load_bps(tmp_path / "run" / "bps.safetensors").metadata["best"]
+    assert best == dict(step=kept, loss=pytest.approx({1: 0.3, 2: 0.4}[kept]))
 
 
-def test_the_learning_rate_falls_linearly_to_zero(run_train, tmp_path, monkeypatch):
+def test_the_learning_rate_falls_linearly_to_zero(run_train, interrupted, tmp_path, monkeypatch):
     rates, step = [], torch.optim.AdamW.step
 
     def recorded(self, *a, **k):
@@ -158,47 +149,35 @@ def test_the_learning_rate_falls_linearly_to_zero(run_train, tmp_path, monkeypat
         return step(self, *a, **k)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
-    run_train("--lr", "8e-4", "--out", tmp_path / "run")
-    assert rates == pytest.approx([8e-4, 6e-4, 4e-4, 2e-4])
-
-
-def test_a_users_folder_of_pairs_can_be_trained_on(run_train, tmp_path):
-    for folder in ("source", "target"):
-        (tmp_path / folder).mkdir()
-    lines = []
-    for i, pair in enumerate(load_pairs("sketch", "train")[:40]):
-        pair.open_cond().resize((90, 70)).save(tmp_path / "source" / f"{i}.png")
-        pair.open_image().resize((90, 70)).save(tmp_path / "target" / f"{i}.png")
-        lines.append(json.dumps(dict(source=f"source/{i}.png", target=f"target/{i}.png",
-                                     prompt=pair.prompts[0])))
-    (tmp_path / "prompt.json").write_text("\n".join(lines))
-    run_train("--data", tmp_path, "--size", 48, "--out", tmp_path / "run")
-    assert load_bps(tmp_path / "run" / "bps.safetensors").metadata["size"] == 48
+    interrupted(run_train, "--lr", "8e-4", "--out", tmp_path / "run")
+    assert rates == pytest.approx([8e-4, 4e-4])
 
 
 # ---- resuming ------------------------------------------------------------------------------
 
-def test_an_interrupted_run_resumes_to_the_same_result(run_train, tmp_path, monkeypatch):
-    run_train("--out", tmp_path / "whole")
-    step, calls = torch.optim.AdamW.step, iter(range(100))
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a, **k: (
-        interrupt() if next(calls) == 3 else step(self, *a, **k)))
-    with pytest.raises(SystemExit):
-        run_train("--out", tmp_path / "halves")
-    assert (tmp_path / "halves" / "checkpoint.safetensors").exists()
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    run_train("--out", tmp_path / "halves")
+def test_an_interrupted_run_resumes_to_the_same_result(run_train, interrupted, refused, tmp_path,
+                                                       monkeypatch):
+    interrupted(run_train, "--out", tmp_path / "whole")
+    step, calls = torch.optim.AdamW.step, []
+
+    def interrupt_the_second(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise UserError("interrupted")
+        return step(self, *arguments, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", interrupt_the_second)
+    refused(run_train, "--out", tmp_path / "halves")
+    interrupted(run_train, "--out", tmp_path / "halves")
+    assert len(calls) == 3
     whole, halves = (load_file(tmp_path / name / "bps.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(whole[key], halves[key]) for key in whole)
 
 
-def test_a_run_interrupted_in_its_report_keeps_its_bps(run_train, tmp_path, monkeypatch):
-    out, finish = tmp_path / "run", train.report
-    monkeypatch.setattr(train, "report", interrupt)
-    with pytest.raises(SystemExit):
-        run_train("--out", out)
+def test_a_run_interrupted_in_its_report_keeps_its_bps(run_train, interrupted, tmp_path):
+    out = tmp_path / "run"
+    interrupted(run_train, "--out", out)
     trained = load_file(out / "bps.safetensors")
-    monkeypatch.setattr(train, "report", finish)
     run_train("--out", out)
     assert not (tmp_path / "run-2").exists() and (out / "samples.png").exists()
     again = load_file(out / "bps.safetensors")
@@ -206,45 +185,45 @@ def test_a_run_interrupted_in_its_report_keeps_its_bps(run_train, tmp_path, monk
     assert "results" in load_bps(out / "bps.safetensors").metadata
 
 
-def test_a_corrupt_checkpoint_is_named_with_the_fix(run_train, tmp_path, monkeypatch, capsys):
-    out = tmp_path / "run"
-    monkeypatch.setattr(train, "report", interrupt)
-    with pytest.raises(SystemExit):
-        run_train("--out", out)
-    file = out / "checkpoint.safetensors"
-    file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(SystemExit):
-        run_train("--out", out)
-    assert "checkpoint is corrupt" in capsys.readouterr().err
-
-
-def test_different_pairs_are_a_different_run(monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py"])
+def test_other_pairs_pictures_or_weights_are_another_run(tmp_path, monkeypatch):
+    base, folder = tmp_path / "base", drawings.write_shapes(tmp_path / "pairs")
+    shutil.copytree(options.BASE, base)
+    monkeypatch.setattr("sys.argv", ["train.py", "--base", str(base), "--data", str(folder)])
     args = train.parse_args()
-    six, five = ({split: load_pairs("sketch", split)[:count] for split in train.SPLITS}
-                 for count in (6, 5))
-    record = run_record(args, six)
-    assert record == run_record(args, six)
-    assert run_record(args, five)["pairs_sha256"] != record["pairs_sha256"]
+
+    def record(count=7):
+        return run_record(args, dict(train=load_pairs("sketch", "train", folder)[:count]))
+
+    first = record()
+    assert first == record() != record(count=5)
+    for file in (folder / "images").glob("*.png"):
+        ImageOps.mirror(Image.open(file)).save(file)
+    mirrored = record()
+    file = base / "vae" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(drawings.flip_bit(file.read_bytes(), -4))          # a bit of one weight
+    assert first != mirrored != record()
 
 
-def test_a_finished_run_is_never_overwritten(tmp_path):
-    record, wanted = dict(task="sketch"), tmp_path / "run"
-    assert choose_out(wanted, record) == wanted
-    wanted.mkdir()
-    write_json(record, wanted / "args.json")
-    assert choose_out(wanted, record) == wanted                   # unfinished: resumes
-    assert choose_out(wanted, dict(task="other")) == tmp_path / "run-2"
-    (wanted / "bps.safetensors").touch()
-    assert choose_out(wanted, record) == tmp_path / "run-2"
-    (wanted / "args.json").unlink()                               # a copy, or somebody else's
-    assert choose_out(wanted, record) == tmp_path / "run-2"
+def test_a_finished_run_or_another_one_is_never_overwritten(tmp_path):
+    record, out, second = dict(task="sketch"), tmp_path / "run", tmp_path / "run-2"
+    assert choose_out(out, record) == out
+    out.mkdir()
+    write_json(record, out / "args.json")
+    assert choose_out(out, record) == out               # stopped before its first checkpoint
+    assert choose_out(out, dict(task="other")) == second
+    (out / "log.jsonl").touch()
+    assert choose_out(out, record) == second            # finished, though its BPS was moved away
+    (out / "checkpoint.safetensors").touch()
+    assert choose_out(out, record) == out
+    assert choose_out(out, dict(task="other")) == second
+    (out / "args.json").unlink()                        # a copy, or somebody else's
+    assert choose_out(out, record) == second
 
 
 # ---- the report ----------------------------------------------------------------------------
 
 def test_validation_tells_a_steered_model_from_the_base(base):
-    cache = LatentCache(load_pairs("sketch", "val")[:4], "sketch", 64, base)
+    cache = LatentCache(load_pairs("sketch", "val")[:4], "sketch", 32, base)
     bps = BPS(config_for(base.unet.config, 1, base.vae.factor))
     numbers = report.validate(base, cache, bps)
     assert numbers["gain"][0] == 0 and numbers["gap"][0] == 0       # zero ports: the base itself
@@ -253,85 +232,61 @@ def test_validation_tells_a_steered_model_from_the_base(base):
     assert numbers["gain"][0] < 0 and numbers["gap"][0] != 0        # noise in a port: worse
 
 
-def test_the_sheet_shows_its_columns_in_order(tmp_path):
-    columns = [torch.full((3, 3, 16, 16), value) for value in (-1.0, -0.5, 0.0, 0.5)]
-    report.contact_sheet(columns, "abcd", ["x", "y", "z"], tmp_path / "s.png")
-    sheet = Image.open(tmp_path / "s.png").convert("L")
-    assert [sheet.getpixel((k * 130 + 64, 80)) for k in range(4)] == [0, 64, 128, 191]
-
-
 # ---- numbers that are not finite -----------------------------------------------------------
-
-def changed_base(folder, part, change):
-    """A copy of the embedded base whose `part` has the tensors that change(tensors) leaves."""
-    shutil.copytree(options.BASE, folder)
-    file, = (folder / part).glob("*.safetensors")
-    tensors = load_file(file)
-    change(tensors)
-    save_file(tensors, file)
-    return folder
-
 
 def poison(tensors):
     max(tensors.values(), key=torch.Tensor.numel).view(-1)[::7] = float("nan")
 
 
-@pytest.mark.parametrize("part, name", [
-    ("unet", "U-Net"), pytest.param("vae", "autoencoder", marks=pytest.mark.slow),
-    pytest.param("text_encoder", "text encoder", marks=pytest.mark.slow)])
-def test_weights_that_are_not_finite_are_named(part, name, run_train, run_script, tmp_path, capsys):
-    base = changed_base(tmp_path / "base", part, poison)
-    for run, arguments in ((run_train, ["--out", tmp_path / "run"]), (
-            lambda *a: run_script(sample, *a), ["--steps", 2, "--n", 1, "--out", tmp_path / "p"])):
-        with pytest.raises(SystemExit):
-            run("--base", base, *arguments)
-        assert f"{base}: the weights of its {name} are not finite" in capsys.readouterr().err
-    assert not (tmp_path / "run" / "bps.safetensors").exists()
-    assert not list((tmp_path / "p").glob("*.png"))
+def enlarge(tensors):
+    tensors["conv_out.weight"] = torch.full_like(tensors["conv_out.weight"].float(), 1e36)
 
 
-def test_a_bps_whose_weights_are_not_finite_is_named(draw, tmp_path, bps_file, capsys):
-    bps = load_bps(bps_file)
+OVERFLOW = "the validation loss of the frozen base is not", "the numbers of the pictures overflowed"
+
+
+@pytest.mark.parametrize("part, change, messages", [
+    ("unet", poison, 2 * ("the weights of its U-Net are not finite",)),
+    pytest.param("vae", poison, 2 * ("the weights of its autoencoder are not finite",),
+                 marks=pytest.mark.slow),
+    pytest.param("text_encoder", poison, 2 * ("the weights of its text encoder are not finite",),
+                 marks=pytest.mark.slow), ("unet", enlarge, OVERFLOW)])
+def test_a_base_whose_numbers_are_not_finite_is_named(part, change, messages, run_train, draw,
+                                                      refused, tmp_path):
+    base, out = tmp_path / "base", tmp_path / "out"
+    shutil.copytree(options.BASE, base)
+    file, = (base / part).glob("*.safetensors")
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    assert f"{base}: {messages[0]}" in refused(run_train, "--base", base, "--out", out)
+    assert messages[1] in refused(draw, "--base", base, "--bps", "none", "--out", out)
+    assert not (out / "bps.safetensors").exists() and not list(out.glob("*.png"))
+
+
+def test_a_bps_whose_weights_are_not_finite_is_named(draw, refused, tmp_path, bps_file):
+    bps, file = load_bps(bps_file), tmp_path / "bps.safetensors"
     bps.zero_blocks[1].weight.view(-1)[0] = float("nan")
     with pytest.raises(UserError, match="zero_blocks.1.weight .* smaller --lr"):
-        save_bps(bps, tmp_path / "bps.safetensors", bps.metadata)
+        save_bps(bps, file, bps.metadata)
     assert not list(tmp_path.iterdir())
     tensors, metadata = load_file(bps_file), safe_open(bps_file, "pt").metadata()
     poison(tensors)
-    save_file(tensors, tmp_path / "bps.safetensors", metadata)
-    with pytest.raises(SystemExit):
-        draw("--bps", tmp_path / "bps.safetensors", "--n", 1)
-    assert "bps.safetensors: its weights are not finite" in capsys.readouterr().err
+    save_file(tensors, file, metadata)
+    assert "bps.safetensors: its weights are not finite" in refused(draw, "--bps", file)
 
 
-def test_a_diverging_run_keeps_its_last_checkpoint(run_train, tmp_path, monkeypatch, capsys):
+def test_a_diverging_run_keeps_its_last_checkpoint(run_train, interrupted, refused, tmp_path,
+                                                   monkeypatch):
     out, true_loss, losses = tmp_path / "run", train.F.mse_loss, []
 
     def overflowing_loss(eps, target):
         losses.append(true_loss(eps, target))
-        return losses[-1] * (float("inf") if len(losses) == 4 else 1)
+        return losses[-1] * (float("inf") if len(losses) == 2 else 1)
 
     monkeypatch.setattr(train.F, "mse_loss", overflowing_loss)
-    with pytest.raises(SystemExit):
-        run_train("--lr", "0.01", "--out", out)
-    assert "step 4: the loss or its gradient is not finite" in capsys.readouterr().err
+    assert "step 2: the loss or its gradient is not finite" in refused(run_train, "--out", out)
     for name in ("checkpoint.safetensors", "bps.safetensors"):
         assert all(tensor.isfinite().all() for tensor in load_file(out / name).values())
-    monkeypatch.setattr(train.F, "mse_loss", true_loss)
-    run_train("--lr", "0.01", "--out", out)                             # resumes from step 2
-    assert len((out / "log.jsonl").read_text().splitlines()) == 2
-
-
-def test_numbers_that_overflow_name_the_base(run_train, run_script, tmp_path, capsys):
-    def enlarge(tensors):
-        tensors["conv_out.weight"] = torch.full_like(tensors["conv_out.weight"].float(), 1e36)
-
-    base = changed_base(tmp_path / "base", "unet", enlarge)
-    with pytest.raises(SystemExit):
-        run_train("--base", base, "--out", tmp_path / "run")
-    assert f"{base}: the validation loss of the frozen base is not" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        run_script(sample, "--bps", "none", "--base", base, "--steps", 2, "--n", 1, "--out",
-                   tmp_path / "p")
-    assert "the numbers of the pictures overflowed" in capsys.readouterr().err
-    assert not list((tmp_path / "p").glob("*.png"))
+    interrupted(run_train, "--out", out)                                # resumes from step 1
+    assert len(losses) == 3 and len((out / "log.jsonl").read_text().splitlines()) == 2
