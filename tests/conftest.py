@@ -3,6 +3,7 @@ import functools
 import itertools
 import shutil
 import sys
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -77,12 +78,9 @@ def refused(capsys):
 @pytest.fixture
 def interrupted(monkeypatch):
     """A function that calls another, whose training is interrupted before its report."""
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
     def call(function, *arguments):
         with monkeypatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(train, "report", interrupt)
+            patch.setattr(train, "report", Mock(side_effect=KeyboardInterrupt))
             function(*arguments)
 
     return call

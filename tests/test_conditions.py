@@ -6,6 +6,7 @@ import struct
 import time
 import zlib
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -31,13 +32,12 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.parametrize("read", [open_image, open_drawing, open_label_map, read_stored])
 def test_a_picture_that_is_postscript_is_not_executed(read, tmp_path, monkeypatch):
-    started = []
-    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: started.append(1))
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", Mock())
     (tmp_path / "a.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n"
                                      b"%%EndComments\nshowpage\n%%EOF\n")
     with pytest.raises(UserError, match="cannot identify image file .* Save it as PNG, JPEG, WEBP"):
         read(tmp_path / "a.png")
-    assert not started
+    EpsImagePlugin.Ghostscript.assert_not_called()
 
 
 def test_one_function_opens_what_a_user_hands_in():
@@ -130,11 +130,8 @@ def test_a_corrupt_picture_is_refused_by_name(spoil, tmp_path):
 
 
 def test_any_error_of_a_decoder_is_one_line_with_the_file(tmp_path, monkeypatch):
-    def fail(*_):
-        raise struct.error
-
     ring(32, 32).save(tmp_path / "a.png")
-    monkeypatch.setattr(Image.Image, "convert", fail)
+    monkeypatch.setattr(Image.Image, "convert", Mock(side_effect=struct.error))
     with pytest.raises(UserError, match="a.png can't be read as an image .error"):
         open_image(tmp_path / "a.png")
 

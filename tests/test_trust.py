@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import drawings
 import pytest
@@ -102,10 +103,8 @@ def test_a_second_training_in_a_folder_is_refused(run_train, refused, tmp_path):
 
 
 def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
-    def flock(*_):
-        raise OSError(errno.EBADF, "Bad file descriptor")
-
-    monkeypatch.setattr(fcntl, "flock", flock)
+    error = OSError(errno.EBADF, "Bad file descriptor")
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=error))
     with pytest.warns(UserWarning, match="run can't be locked"), lock(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
 
