@@ -13,8 +13,10 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -91,10 +93,14 @@ def ask(server):
     return send
 
 
+def image_of(url):
+    """The image in a data URL."""
+    return Image.open(io.BytesIO(base64.b64decode(url.split(",")[1])))
+
+
 def pictures_of(lines, name="picture"):
     """The images in the lines of an answer, as bytes."""
-    return [Image.open(io.BytesIO(base64.b64decode(line[name].split(",")[1]))).tobytes()
-            for line in lines if name in line]
+    return [image_of(line[name]).tobytes() for line in lines if name in line]
 
 
 # ---- drawing and saving --------------------------------------------------------------------
@@ -145,27 +151,19 @@ def test_a_preview_has_few_steps_and_no_prior_and_is_not_saved(server, ask):
 
 
 def test_the_newest_request_wins_between_two_steps(server, ask):
-    started, resume, sent = threading.Event(), threading.Event(), []
+    number, sent, answers = server.studio.newest + 1, [], []
+    with ThreadPoolExecutor() as threads:
+        def send(line):
+            """Ask for another picture after the first step, and wait until that has arrived."""
+            sent.append(line)
+            if len(sent) == 1:
+                answers.append(threads.submit(ask, "/draw", SETTINGS | dict(seed="9")))
+                while server.studio.newest == number:
+                    time.sleep(0.01)
 
-    def send(line):
-        sent.append(line)
-        started.set()
-        resume.wait(30)
-
-    number, answers = server.studio.newest + 1, []
-    old = threading.Thread(target=server.studio.draw, args=(
-        DRAWN | dict(number=number, steps="20"), send))
-    old.start()
-    assert started.wait(30)
-    new = threading.Thread(target=lambda: answers.append(ask("/draw", SETTINGS | dict(seed="9"))))
-    new.start()
-    while server.studio.newest == number:
-        time.sleep(0.01)
-    resume.set()
-    for thread in (old, new):
-        thread.join(30)
+        server.studio.draw(DRAWN | dict(number=number, steps="20"), send)
+        status, lines = answers[0].result(30)
     assert sent[-1] == {"dropped": True} and sum("progress" in line for line in sent) == 1
-    (status, lines), = answers
     assert status == 200 and "seconds" in lines[-1]
     # the newest has the highest number, in whatever order they arrive
     assert ask("/draw", SETTINGS | dict(number=number))[1] == [{"dropped": True}]
@@ -218,7 +216,7 @@ def test_a_picture_is_opened_as_a_condition_with_the_guards_of_inputs(ask, tmp_p
     ImageDraw.Draw(light_on_dark).line((20, 10, 70, 50), fill=255, width=3)
     light_on_dark.save(tmp_path / "dark.png")
     _, (line,) = ask("/open", dict(task="sketch", file=url_of(tmp_path / "dark.png")))
-    image = Image.open(io.BytesIO(base64.b64decode(line["picture"].split(",")[1])))
+    image = image_of(line["picture"])
     assert image.size == (256, 256) and image.getpixel((5, 128)) == (255, 255, 255)
     Image.new("1", (20000, 20000)).save(tmp_path / "bomb.png")
     Image.new("RGB", (9, 9), "#123456").save(tmp_path / "unknown.png")
@@ -227,13 +225,6 @@ def test_a_picture_is_opened_as_a_condition_with_the_guards_of_inputs(ask, tmp_p
         status, (line,) = ask("/open", dict(task=task, file=url_of(tmp_path / name)))
         assert status == 400 and message in line["error"]
     assert ask("/open", dict(task="sketch"))[0] == 400
-
-
-@pytest.mark.parametrize("size", [66, 20_000])
-def test_a_bps_of_an_impossible_size_is_refused(size, tmp_path):
-    file = references.write_random_bps(tmp_path / "bps.safetensors", "sketch", size=size)
-    with pytest.raises(UserError, match=f"size must be a multiple of 4 .*, got {size}"):
-        studio.Studio(studio_args(tmp_path), [file])
 
 
 def test_the_noise_of_a_privacy_browser_does_not_change_a_class(server, ask, tmp_path):
@@ -255,8 +246,6 @@ def test_the_noise_of_a_privacy_browser_does_not_change_a_class(server, ask, tmp
 
 @pytest.mark.parametrize("change, message", [
     (dict(steps="abc"), "--steps: must be in [1, 999], got abc"),
-    (dict(sampler="x"), "--sampler: invalid choice"),
-    (dict(seed="-1"), "must be in [0, 2147483647], got -1"),
     (dict(strength="1e9"), "--strength: must be in [-1000, 1000], got 1e9"),
     (dict(task="artistic"), "task must be one of sketch, layout, got artistic"),
     (dict(task=["sketch"]), "task must be one of"), (dict(number="1"), "number must be an integer"),
@@ -271,11 +260,8 @@ def test_a_mistake_in_a_request_is_one_line(ask, change, message):
 @pytest.mark.parametrize("error, message", [
     (MemoryError(), "MemoryError"), (RuntimeError("it broke\nin two lines"), "it broke")], ids=str)
 def test_a_crash_of_one_request_does_not_end_the_pad(ask, monkeypatch, capsys, error, message):
-    def crash(*_, **__):
-        raise error
-
     with monkeypatch.context() as patch:
-        patch.setattr(studio, "draw", crash)
+        patch.setattr(studio, "draw", Mock(side_effect=error))
         assert ask("/draw", DRAWN)[1] == [{"error": message}]
     assert f"error: {type(error).__name__}: {message}" in capsys.readouterr().err
     assert "seconds" in ask("/draw", SETTINGS)[1][-1]
@@ -283,9 +269,11 @@ def test_a_crash_of_one_request_does_not_end_the_pad(ask, monkeypatch, capsys, e
 
 @pytest.mark.parametrize("headers", [
     dict(Host="pad.example"), dict(Origin="http://pad.example"), dict(Origin="null"),
-    dict(Host="127.0.0.1:1", Origin="http://127.0.0.1:2"), {"Sec-Fetch-Site": "cross-site"}], ids=str)
+    dict(Host="127.0.0.1:1", Origin="http://127.0.0.1:2"), {"Sec-Fetch-Site": "cross-site"}],
+    ids=str)
 def test_a_page_of_another_site_is_refused(ask, headers):
-    for path, content in (("/", None), ("/setup", None), ("/draw", SETTINGS), ("/save", {})):
+    large = b" " * 2**23                        # it is read, so that the refusal arrives
+    for path, content in (("/", None), ("/setup", None), ("/draw", SETTINGS), ("/save", large)):
         status, (line,) = ask(path, content, **headers)
         assert status == 403 and "own page" in line["error"]
 
@@ -330,10 +318,6 @@ def test_the_pads_own_page_gets_its_setup(server, ask):
 def test_a_body_that_is_no_request_is_refused(ask, content, headers):
     status, (line,) = ask("/draw", content, **headers)
     assert status == 400 and "a request must be a JSON object" in line["error"]
-
-
-def test_a_large_body_of_another_site_is_read_so_the_refusal_arrives(ask):
-    assert ask("/draw", b" " * 2**23, Host="pad.example")[0] == 403
 
 
 def test_a_port_in_use_is_named(server):
