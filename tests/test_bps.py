@@ -38,8 +38,10 @@ def randomize_ports(bps):
             torch.nn.init.normal_(parameter, std=0.05)
 
 
-def test_steered_unet_equals_the_base_exactly_at_initialisation(parts):
-    unet, bps, inputs, cond = parts
+@pytest.mark.parametrize("foot", FEET)
+def test_steered_unet_equals_the_base_exactly_at_initialisation(foot, parts):
+    unet, _, inputs, cond = parts
+    bps = build_bps(config_for(SMALL, 2, FACTOR, foot=foot))
     residuals = bps(cond, unet.time_embedding(inputs["t"]))
     assert torch.equal(unet(**inputs, residuals=residuals), unet(**inputs))
 
@@ -56,17 +58,6 @@ def test_only_port_convolutions_get_a_gradient_in_the_first_step(parts):
     assert all(parameter.grad is None for parameter in unet.parameters())
 
 
-def test_a_residual_fits_each_block_and_steers_it(parts):
-    unet, bps, inputs, cond = parts
-    randomize_ports(bps)
-    residuals = bps(cond, unet.time_embedding(inputs["t"]))
-    prior = unet(**inputs)
-    for i, residual in enumerate(residuals):
-        if residual is not None:
-            alone = [residual if k == i else None for k in range(len(residuals))]
-            assert not torch.allclose(unet(**inputs, residuals=alone), prior), i
-
-
 def test_one_map_of_batch_one_serves_a_whole_batch(parts):
     unet, bps, inputs, cond = parts
     randomize_ports(bps)
@@ -75,18 +66,6 @@ def test_one_map_of_batch_one_serves_a_whole_batch(parts):
     repeated = bps(cond[:1].expand(B, -1, -1, -1), unet.time_embedding(inputs["t"]))
     torch.testing.assert_close(unet(**inputs, residuals=once), unet(**inputs, residuals=repeated),
                                atol=1e-5, rtol=1e-5)
-
-
-def test_a_port_weight_multiplies_its_map(parts):
-    unet, bps, inputs, cond = parts
-    randomize_ports(bps)
-    flat = BPS(config_for(SMALL, cond_channels=2, factor=FACTOR, port_weights="flat"))
-    flat.load_state_dict(bps.state_dict())
-    t_emb = unet.time_embedding(inputs["t"])
-    ratios = [None if light is None else (heavy / light).median().item()
-              for heavy, light in zip(bps(cond, t_emb), flat(cond, t_emb))]
-    expected = [None, 16, None, 8, 16, 1, 1, 1, 1]      # stem, level 0, down, level 1, middle, EP
-    assert [ratio and round(ratio, 3) for ratio in ratios] == expected
 
 
 def test_sd15_size_has_the_published_number_of_parameters_and_21_ports():
@@ -131,11 +110,7 @@ def test_weight_0_is_no_port_and_everything_built_is_used(paths, foot, parts):
     assert unused == set()
 
 
-def test_a_light_foot_starts_at_the_base_with_40_percent_at_most(parts):
-    unet, _, inputs, cond = parts
-    light = build_bps(config_for(SMALL, 2, FACTOR, foot="light"))
-    residuals = light(cond, unet.time_embedding(inputs["t"]))
-    assert torch.equal(unet(**inputs, residuals=residuals), unet(**inputs))
+def test_a_light_foot_has_40_percent_of_the_parameters_at_most():
     with torch.device("meta"):
         for unet_config, factor in ((UNetConfig(), 8), (load_unet(options.BASE).config, 4)):
             faithful, light = (parameters(build_bps(config_for(unet_config, 1, factor, foot=foot)))
@@ -161,10 +136,6 @@ def test_port_weights_may_be_numbers_one_per_level():
     config = config_for(SMALL, 1, FACTOR, port_weights=(3.0, 2.0, 5.0, 0.5))
     assert (config.input_weights, config.middle_weight, config.output_weight) == (
         (3.0, 2.0), 5.0, 0.5)
-    with pytest.raises(UserError, match="must be 4 numbers .* got 3, 2.5, 1"):
-        config_for(SMALL, 1, FACTOR, port_weights=(3.0, 2.5, 1.0))
-    with pytest.raises(UserError, match="at least one of the last three not 0"):
-        config_for(SMALL, 1, FACTOR, port_weights=(3.0, 0.0, 0.0, 0.0))
 
 
 @pytest.mark.parametrize("foot", FEET)

@@ -52,22 +52,6 @@ def test_guidance_1_is_none_and_0_is_the_empty_prompt():
     assert torch.equal(guide(empty, text, 0.0), empty)
 
 
-def test_ddim_with_the_denoiser_of_one_point_ends_at_that_point():
-    """If all mass is at z_0, then eps* = (z_t - sqrt(abar) z_0) / sqrt(1 - abar)."""
-    schedule, z_0 = NoiseSchedule(), torch.randn(2, 4, 3, 5, dtype=torch.float64)
-    abar = schedule.alphas_cumprod
-
-    def denoise(z_t, t):
-        return (z_t - abar[t]**0.5 * z_0) / (1 - abar[t])**0.5
-
-    start = torch.randn(z_0.shape, dtype=torch.float64)
-    steps = list(sample(denoise, start, schedule, steps=7))
-    assert len(steps) == 7
-    eps = denoise(start, int(spaced_timesteps(7, schedule)[0]))
-    expected = abar[0]**0.5 * z_0 + (1 - abar[0])**0.5 * eps        # the last step is abar_0, not 1
-    torch.testing.assert_close(steps[-1], expected)
-
-
 def test_ddim_maps_a_normal_distribution_to_its_own_width():
     """For z_0 ~ N(0, s^2), eps* is linear in z_t, and so is DDIM's exact map."""
     schedule, s = NoiseSchedule(), 0.3
