@@ -10,6 +10,7 @@ from inputs.options import DEFAULT_DRAWING, MAX_SEEDS
 from pad import __main__ as pad
 from studies import base as base_study
 from studies import cost, figures, rivals, toy, wiring
+from tiny import pretrain
 
 LAST_SEED = MAX_SEEDS - 1
 # Run in a folder that contains `empty`, `long` and `a.md`, see below.
@@ -47,6 +48,7 @@ ERRORS = [
     (rivals, "--task layout", "--task: invalid choice: 'layout'"),
     (toy, "bits --effort 0", "--effort must be in (0, 1], got 0"),
     (cost, "--only nonsense", "--only: invalid choice: 'nonsense'"),
+    (pretrain, "--stage vae --minutes 0", "--minutes must be greater than 0, got 0"),
     (figures, "nonsense", "figure: invalid choice: 'nonsense'"),
     (wiring, "--table --cond-channels 2", "--cond-channels: invalid choice: 2"),
     # options that are given twice, and options that need or exclude others
