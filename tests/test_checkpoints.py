@@ -1,6 +1,8 @@
 """All layouts of SD 1.x and 2.x weights give the same tensors; other models are rejected."""
 import contextlib
+import itertools
 import json
+import operator
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -20,7 +22,7 @@ from inputs.files import read_json, write_json
 from inputs.options import BASE
 from weights import UserError
 
-CONFIGS = references.read_record()["configs"]
+RECORD = references.read_record()
 
 
 @pytest.fixture(params=["small1", "small2"])
@@ -122,7 +124,7 @@ def test_only_tensors_that_have_the_dtype_stay_mapped(random_states, tmp_path, m
     assert opened.call_count > 4 + 686 / 16         # or pages of converted tensors would stay
 
 
-@pytest.mark.parametrize("configs", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("configs", RECORD["configs"].values(), ids=RECORD["configs"])
 def test_configs_with_every_key_are_read(configs, tmp_path):
     """They also contain keys that mean nothing here, such as one of tomorrow."""
     for part, config in configs.items():
@@ -201,33 +203,23 @@ def test_the_text_encoder_of_a_folder_loads_under_every_prefix(prefix, random_st
     assert_same(load_clip(folder)[1], state)
 
 
-@pytest.mark.parametrize("first_missing", [2, 3], ids=["without it", "with it"])
-def test_openclips_tower_loads_without_its_last_block(first_missing, random_states, tmp_path,
+@pytest.mark.parametrize("has_last_block", [False, True])
+def test_openclips_tower_loads_without_its_last_block(has_last_block, random_states, tmp_path,
                                                       monkeypatch):
     """SD 2 reads 23 of 24 blocks, this small model 2 of 3; some files lack the last one."""
     monkeypatch.setattr(checkpoints, "SD2_TEXT_LAYERS", 2)
-    states = random_states("small2")[2]
-    tower = {"positional_embedding": states["embeddings.position_embedding.weight"],
-             "token_embedding.weight": states["embeddings.token_embedding.weight"],
-             "text_projection": torch.zeros(4, 4), "logit_scale": torch.zeros(()),
-             "attn_mask": torch.zeros(4, 4), "visual.proj": torch.zeros(4, 4)}
-    for kind in ("weight", "bias"):
-        tower[f"ln_final.{kind}"] = states[f"final_layer_norm.{kind}"]
-        for i in range(first_missing):
-            block = {key.removeprefix(f"encoder.layers.{i % 2}."): tensor * (1 if i < 2 else 0)
-                     for key, tensor in states.items() if f"layers.{i % 2}." in key}
-            name = f"transformer.resblocks.{i}"
-            tower |= {f"{name}.ln_1.{kind}": block[f"layer_norm1.{kind}"],
-                      f"{name}.ln_2.{kind}": block[f"layer_norm2.{kind}"],
-                      f"{name}.mlp.c_fc.{kind}": block[f"mlp.fc1.{kind}"],
-                      f"{name}.mlp.c_proj.{kind}": block[f"mlp.fc2.{kind}"],
-                      f"{name}.attn.out_proj.{kind}": block[f"self_attn.out_proj.{kind}"],
-                      f"{name}.attn.in_proj_{kind}": torch.cat(
-                          [block[f"self_attn.{part}_proj.{kind}"] for part in "qkv"])}
-    file = tmp_path / "sd2.safetensors"
-    save_file({f"cond_stage_model.model.{key}": tensor for key, tensor in tower.items()}, file)
-    text_model = load_clip(file, BASE)[1]
-    assert_same(text_model, states)
+    state, prefix = random_states("small2")[2], "cond_stage_model.model."
+    tower = {f"{prefix}{name}": torch.zeros(4, 4) for name in (
+        "text_projection", "logit_scale", "attn_mask", "visual.proj")}
+    parts = sorted((*RECORD["names"]["openclip"][key], key) for key in state)   # name, row, key
+    for name, rows in itertools.groupby(parts, key=operator.itemgetter(0)):
+        tower[name] = torch.cat([state[key] for *_, key in rows])               # q, k and v
+    if has_last_block:
+        tower |= {name.replace("resblocks.1", "resblocks.2"): 0 * tensor
+                  for name, tensor in tower.items() if "resblocks.1" in name}
+    save_file(tower, tmp_path / "sd2.safetensors")
+    text_model = load_clip(tmp_path / "sd2.safetensors", BASE)[1]
+    assert_same(text_model, state)
     assert text_model.config.layers == 2 and text_model.config.activation == "gelu"
 
 
