@@ -8,7 +8,7 @@ import torch
 from data import load_pairs, open_pair
 from inputs.conditions import TASKS, coarse_colours, extract_lines, soft_lines, to_image, to_x
 from measure import obedience
-from studies.quality import kernel_distance
+from studies.quality import distance_shares
 from tiny import world
 from tiny.pretrain import true_pictures
 from tiny.tasks import CLASSES
@@ -110,11 +110,11 @@ def test_the_kernel_distance_of_equal_laws_is_zero_and_of_a_shift_the_closed_for
     2 (w^2 / (w^2 + 2))^(D / 2) (1 - exp(-|m|^2 / (2 (w^2 + 2))))."""
     generator, dim, shift = torch.Generator().manual_seed(0), 3, 1.5
     a, b, c = torch.randn(3, 3000, dim, generator=generator, dtype=torch.float64)
-    assert abs(kernel_distance(a, b)) < 0.002
+    assert abs(distance_shares(a, b).mean()) < 0.002
     w2 = torch.pdist(b).median().item() ** 2
     expected = 2 * (w2 / (w2 + 2)) ** (dim / 2) * (1 - math.exp(-shift**2 / (2 * (w2 + 2))))
     moved = c + torch.tensor([shift, 0.0, 0.0])
-    assert kernel_distance(moved, b) == pytest.approx(expected, rel=0.05)
+    assert distance_shares(moved, b).mean().item() == pytest.approx(expected, rel=0.05)
 
 
 # ---- what conditions are made of -----------------------------------------------------------

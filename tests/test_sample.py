@@ -4,7 +4,6 @@ import json
 import shlex
 import shutil
 from unittest.mock import Mock
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
