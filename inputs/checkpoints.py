@@ -196,6 +196,12 @@ def find_weights(folder, stem):
     return pickles[:1] or [folder / exact]
 
 
+def weights_files(path, vae_path=None):
+    """{network: its weights files} of an SD folder or single file, and another autoencoder."""
+    return dict(base=read_unet(path).files(), vae=read_vae(vae_path or path).files(),
+                text=read_text(path).files())
+
+
 def config_files(*paths):
     """Sorted .json and .txt files of SD folders, which say how the weights are used."""
     folders = [Path(path) for path in paths if path and Path(path).is_dir()]

@@ -416,11 +416,11 @@ def palette_fault(palettes):
         if len(colours) > 1:
             places = ", ".join(f"{colour} in {maps[number, colour]}" for colour in colours)
             return f"palettes differ: class {number} is {places}. Save all maps with one palette."
-    insides = {tuple(number for _, number in classes if number != 0) for classes in palettes}
-    if {(1,), (255,)} <= insides <= {(), (1,), (255,)}:
-        one, other = (next(file for (number, _), file in maps.items() if number == inside)
-                      for inside in INSIDE_NUMBERS)
-        return f"masks differ: inside is 1 in {one}, but 255 in {other}. Save all masks alike."
+    insides = {tuple(number for _, number in classes if number != 0): file
+               for classes, file in palettes.items()}
+    if {(1,), (255,)} <= insides.keys() <= {(), (1,), (255,)}:
+        return (f"masks differ: inside is 1 in {insides[1,]}, but 255 in {insides[255,]}. Save all "
+                f"masks alike.")
     return None
 
 

@@ -46,9 +46,7 @@ def stored_options(args, job, seed, size, base):
 
 def fingerprints(args, conditions, hash_files=fingerprint):
     """{role: fingerprint} of the files that a picture depends on."""
-    files = dict(base=checkpoints.read_unet(args.base).files(),
-                 vae=checkpoints.read_vae(args.vae or args.base).files(),
-                 text=checkpoints.read_text(args.base).files())
+    files = checkpoints.weights_files(args.base, args.vae)
     if args.init:
         files["init"] = [args.init]
     for i, condition in enumerate(conditions, 1):

@@ -33,15 +33,13 @@ def run_record(args, splits):
     pairs = [(split, pair) for split, pairs in splits.items() for pair in pairs]
     names = [(split, pair.name, pair.prompts) for split, pair in pairs]
     arguments = vars(args) | dict(device=args.device.split(":")[0])
+    read = checkpoints.weights_files(args.base, args.vae) | dict(
+        configs=checkpoints.config_files(args.base, args.tokenizer, args.vae),
+        pictures=dict.fromkeys(file for _, pair in pairs for file in pair.files))
     fingerprint = functools.cache(files.fingerprint)    # a single file holds all three networks
-    return {key: str(arguments[key]) for key in sorted(arguments.keys() - CHANGEABLE)} | dict(
-        base_sha256=fingerprint(*checkpoints.read_unet(args.base).files()),
-        vae_sha256=fingerprint(*checkpoints.read_vae(args.vae or args.base).files()),
-        text_sha256=fingerprint(*checkpoints.read_text(args.base).files()),
-        configs_sha256=fingerprint(*checkpoints.config_files(args.base, args.tokenizer, args.vae)),
-        pairs_sha256=hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16],
-        pictures_sha256=fingerprint(*dict.fromkeys(file for _, pair in pairs
-                                                   for file in pair.files)))
+    return {key: str(arguments[key]) for key in sorted(arguments.keys() - CHANGEABLE)} \
+        | {f"{part}_sha256": fingerprint(*paths) for part, paths in read.items()} \
+        | dict(pairs_sha256=hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16])
 
 
 def choose_out(folder, record):
