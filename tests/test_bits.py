@@ -47,13 +47,6 @@ def test_the_bits_of_exact_denoisers_in_the_plane_are_the_mutual_information(kin
     assert abs(difference) < 3 * error
 
 
-def test_an_arm_adds_the_logarithm_of_the_number_of_arms():
-    world = toy2d.pinwheel()
-    z_0, cond = world.draw_labelled(2000, torch.Generator().manual_seed(0))
-    assert toy.exact_bits(world, z_0, cond, "arm").mean().item() == pytest.approx(
-        math.log2(toy2d.ARMS), abs=0.02)
-
-
 def test_the_calibrated_strength_halves_a_steering_twice_as_large_as_it_should_be():
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(50, 1000, generator=generator)

@@ -231,13 +231,10 @@ CONV_IN, TO_K = "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.
 
 @pytest.mark.parametrize("change, message", [
     ({"conditioner.embedders.0.transformer.x": (1,)}, "all.safetensors is an SD XL model"),
-    ({PREFIX + TO_K: (32, 2048)}, "an SD XL model"),
     ({PREFIX + TO_K: (32, 1280)}, "an SD XL refiner model"),
     ({PREFIX + TO_K: (32, 640)}, "an unknown model with text states of width 640"),
-    ({PREFIX + CONV_IN: (32, 9, 3, 3)}, "an in-painting model"),
-    ({PREFIX + CONV_IN: (32, 8, 3, 3)}, "an InstructPix2Pix model"),
-    ({PREFIX + CONV_IN: (32, 7, 3, 3), "low_scale_model.x": (1,)}, "an up-scaler model"),
-    ({PREFIX + CONV_IN: (32, 5, 3, 3)}, "a depth model"),
+    *(({PREFIX + CONV_IN: (32, channels, 3, 3)}, f"all.safetensors is {kind} model")
+      for channels, kind in checkpoints.OTHER_CHANNELS.items()),
     ({f"depth_model.{i}": (1,) for i in range(99)}, "99 unexpected tensors: depth_model.0; .* and "
                                                     "91 more"),
     ({"lora_unet_x": (1,)}, "1 unexpected tensors: lora_unet_x"),
@@ -265,7 +262,6 @@ LOADERS = {"unet": load_unet, "vae": load_vae, "text_encoder": load_clip,
     ("unet", dict(norm_num_groups=48), "no UNet has these sizes"),
     ("unet", dict(use_linear_projection="yes"), "linear_projection must be like False, got 'yes'"),
     ("vae", dict(latents_mean=[0, 0, 0, 1]), "latents_mean must be None"),
-    ("vae", dict(layers_per_block=10**6), "4000000 layers"),
     ("vae", dict(scaling_factor=float("nan")), "scaling_factor must be like 0.18215, got nan"),
     ("text_encoder", dict(hidden_act="relu"), "hidden_act must be 'quick_gelu' or 'gelu', got"),
     ("text_encoder", dict(hidden_act=["gelu"]), "activation must be like 'quick_gelu', got"),

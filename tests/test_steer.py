@@ -12,12 +12,6 @@ SCHEDULE = diffusion.NoiseSchedule()
 LINE = torch.linspace(-3, 3, 7, dtype=torch.float64).view(-1, 1, 1, 1)
 
 
-def test_a_row_of_noise_is_that_of_its_seed():
-    both = diffusion.draw_noise([3, 4], (4, 5, 6))
-    assert torch.equal(both[1:], diffusion.draw_noise([4], (4, 5, 6)))
-    assert not torch.equal(both[0], both[1])
-
-
 # ---- against exact Gaussians ---------------------------------------------------------------
 
 class Gaussian:
