@@ -240,7 +240,7 @@ def test_a_job_that_another_process_trains_is_left_to_it(args):
 
 def test_done_prints_the_record_without_training(run_script, tmp_path, monkeypatch, capsys):
     sha256, file = fingerprint(*checkpoints.read_unet(BASE).files()), tmp_path / "rivals.jsonl"
-    numbers = dict(gain=[0.1, 0], calibrated_gain=[0.1, 0], gains=[0.1, 0.2], strength=[1, 0],
+    numbers = dict(calibrated_gain=[0.1, 0], gains=[0.1, 0.2], strength=[1, 0],
                    distance=[0.2, 0], distances=[0.1, 0.3], minutes=1.0, parameters=10**6,
                    colours=0.9, obedience={"line F1": 0.5})
     for method, seeds in (("lora", [0]), ("bps", [0, 1])):
@@ -249,12 +249,13 @@ def test_done_prints_the_record_without_training(run_script, tmp_path, monkeypat
             sweep = job._replace(rate=rate, seed=rivals.SWEEP_SEED)
             rivals.write_record(file, sha256, sweep, dict(val=val))
         for seed in seeds:
-            rivals.write_record(file, sha256, job._replace(seed=seed), numbers)
+            gain = [0.1 + 0.01 * seed, 0]
+            rivals.write_record(file, sha256, job._replace(seed=seed), numbers | dict(gain=gain))
     monkeypatch.setattr(rivals, "load_base", None)
     run_script(rivals, "--record", file, "--done", "--study", "methods")
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| all |" in line]
     assert [(row[0], *row[4:7], row[-2]) for row in rows] == [
-        ("| bps", "0.001", "2", "100 +- 0", "-"), ("| lora", "0.001", "1", "100", "+0.00 +- 0.00")]
+        ("| bps", "0.001", "2", "105 +- 7.1", "-"), ("| lora", "0.001", "1", "100", "+0.00 +- 0.00")]
 
 
 def test_a_row_of_another_base_is_ignored_and_a_corrupt_one_named(tmp_path):
