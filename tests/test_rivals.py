@@ -206,7 +206,7 @@ def test_a_study_trains_once_and_then_prints_its_record(short, run_script, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.parametrize("saves", [1, 2])
-def test_a_killed_job_resumes_to_the_same_numbers(saves, bench, args, monkeypatch):
+def test_a_killed_job_resumes_to_the_same_numbers(saves, bench, args, monkeypatch, capsys):
     def kill(training, *arguments):
         save(training, *arguments)
         if len(training.rows) == saves:
@@ -222,11 +222,12 @@ def test_a_killed_job_resumes_to_the_same_numbers(saves, bench, args, monkeypatc
         assert rivals.finish(JOB, lambda task: bench, args) and not list(args.out.iterdir())
         results.append(rivals.read_record(args.record, args.base_sha256)[JOB] | dict(minutes=None))
     assert results[0] == results[1] and results[0]["gain"][0] != 0
+    assert f"resumed at step {2 * saves}" in capsys.readouterr().out
 
 
 # ---- what to do next, and what is done -----------------------------------------------------
 
-def test_a_job_that_another_process_trains_is_left_to_it(args):
+def test_a_job_that_another_process_trains_is_left_to_it(args, monkeypatch):
     bench = SimpleNamespace(measure=lambda job, out: dict(val=1.0))
     with ExitStack() as stack:
         assert rivals.claim(stack, args.out / "sketch-lora-copies-0-4-0.001-0")
@@ -236,6 +237,10 @@ def test_a_job_that_another_process_trains_is_left_to_it(args):
     assert rivals.finish(JOB, None, args)                           # it is done
     args.end = 0
     assert rivals.finish(JOB._replace(seed=1), None, args)          # the time is up
+    args.end = float("inf")
+    monkeypatch.setattr(rivals, "claim", lambda *arguments: rivals.write_record(
+        args.record, "base", JOB._replace(seed=2), dict(val=1.0)) or True)
+    assert rivals.finish(JOB._replace(seed=2), None, args)          # it has been done meanwhile
 
 
 def test_done_prints_the_record_without_training(run_script, tmp_path, monkeypatch, capsys):
