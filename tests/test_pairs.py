@@ -261,8 +261,9 @@ def test_a_format_that_is_not_read_is_named_unless_it_is_a_source(folder, check)
     (folder / "images" / "03.png").unlink()
     for name in ("02", "03"):                                   # there is a 02.png, too
         (folder / "images" / f"{name}.HEIC").write_text("no picture")
-    assert f"problem: {folder}/images/03.HEIC can't be read as an image (its format is not " \
-           "read). Save it as PNG, JPEG" in check(problems=1)
+    file = folder / "images" / "03.HEIC"
+    assert f"problem: {file} can't be read as an image (cannot identify image file '{file}'). " \
+           "Save it as PNG, JPEG" in check(problems=1)
 
 
 @pytest.mark.parametrize("place, name", [(".", "."), ("images", ".."), (".", "images/..")])
