@@ -266,7 +266,7 @@ def group_pairs(folder, pairs):
 
 
 def shape_fault(name, cond, image):
-    """What is wrong with a condition whose aspect ratio is not its picture's; None up to rounding."""
+    """What is wrong with a condition whose aspect ratio is not its picture's, or None."""
     if abs(cond.width * image.height / (cond.height * image.width) - 1) < SAME_SHAPE:
         return None
     return (f"{name} must have the aspect ratio of its picture, {image.width} x {image.height} px, "
