@@ -1,6 +1,5 @@
 """What BPS consists of, and why adding it to a U-Net is safe."""
 import dataclasses
-import itertools
 import json
 
 import pytest
@@ -83,28 +82,18 @@ def parameters(module):
     return sum(p.numel() for p in module.parameters())
 
 
-PATHS = ("contracting", "transition", "expansive")
-SUBSETS = [paths for n in (1, 2, 3) for paths in itertools.combinations(PATHS, n)]
-
-
-def weights_of(paths):
-    """Port weights of two levels, the middle and the expansive path: 0 for paths left out."""
-    return tuple(weight * (path in paths) for weight, path in
-                 ((16.0, PATHS[0]), (8.0, PATHS[0]), (16.0, PATHS[1]), (1.0, PATHS[2])))
-
-
 @pytest.mark.parametrize("foot", FEET)
-@pytest.mark.parametrize("paths", SUBSETS, ids="+".join)
-def test_weight_0_is_no_port_and_everything_built_is_used(paths, foot, parts):
+@pytest.mark.parametrize("port_weights", [
+    (16, 8, 0, 0), (0, 8, 0, 0), (0, 0, 16, 0), (0, 0, 0, 1), (16, 8, 16, 0), (16, 8, 0, 1),
+    (0, 0, 16, 1), (16, 8, 16, 1)], ids=str)
+def test_weight_0_is_no_port_and_everything_built_is_used(port_weights, foot, parts):
     unet, _, inputs, cond = parts
-    bps = build_bps(config_for(SMALL, 2, FACTOR, weights_of(paths), foot))
+    outer, inner, middle, expansive = (weight > 0 for weight in port_weights)
+    bps = build_bps(config_for(SMALL, 2, FACTOR, port_weights, foot))
     randomize_ports(bps)
     residuals = bps(cond, unet.time_embedding(inputs["t"]))
-    inputs_n, outputs_n = len(unet.input_blocks), len(unet.output_blocks)
-    there = [residual is not None for residual in residuals]
-    assert there[:inputs_n] == [("contracting" in paths) and i in (1, 3) for i in range(inputs_n)]
-    assert there[inputs_n] == ("transition" in paths)
-    assert there[inputs_n + 1:] == ["expansive" in paths] * outputs_n
+    has_port = [residual is not None for residual in residuals]
+    assert has_port == [False, outer, False, inner, middle, *[expansive] * len(unet.output_blocks)]
     unet(**inputs, residuals=residuals).square().mean().backward()
     unused = {name for name, p in bps.named_parameters() if p.grad is None}
     assert unused == set()
@@ -132,12 +121,6 @@ def test_a_light_foot_reads_the_end_of_each_level_and_the_middle(parts):
     assert torch.equal(outer[:, -32:], outputs["1"])
 
 
-def test_port_weights_may_be_numbers_one_per_level():
-    config = config_for(SMALL, 1, FACTOR, port_weights=(3.0, 2.0, 5.0, 0.5))
-    assert (config.input_weights, config.middle_weight, config.output_weight) == (
-        (3.0, 2.0), 5.0, 0.5)
-
-
 @pytest.mark.parametrize("foot", FEET)
 @pytest.mark.parametrize("port_weights", [(16, 8, 4, 2, 16, 1), (16, 8, 4, 2, 0, 0),
                                           (0, 0, 0, 0, 16, 1)], ids=str)
@@ -154,7 +137,6 @@ def test_the_table_of_ports_accounts_for_every_parameter(port_weights, foot):
 def test_posterior_is_prior_plus_weighted_differences():
     prior, first, second = torch.randn(3, 2, 4, 3, 5)
     assert torch.equal(posterior(prior, [first], [0.0]), prior)
-    torch.testing.assert_close(posterior(prior, [first], [1.0]), first)
     torch.testing.assert_close(posterior(prior, [first, second], [0.5, 2.0]),
                                -1.5 * prior + 0.5 * first + 2 * second)
     with pytest.raises(ValueError, match="2 posteriors but 1"):
@@ -189,10 +171,6 @@ def test_a_saved_bps_comes_back_with_config_and_metadata(parts, tmp_path):
     (dict(norm_groups=0), {}, "norm_groups must be like 32, got 0"),
     (dict(blocks_per_level=10**6), {}, "no BPS has these sizes .2000000 layers in 86 tensors"),
     (dict(input_weights=["16", "8"]), {}, "input_weights must be like"),
-    (dict(input_weights=16.0), {}, "input_weights must be like"),
-    (dict(middle_weight=[16.0]), {}, "middle_weight must be like 16.0"),
-    (dict(foot=1), {}, "foot must be like 'faithful', got 1"),
-    ({}, dict(task=["sketch"]), "task must be like 'sketch'"),
     ({}, dict(size=64.0), "size must be like 512, got 64.0"),
     ({}, dict(classes={"#000000": 5}), "classes must be like"),
     ({}, dict(classes=[1]), "is not a BPS file")], ids=str)

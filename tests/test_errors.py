@@ -115,11 +115,7 @@ def folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("module, arguments, message", ERRORS, ids=lambda value: getattr(
     value, "__name__", ascii(value)))
 def test_a_mistake_is_one_line_and_nothing_is_written(module, arguments, message, run_script,
-                                                      folder, capsys):
+                                                      refused, folder):
     before = sorted(folder.rglob("*"))
-    with pytest.raises(SystemExit) as stop:
-        run_script(module, *shlex.split(arguments))
-    printed = capsys.readouterr().err
-    assert stop.value.code == 2 and printed.startswith("error: ") and printed.count("\n") == 1
-    assert message in printed
+    assert message in refused(run_script, module, *shlex.split(arguments))
     assert sorted(folder.rglob("*")) == before

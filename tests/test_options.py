@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from inputs import options, pictures
-from inputs.options import DEFAULT_DRAWING, MAX_SEEDS, ROOT, shell_command
+from inputs.options import DEFAULT_DRAWING, ROOT, shell_command
 from weights import UserError
 
 NOT_UTF8 = os.fsdecode(b"caf\xe9")
@@ -114,12 +114,6 @@ def test_an_available_gpu_is_the_default(available, device, monkeypatch):
     parser = options.Parser("")
     parser.add_device()
     assert parser.parse_args([]).device == device
-
-
-def test_the_last_seeds_picture_can_be_drawn_again(draw):
-    last = MAX_SEEDS - 1
-    out = draw(*QUICK, "--seed", last)
-    assert (draw("--from", out / f"{last}.png") / f"{last}.png").is_file()
 
 
 # ---- names and texts that are not ASCII ----------------------------------------------------

@@ -10,7 +10,7 @@ from drawings import label_map, mask, ring, with_orientation
 from PIL import Image, ImageOps
 
 import train
-from data import LatentCache, View, check_conditions, load_pairs, open_pair
+from data import LatentCache, check_conditions, load_pairs, open_pair
 from inputs.conditions import FORMATS, cond_to_x, to_image
 from inputs.options import BASE
 from inputs.pairs import (IMAGE_SUFFIXES, PairFiles, find_pairs, group_pairs, list_files,
@@ -316,19 +316,6 @@ def test_a_fault_of_the_folder_is_named(folder, change, message):
 
 
 # ---- label maps ----------------------------------------------------------------------------
-
-def test_a_label_map_keeps_its_colours_without_blends(folder):
-    for i, name in enumerate(NAMES):
-        label_map(size=32 + i).save(folder / "conditions" / f"{name}.png")
-        label_map(size=32 + i).convert("RGB").save(folder / "images" / f"{name}.png")   # lopsided
-    pair = load_pairs("segmentation", "train", folder)[0]
-    cond, x, colours = open_pair(pair, "segmentation", 48)
-    assert colours == {"#0a141e": 0, "#c86432": 7}
-    assert set(map(tuple, cond.flatten(1).T.tolist())) == {(10, 20, 30), (200, 100, 50)}
-    flipped, x_flipped, _ = open_pair(pair._replace(view=View(is_mirrored=True)),
-                                      "segmentation", 48)
-    assert torch.equal(flipped, cond.flip(-1)) and torch.equal(x_flipped, x.flip(-1))
-
 
 def test_classes_of_grey_maps_are_named_by_number(folder, check):
     write_maps(folder, label_map("L"))

@@ -1,4 +1,6 @@
 """What strengths and windows do: against exact Gaussians, and bit for bit."""
+from unittest.mock import Mock
+
 import pytest
 import torch
 
@@ -108,34 +110,28 @@ def test_guidance_extrapolates_with_conditions_in_both_passes():
 
 # ---- maps, once a timestep -----------------------------------------------------------------
 
-class CountedBPS(torch.nn.Module):
-    """A BPS with random ports that notes the batch of each of its calls."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.bps, self.calls = BPS(config_for(SMALL, 1, 4)), []
-        for parameter in self.bps.parameters():
-            if not parameter.any():
-                torch.nn.init.normal_(parameter, std=0.02)
-
-    def forward(self, cond, t_emb):
-        self.calls.append(len(cond))
-        return self.bps(cond, t_emb)
-
-
 @pytest.fixture(scope="module")
 def unet():
     torch.manual_seed(1)
     return UNet(SMALL).eval().requires_grad_(False)
 
 
-def test_a_batch_of_conditions_serves_both_passes_of_guidance(unet):
+@pytest.fixture
+def bps():
+    """A BPS with random ports."""
+    bps = BPS(config_for(SMALL, 1, 4))
+    for parameter in bps.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return bps
+
+
+def test_a_batch_of_conditions_serves_both_passes_of_guidance(unet, bps):
     conds, context = torch.rand(2, 1, 48, 32), torch.randn(2, 5, 24)
     z, empty = torch.randn(2, 4, 12, 8), torch.zeros(1, 5, 24)
 
     def steered(i):
-        conditions = [Condition(CountedBPS(), conds[i])]
+        conditions = [Condition(bps, conds[i])]
         return make_denoiser(unet, context[i], empty, 3.0, conditions)(z[i], 500)
 
     torch.testing.assert_close(steered(slice(2)), torch.cat([steered([0]), steered([1])]),
@@ -145,11 +141,11 @@ def test_a_batch_of_conditions_serves_both_passes_of_guidance(unet):
 @pytest.mark.parametrize("nothing", [dict(strength=0.0), dict(mask=torch.zeros(1, 1, 12, 8)),
                                      dict(window=(0.0, 0.3))], ids=str)
 def test_a_condition_that_steers_nothing_costs_nothing(unet, nothing):
-    bps = CountedBPS()
+    bps = Mock()
     condition = Condition(bps, torch.rand(1, 1, 48, 32), **nothing)
     denoise = make_denoiser(unet, torch.randn(1, 5, 24), torch.zeros(1, 5, 24), 3.0, [condition])
     denoise(torch.randn(1, 4, 12, 8), 500)
-    assert bps.calls == []
+    bps.assert_not_called()
 
 
 @pytest.mark.parametrize("window, active", [
