@@ -33,7 +33,7 @@ from weights import UserError
 TEST_SHARE, VAL_SHARE = 0.15, 0.05      # shares of a user's pairs
 MIN_PAIRS = 10
 MAX_COPIES = 14                 # rows of the cache for one training pair
-COPIED_ROWS = 600               # fewer pairs than this have more copies than the mirrored one
+COPIED_ROWS = 600               # rows that up to 200 pairs reach with moved copies
 LEAST_SIDE, MAX_SHIFT = 0.8, 0.06       # of a moved copy, shares of the picture
 EMPTY_SHARE = 0.1               # share of empty prompts, so that guidance has its other pass
 CACHE = Path("runs/cache")
@@ -180,10 +180,11 @@ class LatentCache:
         blank = []
         for file, part in zip(self.files, parts):
             metadata = self.read(file, lambda f: f.metadata())
-            blank += [part[row].name for row in json.loads(metadata["blank"])]
+            blank += [part[row].name for row in json.loads(metadata["blank"])
+                      if part[row].view == View()]          # a moved copy may miss the only line
             for classes, row in json.loads(metadata["palettes"]):
                 self.palettes.setdefault(tuple(map(tuple, classes)), part[row].name)
-        self.blank = list(dict.fromkeys(blank))
+        self.blank = blank
         prompts = sorted({prompt for pair in pairs for prompt in pair.prompts} | {""})
         self.contexts = None                            # too many: encoded when needed
         if len(prompts) <= MOST_PROMPTS:
@@ -207,7 +208,7 @@ class LatentCache:
     def make_part(self, pairs):
         """(tensors, metadata) of some pairs: cond uint8 (n, C, H, W), mean and std fp16.
 
-        metadata, as JSON: blank, the rows of conditions that say nothing, and palettes, a row for
+        metadata, as JSON: blank, the rows of blank conditions, and palettes, a row for
         each set of classes.
         """
         device = next(self.base.vae.parameters()).device
@@ -283,7 +284,7 @@ class LatentCache:
 
 
 def check_conditions(caches, task):
-    """Warn of conditions that say nothing; refuse pairs if all do, or if palettes differ."""
+    """Warn of blank conditions; refuse pairs if all do, or if palettes differ."""
     blank = [name for cache in caches for name in cache.blank]
     number_of_pairs = sum(len({pair.name for pair in cache.pairs}) for cache in caches)
     if len(blank) == number_of_pairs:

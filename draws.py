@@ -3,7 +3,7 @@
 From n labelled pairs BPS learns which pictures fit a condition, and n pictures teach little of
 that. Which condition fits a picture is far easier: every pixel of the n pairs teaches it. So draw
 pictures from the prior, let a small network that was trained on the labelled pairs read their
-conditions, and train BPS on these pairs too. Lemma 3.1 of arXiv 2406.03683 is the licence: a
+conditions, and train BPS on these pairs too. Lemma 3.1 of arXiv 2406.03683 allows this: a
 condition depends on the clean picture alone. Where a program reads conditions, as for
 train.py --extract, no labelled pair is needed. A generator's pictures are labelled from few labels
 in DatasetGAN, arXiv 2104.06490; docs/method.md compares the estimators.
@@ -26,10 +26,9 @@ from tqdm import tqdm
 
 from data import Pair, load_pairs, open_pair, split_names, with_copies
 from diffusion import Sampling
-from inputs.conditions import (TASKS, class_colours, cond_to_x, images_at_a_time, open_image,
-                               to_image, to_x)
-from inputs.files import hash_module
-from inputs.pairs import read_captions
+from inputs.conditions import (MAX_CLASSES, TASKS, class_colours, cond_to_x, images_at_a_time,
+                               open_image, to_image, to_x)
+from inputs.files import hash_module, read_utf8
 from inputs.processes import Processes
 from sample import draw
 from weights import UserError, replacing
@@ -38,7 +37,7 @@ SAMPLING = Sampling(guidance_scale=1.0)         # the prior's own law; guidance 
 WIDTH = 32                                      # of the extractor
 FIT_STEPS, FIT_BATCH, FIT_RATE = 600, 8, 3e-3
 FIT_PAIRS = 200                                 # more labelled pairs than these are not needed
-MIN_QUALITY = 0.5                               # below it, the labels would mislead
+MIN_QUALITY = 0.5                               # least explained variance of its labels
 
 
 # ---- pictures ------------------------------------------------------------------------------
@@ -46,7 +45,7 @@ MIN_QUALITY = 0.5                               # below it, the labels would mis
 def pictures_folder(base, prompts, size, root):
     """A folder in `root` for what this base draws for these prompts, whatever their number."""
     content = [hash_module(base.unet), hash_module(base.vae), hash_module(base.text_model),
-               list(prompts), size, SAMPLING]
+               repr(base.schedule), base.tokenizer(list(prompts)).tolist(), size, SAMPLING]
     return root / f"draws-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
 
 
@@ -127,6 +126,8 @@ class Extractor(nn.Module):
         logits = self(to_x(image)[None].to(self.colours))[0].cpu()
         if self.classes:
             numbers = np.array(list(self.classes.values()), np.uint8)
+            if len(set(numbers)) < len(numbers):        # RGB maps number their own colours
+                numbers = np.arange(len(numbers), dtype=np.uint8)
             palette = np.zeros((256, 3), np.uint8)
             palette[numbers] = (self.colours * 255).round().byte().cpu().numpy()
             labels = Image.fromarray(numbers[logits.argmax(0).numpy()])
@@ -135,7 +136,7 @@ class Extractor(nn.Module):
         return to_image(cond_to_x(logits.sigmoid()[None])[0])
 
 
-def fit_extractor(pairs, val_pairs, task_name, size, seed=0):
+def fit_extractor(pairs, val_pairs, task_name, size, seed=0, with_mirrored=True):
     """An Extractor trained on labelled pairs.
 
     UserError if it explains less than MIN_QUALITY of the held-out conditions' variance.
@@ -144,10 +145,13 @@ def fit_extractor(pairs, val_pairs, task_name, size, seed=0):
     if TASKS[task_name].has_labels:
         for pair in pairs[:FIT_PAIRS]:
             classes |= class_colours(pair.open_cond())
+        if len(classes) > MAX_CLASSES:
+            raise UserError(f"--from-base must have at most {MAX_CLASSES} classes, got "
+                            f"{len(classes)}. Use maps with fewer colours.")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         extractor = Extractor(task_name, classes).to(memory_format=torch.channels_last)
-    copies = with_copies(pairs[:FIT_PAIRS])
+    copies = with_copies(pairs[:FIT_PAIRS], with_mirrored)
     optimizer = torch.optim.Adam(extractor.parameters(), FIT_RATE)
     for step in tqdm(range(FIT_STEPS), desc="extractor", leave=False):
         optimizer.param_groups[0]["lr"] = FIT_RATE * (1 - step / FIT_STEPS)
@@ -159,10 +163,10 @@ def fit_extractor(pairs, val_pairs, task_name, size, seed=0):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    quality = explained_variance(extractor, val_pairs, task_name, size)
+    quality = explained_variance(extractor, val_pairs[:FIT_PAIRS], task_name, size)
     print(f"extractor: explains {quality:.0%} of the variance of {len(val_pairs)} validation "
           f"conditions")
-    if quality < MIN_QUALITY:
+    if not quality >= MIN_QUALITY:                  # nan if all validation conditions are blank
         raise UserError(f"--from-base needs an extractor that explains {MIN_QUALITY:.0%} of the "
                         f"variance of held-out conditions, got {quality:.0%}. Use more pairs, or "
                         f"train without --from-base.")
@@ -187,7 +191,7 @@ def draw_splits(base, args, processes):
     The prompts are the lines of the text file --data, or those of the embedded pairs.
     """
     if args.data:
-        prompts, _ = read_captions((args.data,))
+        prompts = [line.strip() for line in read_utf8(args.data).splitlines() if line.strip()]
     else:
         prompts = [pair.prompts[0] for pair in load_pairs(args.task, "train")]
     if not prompts:
@@ -201,12 +205,12 @@ def draw_splits(base, args, processes):
 
 
 def add_draws(rows, splits, base, args, processes):
-    """The rows of a LatentCache of labelled pairs and of as many draws, by weight."""
+    """Labelled rows and drawn pairs for a LatentCache, so that half of each batch is drawn."""
     task, pairs = TASKS[args.task], splits["train"]
     read, reader = None, ""
     if not args.extract and task.extract is not task.to_cond:
         extractor = processes.broadcast(lambda: fit_extractor(
-            pairs, splits["val"], args.task, args.size, args.seed))
+            pairs, splits["val"], args.task, args.size, args.seed, not args.no_mirror))
         read, reader = extractor.read, hash_module(extractor)
     prompts = [pair.prompts[0] for pair in pairs]
     folder = pictures_folder(base, prompts, args.size, args.cache)

@@ -112,7 +112,8 @@ def parse_args(argv, parser=None):
     """
     parser = parser or make_parser()
     args, stored_files = parser.parse_args(argv), {}
-    given = {word.partition("=")[0].removeprefix("--").replace("-", "_") for word in argv}
+    given = {word.partition("=")[0].removeprefix("--").replace("-", "_")
+             for word in argv if word.startswith("--")}
     if args.picture:
         stored, stored_files = read_stored(args.picture)
         stored = {name: value for name, value in (dict(n=1) | stored).items() if name not in given}

@@ -57,9 +57,9 @@ def parse_args():
         "--from-base also a text file with a prompt per line, and no pairs")
     add("--extract", action="store_true", help="make the conditions from the images' own lines; "
         "--data then needs images only (for sketch and artistic)")
-    add("--from-base", type=positive, metavar="N", help="train on N pictures that the base draws, "
-        "too, with conditions that an extractor learns from your pairs; without --data on these "
-        "alone, whose lines are the conditions (sketch and artistic)")
+    add("--from-base", type=positive, metavar="N", help="also train on N pictures drawn by the "
+        "base; an extractor trained on your pairs labels them. Without pairs, train on these "
+        "pictures only, with their own lines as conditions (sketch, artistic)")
     add("--no-mirror", action="store_true", help="never flip pairs, for writing or for left and "
         "right")
     add("--default-prompt", type=unicode_text, default="", help="for pictures without a caption")
@@ -91,7 +91,7 @@ def parse_args():
     args.weights = args.weights or task.port_weights
     args.steps = args.steps or task.steps
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
-    has_pairs = args.data is not None and not args.data.is_file()
+    has_pairs = args.data is not None and not (args.from_base and args.data.is_file())
     args.without_pairs = args.from_base is not None and not has_pairs
     needing_pairs = dict(extract=args.extract and not args.without_pairs,
                          check_data=args.check_data, default_prompt=args.default_prompt)
@@ -101,8 +101,8 @@ def parse_args():
     if args.without_pairs:
         args.extract = True
         if args.data is None and args.base.resolve() != BASE.resolve():
-            parser.error("--data is missing. Give a text file with a prompt per line for what the "
-                         "base shall draw.")
+            parser.error("--data is missing. Give a text file with a prompt per line for the base "
+                         "to draw.")
         if args.from_base < MIN_PAIRS:
             parser.error(f"--from-base must be at least {MIN_PAIRS}, got {args.from_base}.")
     if args.extract and not task.extract:
@@ -110,8 +110,9 @@ def parse_args():
         parser.error(f"{option} must be used with --task sketch or artistic, got {args.task}.")
     check_pixels(args.size, args.size)
     args.out = args.out or Path("runs") / ("check" if args.check_data else args.task)
-    parser.check_out(args.out, *([args.data] if args.extract and has_pairs else []))
-    parser.check_out(args.cache, option="--cache")
+    sources = [args.data] if args.extract and has_pairs else []
+    parser.check_out(args.out, *sources)
+    parser.check_out(args.cache, *sources, option="--cache")
     return args
 
 

@@ -10,6 +10,7 @@ import json
 import os
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from weights import UserError, as_user_error, replacing
@@ -83,7 +84,7 @@ def hash_module(module):
     """First 16 hex digits of the SHA-256 of a module's config and weights."""
     digest = hashlib.sha256(repr(module.config).encode())
     for tensor in module.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
+        digest.update(tensor.cpu().flatten().view(torch.uint8).numpy())    # NumPy has no bf16
     return digest.hexdigest()[:16]
 
 

@@ -138,6 +138,7 @@ def test_the_memory_format_of_weights_does_not_change_their_hash():
     assert hash_module(convolutions.to(memory_format=torch.channels_last)) == expected
     convolutions[1].weight.data += 1
     assert hash_module(convolutions) != expected
+    assert hash_module(convolutions.bfloat16()) != expected         # NumPy has no such type
 
 
 def test_a_corrupt_part_is_named_with_the_fix(base, pairs, folder):

@@ -203,6 +203,8 @@ def test_a_picture_is_drawn_again_from_itself(draw, run_script, pixels, other, m
     assert command[:2] == ["python", "sample.py"]
     run_script(sample, *command[2:], "--device", "cpu", "--out", tmp_path / "c")
     assert np.array_equal(pixels(out / "0004.png"), pixels(tmp_path / "c" / "0004.png"))
+    named = draw("--from", out / "0004.png", "--prompt", "sampler")        # a value, no option
+    assert "euler" in Image.open(named / "0004.png").text["command"]
     capsys.readouterr()
     ImageOps.invert(Image.open(other[1])).save(other[1])
     draw("--from", out / "0004.png")
