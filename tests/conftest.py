@@ -15,6 +15,7 @@ import sample
 import train
 from diffusion import Sampling
 from inputs import options
+from inputs.options import BASE
 from measure import report
 
 
@@ -46,18 +47,22 @@ def run_script(monkeypatch):
     return run
 
 
+def filled_in(arguments, defaults):
+    """A command line's arguments, preceded by the defaults {option: value} that they lack."""
+    missing = [pair for pair in defaults.items() if pair[0] not in arguments]
+    return [*itertools.chain(*missing), *arguments]
+
+
 @pytest.fixture
-def run_train(run_script, short_report, monkeypatch):
-    """A function that runs train.py for two steps on the first six pairs of each split."""
+def run_train(run_script, load_once, short_report, monkeypatch):
+    """A function that trains a light BPS for two steps on the first six pairs of each split."""
+    monkeypatch.setattr(train, "load_base", load_once)
     load_pairs = train.load_pairs
     monkeypatch.setattr(train, "load_pairs", lambda *a, **k: load_pairs(*a, **k)[:6])
 
-    def run(*arguments):
-        size = () if "--size" in arguments else ("--size", 32)
-        run_script(train, "--steps", 2, "--batch", 2, "--save-every", 1, "--device", "cpu", *size,
-                   *arguments)
-
-    return run
+    defaults = {"--steps": 2, "--batch": 2, "--save-every": 1, "--size": 32, "--foot": "light",
+                "--device": "cpu"}
+    return lambda *arguments: run_script(train, *filled_in(arguments, defaults))
 
 
 @pytest.fixture
@@ -70,7 +75,8 @@ def refused(capsys):
         *others, line = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and line.startswith("error: ")
         # bars of progress and notes may precede it
-        assert all("%|" in other or other.startswith("note: ") for other in others if other.strip())
+        assert all("%|" in other or other.startswith(("note: ", "warning: "))
+                   for other in others if other.strip())
         return line
 
     return call
@@ -88,16 +94,16 @@ def interrupted(monkeypatch):
 
 
 @pytest.fixture
-def draw(run_script, tmp_path, bps_file):
+def draw(run_script, load_once, monkeypatch, tmp_path, bps_file):
     """A function that runs sample.py with two steps; returns the folder of its pictures."""
+    monkeypatch.setattr(sample, "load_base", load_once)
     counter = itertools.count()
 
     def run(*arguments, bps=bps_file):
         defaults = {"--out": tmp_path / f"drawn{next(counter)}", "--device": "cpu"}
         if "--from" not in arguments:
             defaults |= {"--bps": bps, "--steps": 2}
-        missing = [option for option in defaults if option not in arguments]
-        run_script(sample, *itertools.chain(*((o, defaults[o]) for o in missing)), *arguments)
+        run_script(sample, *filled_in(arguments, defaults))
         return defaults["--out"]
 
     return run
@@ -116,9 +122,15 @@ def picture(draw, pixels):
 
 
 @pytest.fixture(scope="session")
-def base():
-    """The embedded base, loaded once; tests do not change it."""
-    return sample.load_base(options.BASE)
+def load_once():
+    """load_base, which loads each base once for all tests; they do not change it."""
+    return functools.cache(sample.load_base)
+
+
+@pytest.fixture(scope="session")
+def base(load_once):
+    """The embedded base."""
+    return load_once(BASE)
 
 
 @pytest.fixture(scope="session")

@@ -82,7 +82,7 @@ def test_validation_counts_the_bits_of_all_dimensions_whatever_is_predicted(pred
 
 def test_validation_measures_the_strength_of_the_lowest_loss(base, monkeypatch):
     monkeypatch.setattr(report, "VALIDATION_T", (200, 600))
-    cache = LatentCache(load_pairs("sketch", "val")[:4], "sketch", 64, base)
+    cache = LatentCache(load_pairs("sketch", "val")[:4], "sketch", 32, base)
     torch.manual_seed(0)
     bps = BPS(config_for(base.unet.config, 1, base.vae.factor))
     for port in bps.zero_blocks:

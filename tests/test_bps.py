@@ -57,16 +57,6 @@ def test_only_port_convolutions_get_a_gradient_in_the_first_step(parts):
     assert all(parameter.grad is None for parameter in unet.parameters())
 
 
-def test_one_map_of_batch_one_serves_a_whole_batch(parts):
-    unet, bps, inputs, cond = parts
-    randomize_ports(bps)
-    inputs["t"] = torch.full((B,), 300)
-    once = bps(cond[:1], unet.time_embedding(inputs["t"][:1]))
-    repeated = bps(cond[:1].expand(B, -1, -1, -1), unet.time_embedding(inputs["t"]))
-    torch.testing.assert_close(unet(**inputs, residuals=once), unet(**inputs, residuals=repeated),
-                               atol=1e-5, rtol=1e-5)
-
-
 def test_sd15_size_has_the_published_number_of_parameters_and_21_ports():
     with torch.device("meta"):
         bps, unet = BPS(BPSConfig()), UNet(UNetConfig())

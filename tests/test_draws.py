@@ -70,7 +70,7 @@ def test_another_base_other_prompts_or_sizes_have_folders_of_their_own(base, tmp
 # ---- the extractor -------------------------------------------------------------------------
 
 def test_an_extractor_reads_classes_off_pictures_that_it_never_saw(monkeypatch, capsys):
-    monkeypatch.setattr(draws, "FIT_STEPS", 150)
+    monkeypatch.setattr(draws, "FIT_STEPS", 100)
     extractor = fit_extractor(discs(6, seed=0), discs(4, seed=1), "segmentation", 32)
     assert "explains" in capsys.readouterr().out
     for pair in discs(4, seed=2):

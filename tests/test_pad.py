@@ -24,6 +24,7 @@ import references
 from PIL import Image, ImageColor, ImageDraw
 
 import sample
+from inputs.files import fingerprint
 from inputs.options import BASE, DEFAULT_BPS, DEFAULT_DRAWING, ROOT
 from pad import __main__ as pad
 from pad import studio
@@ -180,20 +181,14 @@ def test_only_the_last_picture_can_be_saved(server, ask):
     assert ask("/save", {})[0] == 400
 
 
-def test_a_saved_picture_names_the_bps_that_drew_even_if_replaced(layout_bps, tmp_path):
-    file = tmp_path / "bps.safetensors"
-    shutil.copy(layout_bps, file)
+def test_a_saved_picture_names_the_bps_that_drew_even_if_replaced(bps_file, tmp_path):
+    file = Path(shutil.copy(bps_file, tmp_path))
     own = studio.Studio(studio_args(tmp_path / "out"), [file])
-    boxes = Image.new("RGB", (64, 64), CLASSES["ground"])
-    boxes.paste(CLASSES["hair"], (8, 8, 40, 40))
-    boxes.save(tmp_path / "boxes.png")
-    own.draw(SETTINGS | dict(task="layout", number=1, drawing=url_of(tmp_path / "boxes.png")),
-             lambda line: None)
-    digest = own.fingerprint(file)
+    own.draw(DRAWN | dict(number=1), Mock())
     shutil.copy(DEFAULT_BPS, file)
     saved = own.save(dict(number=1))
     with Image.open(saved["files"][0]) as image:
-        assert json.loads(image.text["files"])["bps 1"] == digest
+        assert json.loads(image.text["files"])["bps 1"] == fingerprint(bps_file)
 
 
 def test_a_trained_bps_that_does_not_fit_is_left_out_with_a_note(tmp_path, monkeypatch, capsys):

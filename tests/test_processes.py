@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import drawings
 import pytest
@@ -138,29 +139,21 @@ def run(command, *arguments):
 
 
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py"]
-STOPPED = """
-import train
-save = train.Training.save
-
-def save_and_stop(self, *arguments):
-    save(self, *arguments)
-    raise KeyboardInterrupt
-
-train.Training.save = save_and_stop
-train.main()
-"""
 
 
 @pytest.mark.slow
-def test_a_run_of_one_process_resumes_in_two(tmp_path):
+def test_a_run_of_one_process_resumes_in_two(run_script, refused, tmp_path, monkeypatch):
     pairs = drawings.write_shapes(tmp_path / "pairs")
     arguments = ["--steps", 4, "--save-every", 2, "--batch", 4, "--data", pairs, "--cache",
                  tmp_path / "cache", "--out"]
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     done = run(["train.py"], *arguments, whole)
     assert done.returncode == 0, done.stderr
-    run(["-c", STOPPED], *arguments, halves)
-    assert (halves / "checkpoint.safetensors").exists()
+    with monkeypatch.context() as patch:
+        # it is called in steps 1 and 2, in a validation, and in step 3
+        stop = Mock(side_effect=[None, None, None, UserError("stopped")])
+        patch.setattr(train, "require_finite", stop)
+        refused(run_script, train, *arguments, halves)
     done = run(LAUNCHER, *arguments, halves)
     assert done.returncode == 0, done.stderr
     assert "resumed at step 2" in done.stdout and done.stdout.count("run: ") == 1

@@ -5,7 +5,6 @@ import importlib
 import re
 import shlex
 import shutil
-import subprocess
 import sys
 from unittest.mock import Mock
 
@@ -126,11 +125,11 @@ def test_every_quote_is_what_its_file_says():
         assert lines in (ROOT / file).read_text(encoding="utf-8"), f"{page.name}: {file}"
 
 
-def test_the_python_of_the_readme_runs_and_draws(tmp_path):
+def test_the_python_of_the_readme_runs_and_draws(tmp_path, monkeypatch):
     example, = re.findall(r"```python\n(import torch.*?)```", README, re.DOTALL)
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
-    subprocess.run([sys.executable, "-c", example], cwd=tmp_path, check=True,
-                   env={"PYTHONPATH": str(ROOT)})
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
     with Image.open(tmp_path / "portrait.png") as image:
         assert image.size == (64, 64) and len(image.getcolors(4096)) > 100
 

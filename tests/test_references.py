@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file
 
 import diffusion
-import weights
 from inputs import checkpoints
 
 RECORDED = load_file(references.TENSORS)
@@ -40,20 +39,6 @@ def test_every_name_of_sd15_is_renamed_as_diffusers_does():
         table = RECORD["names"][part]
         assert len(table) == count == len(set(table.values()))
         assert {f"{prefix}{key}": folder_name(key) for key in module.state_dict()} == table
-
-
-def test_every_name_of_sd2s_text_encoder_is_found_under_openclips_names():
-    table = RECORD["names"]["openclip"]
-    state = {name.removeprefix("cond_stage_model.model."): weights.Stored(
-        None, name, (3 * 1024, 1024) if "in_proj" in name else (1024,), "F16")
-        for name, _ in table.values()}
-    split = checkpoints.split_in_proj(state, 1024)
-    assert len(table) == 372                        # 23 blocks of 16 tensors, and four
-    for key, (name, row) in table.items():
-        stored = split.pop(checkpoints.openclip_name(key))
-        assert stored.name == name
-        assert stored.rows is None or (stored.rows.start, stored.rows.stop) == (row, row + 1024)
-    assert not split
 
 
 @pytest.mark.parametrize("pad", ["<|endoftext|>", "!"])

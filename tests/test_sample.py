@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 import diffusion
 import sample
-from bps import BPS, BPSConfig, config_for, load_bps, save_bps
+from bps import BPS, BPSConfig, config_for
 from inputs import options, pictures
 from inputs.conditions import crop, open_image, read_mask, to_x
 from inputs.options import DEFAULT_BPS, DEFAULT_DRAWING
@@ -22,17 +22,12 @@ from weights import UserError
 
 
 @pytest.fixture
-def other(tmp_path, bps_file):
-    """A second BPS with random ports, and a drawing for it."""
-    bps = load_bps(bps_file)
-    generator = torch.Generator().manual_seed(1)
-    bps.zero_blocks[1].weight += 0.005 * torch.randn(bps.zero_blocks[1].weight.shape,
-                                                     generator=generator)
-    save_bps(bps, tmp_path / "other.safetensors", bps.metadata)
+def box(tmp_path):
+    """A drawing of a box."""
     image = Image.new("RGB", (64, 64), "white")
     ImageDraw.Draw(image).rectangle((10, 20, 50, 40), outline="black", width=3)
     image.save(tmp_path / "box.png")
-    return tmp_path / "other.safetensors", tmp_path / "box.png"
+    return tmp_path / "box.png"
 
 
 # ---- what a picture depends on -------------------------------------------------------------
@@ -58,19 +53,19 @@ def test_a_window_steers_a_part_of_the_denoising(picture):
     assert np.array_equal(none, picture("--bps", "none", "--size", 64))
 
 
-def test_conditions_add_up_in_any_order(draw, picture, pixels, bps_file, other):
-    both = draw("--n", 1, "--bps", bps_file, other[0], "--cond", DEFAULT_DRAWING, other[1],
+def test_conditions_add_up_in_any_order(draw, picture, pixels, bps_file, box):
+    both = draw("--n", 1, "--bps", bps_file, DEFAULT_BPS, "--cond", DEFAULT_DRAWING, box,
                 "--strength", 0.5, 1)
     assert sorted(file.name for file in both.iterdir()) == [
         "0000.png", "condition1.png", "condition2.png"]
-    swapped = picture("--bps", other[0], bps_file, "--cond", other[1], DEFAULT_DRAWING,
+    swapped = picture("--bps", DEFAULT_BPS, bps_file, "--cond", box, DEFAULT_DRAWING,
                       "--strength", 1, 0.5)
     assert np.array_equal(pixels(both / "0000.png"), swapped)
     assert not np.array_equal(swapped, picture("--strength", 0.5))
 
 
-def test_an_option_that_is_given_once_counts_for_all_conditions(picture, bps_file, other):
-    conditions = "--bps", bps_file, other[0], "--cond", DEFAULT_DRAWING, other[1]
+def test_an_option_that_is_given_once_counts_for_all_conditions(picture, bps_file, box):
+    conditions = "--bps", bps_file, DEFAULT_BPS, "--cond", DEFAULT_DRAWING, box
     once = picture(*conditions, "--strength", 0.5, "--window", 0, 0.5)
     each = picture(*conditions, "--strength", 0.5, 0.5, "--window", 0, 0.5, 0, 0.5)
     assert np.array_equal(once, each)
@@ -187,10 +182,10 @@ def test_a_png_stores_how_it_was_drawn(draw, bps_file):
     assert str(options.ROOT) not in included["command"]     # so the project's folder may move
 
 
-def test_a_picture_is_drawn_again_from_itself(draw, run_script, pixels, other, mask, bps_file,
+def test_a_picture_is_drawn_again_from_itself(draw, run_script, pixels, box, mask, bps_file,
                                               tmp_path, capsys):
     out = draw("--n", 2, "--seed", 3, "--prompt", "-a 'grüne' pear", "--negative-prompt", "a cup",
-               "--bps", bps_file, other[0], "--cond", DEFAULT_DRAWING, other[1],
+               "--bps", bps_file, DEFAULT_BPS, "--cond", DEFAULT_DRAWING, box,
                "--strength", 0.5, 1, "--window", 0, 0.5, 0, 1, "--mask", mask(20), "none",
                "--sampler", "euler", "--init", DEFAULT_DRAWING, "--denoise", 0.4, "--steps", 5,
                "--size", "48x80")
@@ -206,10 +201,10 @@ def test_a_picture_is_drawn_again_from_itself(draw, run_script, pixels, other, m
     named = draw("--from", out / "0004.png", "--prompt", "sampler")        # a value, no option
     assert "euler" in Image.open(named / "0004.png").text["command"]
     capsys.readouterr()
-    ImageOps.invert(Image.open(other[1])).save(other[1])
+    ImageOps.invert(Image.open(box)).save(box)
     draw("--from", out / "0004.png")
     assert "was drawn with another cond 2 file" in capsys.readouterr().err
-    draw("--from", out / "0004.png", "--cond", DEFAULT_DRAWING, other[1])
+    draw("--from", out / "0004.png", "--cond", DEFAULT_DRAWING, box)
     assert "another cond" not in capsys.readouterr().err
 
 

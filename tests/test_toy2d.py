@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import toy2d
-from bps import posterior
 from studies import toy
 from toy2d import SCHEDULE, World, energy_distance
 from unet import timestep_embedding
@@ -61,14 +60,6 @@ def test_steering_is_posterior_minus_prior_even_far_from_the_arm_in_float32(t):
                                rtol=1e-3, atol=1e-3)
 
 
-def test_ddim_with_the_exact_denoiser_draws_the_large_space():
-    world, generator = toy2d.pinwheel(), torch.Generator().manual_seed(1)
-    true = world.draw(4000, generator)
-    drawn = toy2d.draw(toy.exact_denoiser(world), 4000, seed=2)
-    assert abs(energy_distance(drawn, true)) < 1e-3
-    assert energy_distance(drawn + 0.1, true) > 5e-3        # about one component's width
-
-
 def test_conditions_are_as_likely_as_log_p_cond_claims(world):
     one_per_arm = World(world.means[3::12], world.arms[3::12], world.places[3::12] + 0.5)
     _, cond = one_per_arm.draw_labelled(20_000, torch.Generator().manual_seed(0))
@@ -80,20 +71,6 @@ def test_conditions_are_as_likely_as_log_p_cond_claims(world):
     right_arm = cond[:, :5].argmax(1)[:, None] == world.arms
     expected = normal.masked_fill(~right_arm, -math.inf).softmax(1)
     torch.testing.assert_close(world.log_p_cond(cond).softmax(1), expected)
-
-
-@pytest.mark.parametrize("independent", (True, False))
-def test_composition_is_exact_only_for_independent_coordinates(world, independent):
-    if independent:                                 # columns for arms, rows for places
-        columns, rows = torch.cartesian_prod(torch.arange(5), torch.arange(5)).double().unbind(1)
-        world = World(torch.stack([columns, rows], 1) * 0.8, columns.long(), rows / 4)
-    z_0, cond = world.draw_labelled(B, torch.Generator().manual_seed(0))
-    alpha, sigma = SCHEDULE.signal_and_noise(500, z_0)
-    eps = {kind: world.eps(z_0, alpha, sigma, toy.log_p_cond(world, cond, kind))
-           for kind in toy.KINDS}
-    composed = posterior(world.eps(z_0, alpha, sigma), [eps["arm"], eps["place"]], [1.0, 1.0])
-    difference = (composed - eps["both"]).abs().max()
-    assert difference < 1e-12 if independent else difference > 0.01
 
 
 # ---- the likelihood ------------------------------------------------------------------------
@@ -300,7 +277,7 @@ def run(monkeypatch):
                     BITS_T=torch.tensor([0, 200, 400, 600, 999])),
         toy: dict(SIZES=(12, 100), ROBUSTNESS_SIZES=(12, 25), MODES_SIZES=(12,), RATES=(3e-4,),
                   MODES_SEEDS=(0, 1), SEEDS=(0, 1), BITS_POINTS=50, GAUSSIAN_STEPS=10,
-                  STRENGTHS=(0, 1), LAWS=[toy.LAWS[i] for i in (0, 2, 5, 7, 11)])}
+                  GAUSSIAN_SAMPLES=100, STEPS=(160, 625), STRENGTHS=(1,), LAWS=[toy.LAWS[i] for i in (2, 7, 11)])}
     for module, values in short.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
