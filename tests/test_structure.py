@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # lines of code in the files of each folder; 3 % more are allowed
 BUDGETS = {".": 2150, "inputs": 1340, "measure": 560, "studies": 1470, "pad": 330, "tiny": 780,
-           "tests": 5380}
+           "tests": 5330}
 FILES = [file.relative_to(ROOT) for folder in (".", "inputs", "measure", "studies", "pad", "tiny")
          for file in sorted((ROOT / folder).glob("*.py")) if file.name != "__init__.py"]
 MODULES = {".".join(file.with_suffix("").parts): file for file in FILES}
