@@ -9,7 +9,7 @@ import train
 from inputs.options import DEFAULT_DRAWING, MAX_SEEDS
 from pad import __main__ as pad
 from studies import base as base_study
-from studies import cost, figures, rivals, toy, wiring
+from studies import figures, rivals, toy
 from tiny import pretrain
 
 LAST_SEED = MAX_SEEDS - 1
@@ -20,8 +20,6 @@ ERRORS = [
     (train, f"--batch 1{'0' * 22}", f"--batch: must be in [1, 1000000], got 1{'0' * 22}"),
     (train, "--lr -1", "--lr: must be in [1e-09, 1], got -1"),
     (train, "--seed -3", "--seed: must be in [0, 2147483647], got -3"),
-    (train, "--task nonsense", "--task: invalid choice: 'nonsense'"),
-    (train, "--foot none", "--foot: invalid choice: 'none'"),
     (train, "--device warp", "--device: warp can't be used"),
     (train, "--size 60", "--size must be a multiple of 16 for this base, got 60"),
     (train, "--size 100000", "--size must have at most 16,777,216 pixels, got 100000x100000"),
@@ -45,12 +43,9 @@ ERRORS = [
     (sample, "--prompt caf\udce9", "--prompt: must be UTF-8, got 'caf\\udce9'"),
     (sample, f"--seed {LAST_SEED} --n 2", "--seed plus --n must be at most 2147483648"),
     (pad, "--port 99999", "--port: must be in [0, 65535], got 99999"),
-    (rivals, "--task layout", "--task: invalid choice: 'layout'"),
     (toy, "bits --effort 0", "--effort must be in (0, 1], got 0"),
-    (cost, "--only nonsense", "--only: invalid choice: 'nonsense'"),
     (pretrain, "--stage vae --minutes 0", "--minutes must be greater than 0, got 0"),
     (figures, "nonsense", "figure: invalid choice: 'nonsense'"),
-    (wiring, "--table --cond-channels 2", "--cond-channels: invalid choice: 2"),
     # options that are given twice, and options that need or exclude others
     (train, "--data a --data=b", "--data must be given once"),
     (sample, "--cond a --seed 1 --cond b", "--cond must be given once. Several values go after"),

@@ -89,13 +89,11 @@ def test_shards_partition_a_batch(batch, shards):
 
 
 def test_each_process_uses_its_own_gpu(monkeypatch):
-    def zeros(_, device):
-        raise RuntimeError(f"no {device}")
-
     monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr(torch, "zeros", zeros)
-    with pytest.raises(argparse.ArgumentTypeError, match="cuda:3 can't be used .no cuda:3"):
+    monkeypatch.setattr(torch, "zeros", Mock(side_effect=RuntimeError("no GPU")))
+    with pytest.raises(argparse.ArgumentTypeError, match="cuda:3 can't be used .no GPU"):
         usable_device("cuda")
+    torch.zeros.assert_called_once_with(1, device="cuda:3")
 
 
 # ---- the same training ---------------------------------------------------------------------

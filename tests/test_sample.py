@@ -5,6 +5,7 @@ import shlex
 import shutil
 from unittest.mock import Mock
 
+import drawings
 import numpy as np
 import pytest
 import references
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 import diffusion
 import sample
-from bps import BPS, BPSConfig, config_for
+from bps import BPS, BPSConfig
 from inputs import options, pictures
 from inputs.conditions import crop, open_image, read_mask, to_x
 from inputs.options import DEFAULT_BPS, DEFAULT_DRAWING
@@ -22,12 +23,10 @@ from weights import UserError
 
 
 @pytest.fixture
-def box(tmp_path):
-    """A drawing of a box."""
-    image = Image.new("RGB", (64, 64), "white")
-    ImageDraw.Draw(image).rectangle((10, 20, 50, 40), outline="black", width=3)
-    image.save(tmp_path / "box.png")
-    return tmp_path / "box.png"
+def ring(tmp_path):
+    """A drawing of a ring."""
+    drawings.ring(64, 64).save(tmp_path / "ring.png")
+    return tmp_path / "ring.png"
 
 
 # ---- what a picture depends on -------------------------------------------------------------
@@ -53,19 +52,19 @@ def test_a_window_steers_a_part_of_the_denoising(picture):
     assert np.array_equal(none, picture("--bps", "none", "--size", 64))
 
 
-def test_conditions_add_up_in_any_order(draw, picture, pixels, bps_file, box):
-    both = draw("--n", 1, "--bps", bps_file, DEFAULT_BPS, "--cond", DEFAULT_DRAWING, box,
+def test_conditions_add_up_in_any_order(draw, picture, pixels, bps_file, ring):
+    both = draw("--n", 1, "--bps", bps_file, DEFAULT_BPS, "--cond", DEFAULT_DRAWING, ring,
                 "--strength", 0.5, 1)
     assert sorted(file.name for file in both.iterdir()) == [
         "0000.png", "condition1.png", "condition2.png"]
-    swapped = picture("--bps", DEFAULT_BPS, bps_file, "--cond", box, DEFAULT_DRAWING,
+    swapped = picture("--bps", DEFAULT_BPS, bps_file, "--cond", ring, DEFAULT_DRAWING,
                       "--strength", 1, 0.5)
     assert np.array_equal(pixels(both / "0000.png"), swapped)
     assert not np.array_equal(swapped, picture("--strength", 0.5))
 
 
-def test_an_option_that_is_given_once_counts_for_all_conditions(picture, bps_file, box):
-    conditions = "--bps", bps_file, DEFAULT_BPS, "--cond", DEFAULT_DRAWING, box
+def test_an_option_that_is_given_once_counts_for_all_conditions(picture, bps_file, ring):
+    conditions = "--bps", bps_file, DEFAULT_BPS, "--cond", DEFAULT_DRAWING, ring
     once = picture(*conditions, "--strength", 0.5, "--window", 0, 0.5)
     each = picture(*conditions, "--strength", 0.5, 0.5, "--window", 0, 0.5, 0, 0.5)
     assert np.array_equal(once, each)
@@ -182,10 +181,10 @@ def test_a_png_stores_how_it_was_drawn(draw, bps_file):
     assert str(options.ROOT) not in included["command"]     # so the project's folder may move
 
 
-def test_a_picture_is_drawn_again_from_itself(draw, run_script, pixels, box, mask, bps_file,
+def test_a_picture_is_drawn_again_from_itself(draw, run_script, pixels, ring, mask, bps_file,
                                               tmp_path, capsys):
     out = draw("--n", 2, "--seed", 3, "--prompt", "-a 'grüne' pear", "--negative-prompt", "a cup",
-               "--bps", bps_file, DEFAULT_BPS, "--cond", DEFAULT_DRAWING, box,
+               "--bps", bps_file, DEFAULT_BPS, "--cond", DEFAULT_DRAWING, ring,
                "--strength", 0.5, 1, "--window", 0, 0.5, 0, 1, "--mask", mask(20), "none",
                "--sampler", "euler", "--init", DEFAULT_DRAWING, "--denoise", 0.4, "--steps", 5,
                "--size", "48x80")
@@ -201,10 +200,10 @@ def test_a_picture_is_drawn_again_from_itself(draw, run_script, pixels, box, mas
     named = draw("--from", out / "0004.png", "--prompt", "sampler")        # a value, no option
     assert "euler" in Image.open(named / "0004.png").text["command"]
     capsys.readouterr()
-    ImageOps.invert(Image.open(box)).save(box)
+    ImageOps.invert(Image.open(ring)).save(ring)
     draw("--from", out / "0004.png")
     assert "was drawn with another cond 2 file" in capsys.readouterr().err
-    draw("--from", out / "0004.png", "--cond", DEFAULT_DRAWING, box)
+    draw("--from", out / "0004.png", "--cond", DEFAULT_DRAWING, ring)
     assert "another cond" not in capsys.readouterr().err
 
 
@@ -324,11 +323,9 @@ def test_a_bps_of_other_weights_draws_with_a_note(draw, capsys):
     assert "was trained on other weights" in capsys.readouterr().err
 
 
-def test_a_class_that_was_not_trained_on_is_refused(draw, refused, base, tmp_path):
-    config = config_for(base.unet.config, 3, 4, port_weights="flat")
+def test_a_class_that_was_not_trained_on_is_refused(draw, refused, tmp_path):
     file, image = tmp_path / "boxes.safetensors", Image.new("RGB", (100, 60))
-    references.write_random_bps(file, "layout", config,
-                                classes={"#000000": "ground", "#ff0000": ""})
+    references.write_random_bps(file, "layout", classes={"#000000": "ground", "#ff0000": ""})
     ImageDraw.Draw(image).rectangle((10, 10, 40, 40), fill=(255, 0, 0))
     image.save(tmp_path / "a.png")
     out = draw("--bps", file, "--cond", tmp_path / "a.png", "--n", 1)

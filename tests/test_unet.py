@@ -1,4 +1,5 @@
-"""What the recorded outputs of test_references.py do not show: fp16, norms, wrong residuals."""
+"""What the recorded outputs of test_references.py do not show: fp16, norms, clamps, wrong sizes."""
+import math
 
 import pytest
 import torch
@@ -6,6 +7,8 @@ import torch
 from clip import CLIPTextConfig, CLIPTextModel
 from unet import CrossAttention, UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig
+
+SMALL = VAEConfig(channels=(8, 16, 16), blocks_per_level=1, norm_groups=4, scaling_factor=0.5)
 
 
 def test_a_wrong_number_of_residuals_is_rejected():
@@ -42,3 +45,17 @@ def test_every_norm_has_the_checkpoints_own_eps():
                 counts[type(model), layer.eps] = counts.get((type(model), layer.eps), 0) + 1
     assert counts == {(UNet, 1e-5): 2 * 22 + 1 + 3 * 16, (UNet, 1e-6): 16,
                       (AutoencoderKL, 1e-6): 2 * 24 + 4, (CLIPTextModel, 1e-5): 2 * 12 + 1}
+
+
+@pytest.mark.parametrize("bias, logvar", [(1e4, 20), (-1e4, -30)])
+def test_an_extreme_log_variance_is_clamped(bias, logvar):
+    vae = AutoencoderKL(SMALL)
+    torch.nn.init.constant_(vae.quant_conv.bias, bias)
+    with torch.inference_mode():
+        std = vae.encode(torch.zeros(1, 3, 8, 8)).std
+    torch.testing.assert_close(std, torch.full_like(std, 0.5 * math.exp(logvar / 2)))
+
+
+def test_a_picture_whose_sides_do_not_fit_is_refused():
+    with pytest.raises(ValueError, match="must be multiples of 4, got 10 x 8"):
+        AutoencoderKL(SMALL).encode(torch.zeros(1, 3, 10, 8))

@@ -222,7 +222,7 @@ def test_nonsense_in_a_config_loads_or_is_rejected(name, load, copied):
     config |= read_json(folder / name)
     assert loads_or_is_rejected(load, folder)
     for key in config:
-        for value in pick.sample(NONSENSE, 5):
+        for value in pick.sample(NONSENSE, 4):
             (folder / name).write_text(json.dumps(config | {key: value}))
             loads_or_is_rejected(load, folder)
 
