@@ -8,6 +8,7 @@ in Stable Diffusion's files. Nothing is downloaded.
     unet = checkpoint.build(UNet, UNetConfig)
 """
 import contextlib
+import glob
 import json
 import os
 import re
@@ -234,7 +235,7 @@ def replacing(file):
         yield temporary
         temporary.chmod(folder.stat().st_mode & 0o666)  # safetensors' files are private to the user
         os.replace(temporary, file)
-        for other in file.parent.glob(f".{file.name}.*"):
+        for other in file.parent.glob(f".{glob.escape(file.name)}.{'[0-9a-f]' * 8}"):
             shutil.rmtree(other, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         if folder.exists():                     # else another process has just written the file

@@ -142,8 +142,8 @@ def test_a_condition_that_does_not_fit_is_refused(parts):
         bps(cond[..., 1:], t_emb)
 
 
-def test_a_saved_bps_comes_back_with_config_and_metadata(parts, tmp_path):
-    unet, bps, inputs, cond = parts
+def test_a_saved_bps_comes_back_with_config_and_metadata(tmp_path):
+    bps = BPS(config_for(SMALL, 2, FACTOR, (16, 8, 16, 1)))     # weights may be whole numbers
     randomize_ports(bps)
     bps = bps.half().float()                                # files are fp16
     save_bps(bps, tmp_path / "bps.safetensors", dict(task="sketch", size=64))
@@ -178,10 +178,3 @@ def test_a_file_that_is_no_bps_is_refused(tmp_path):
         save_file(dict(a=torch.zeros(2)), tmp_path / "other.safetensors", metadata)
         with pytest.raises(UserError, match="not a BPS file"):
             load_bps(tmp_path / "other.safetensors")
-
-
-def test_port_weights_may_be_whole_numbers(tmp_path):
-    bps = BPS(config_for(SMALL, 1, FACTOR, (16, 8, 0, 0)))
-    randomize_ports(bps)
-    save_bps(bps, tmp_path / "whole.safetensors", dict(task="sketch"))
-    assert load_bps(tmp_path / "whole.safetensors").config == bps.config

@@ -136,7 +136,6 @@ def test_a_drawing_by_hand_is_drawn_again_by_sample_py(page, run_script, tmp_pat
     wait_until_drawn(page)
     page.save_screenshot(tmp_path / "pad.png")
     with Image.open(tmp_path / "pad.png") as image:
-        assert image.size[0] >= 900
         if "PAD_FIGURE" in os.environ:
             image.quantize(128).save(os.environ["PAD_FIGURE"], optimize=True)
 

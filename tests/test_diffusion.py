@@ -9,8 +9,6 @@ from diffusion import NoiseSchedule, sample, spaced_timesteps
 def test_the_schedule_has_stable_diffusions_known_values():
     abar = NoiseSchedule().alphas_cumprod
     assert abar.dtype == torch.float64 and len(abar) == 1000
-    assert abar[0].item() == pytest.approx(0.99915, abs=1e-6)
-    assert abar[999].item() == pytest.approx(0.00466, abs=1e-5)
     sigma = ((1 - abar) / abar).sqrt()
     assert sigma[0].item() == pytest.approx(0.0292, abs=1e-4)
     assert sigma[999].item() == pytest.approx(14.6146, abs=1e-4)

@@ -107,8 +107,7 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("module, arguments, message", ERRORS, ids=lambda value: getattr(
-    value, "__name__", ascii(value)))
+@pytest.mark.parametrize("module, arguments, message", ERRORS)
 def test_a_mistake_is_one_line_and_nothing_is_written(module, arguments, message, run_script,
                                                       refused, folder):
     before = sorted(folder.rglob("*"))

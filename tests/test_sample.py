@@ -269,9 +269,8 @@ def test_conditions_are_read_before_the_first_picture(draw, refused, tmp_path):
     folder.mkdir()
     shutil.copy(DEFAULT_DRAWING, folder / "a.png")
     Image.new("RGB", (64, 64), "white").save(folder / "b.png")
-    out = tmp_path / "none"
-    assert "b.png has no line" in refused(draw, "--cond", folder, "--out", out)
-    assert not out.exists()
+    assert "b.png has no line" in refused(draw, "--cond", folder, "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_folder_of_conditions_is_drawn_each_with_its_own_prompt(draw, picture, pixels, refused,
@@ -333,6 +332,6 @@ def test_a_class_that_was_not_trained_on_is_refused(draw, refused, tmp_path):
     assert colours == {(0, 0, 0), (255, 0, 0)}                  # scaled, and none in between
     image.putpixel((5, 5), (0, 0, 255))
     image.save(tmp_path / "a.png")
-    message = "class #0000ff is unknown"
-    assert message in refused(draw, "--bps", file, "--cond", tmp_path / "a.png")
+    line = refused(draw, "--bps", file, "--cond", tmp_path / "a.png")
+    assert "class #0000ff is unknown" in line
     assert "--cond is missing" in refused(draw, "--bps", file)

@@ -180,24 +180,20 @@ def test_an_output_term_starts_at_zero_and_sees_z_t_unless_blind(blind):
 
 @pytest.mark.parametrize("method", ("scratch", "labels", "draws", "tuned", "CP", "output"))
 def test_only_scratch_is_new_and_only_tuned_changes_a_copy(monkeypatch, method):
-    world, seen = toy2d.pinwheel(), {}
     torch.manual_seed(5)
     prior = toy2d.ToyUNet().requires_grad_(False)
-
-    def spy(eps, parameters, points, steps, *rest):
-        seen.update(shapes={p.shape for p in parameters}, parameters=parameters, points=points)
-
-    monkeypatch.setattr(toy2d, "train", spy)
+    monkeypatch.setattr(toy2d, "train", Mock())
     monkeypatch.setattr(toy2d, "DRAWS", 40)
-    labels = toy2d.draw_labels(world, 5, 0)
+    labels = toy2d.draw_labels(toy2d.pinwheel(), 5, 0)
     eps = toy.learn(toy.Run(method, 5, 1, 1e-3, 0), prior, labels)
     z_t, t = torch.randn(B, 2), torch.arange(B) * 100
     untrained = eps(z_t, t, labels[1][:1].expand(B, 6))
     assert torch.equal(untrained, prior(z_t, t)) == (method != "scratch")
-    trains_a_unet = torch.Size([2, 96]) in seen["shapes"] and method != "output"
+    _, parameters, (z_0, _), *_ = toy2d.train.call_args.args
+    trains_a_unet = (2, 96) in [p.shape for p in parameters] and method != "output"
     assert trains_a_unet == (method in ("scratch", "tuned"))
-    assert not any(p is q for p in seen["parameters"] for q in prior.parameters())
-    assert len(seen["points"][0]) == (40 if method == "draws" else 5)
+    assert not any(p is q for p in parameters for q in prior.parameters())
+    assert len(z_0) == (40 if method == "draws" else 5)
 
 
 # ---- measurements --------------------------------------------------------------------------

@@ -21,20 +21,19 @@ OPTIONS = ["--steps", "4", "--batch", "2", "--save-every", "2", "--lr", "1e-2", 
 # A training that kills itself before or after the n-th call of a function.
 KILLED = """
 import os, signal, sys
-import data, diffusion, train, weights
+import diffusion, train, weights
 from measure import report
 
 report.SAMPLING, report.VALIDATION_T = diffusion.Sampling(steps=2), (500,)
 phase, count, moment = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 owner, name = {"caching": (train, "LatentCache"), "training": (train, "require_finite"),
                "validation": (train, "paired_errors"), "writing": (weights, "save_file"),
-               "checkpoint": (weights, "save_training"),
-               "best": (train, "save_bps"), "curve": (train, "draw_curve"),
-               "report": (train, "report"), "none": (data, "open_pair")}[phase]
+               "checkpoint": (weights, "save_training"), "best": (train, "save_bps"),
+               "curve": (train, "draw_curve"), "report": (train, "report")}[phase]
 function, calls = getattr(owner, name), iter(range(10**6))
 
 def killed(*arguments, **options):
-    is_last = next(calls) + 1 == count and phase != "none"
+    is_last = next(calls) + 1 == count
     if is_last and moment == "before":
         os.kill(os.getpid(), signal.SIGKILL)
     result = function(*arguments, **options)
@@ -54,7 +53,7 @@ def pairs(tmp_path_factory):
     return drawings.write_shapes(tmp_path_factory.mktemp("trust") / "pairs")
 
 
-def train_shapes(pairs, out, code, phase="none", count=1, moment="before"):
+def train_shapes(pairs, out, code, phase="report", count=0, moment="before"):
     """Train in a process of its own that ends with a code, on one thread: it rounds in one way."""
     done = subprocess.run(
         [sys.executable, "-c", KILLED, phase, str(count), moment, *OPTIONS, "--data", pairs,
@@ -94,8 +93,7 @@ def test_a_second_training_in_a_folder_is_refused(run_train, refused, tmp_path):
     out.mkdir()
     other = os.open(out, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
-    message = "run is in use by another training. Wait until it ends"
-    assert message in refused(run_train, "--out", out)
+    assert "run is in use by another training. Wait" in refused(run_train, "--out", out)
     assert not list(out.iterdir())
     os.close(other)                                     # as the kernel does when its owner dies
     with pytest.raises(BlockingIOError), lock(out):     # an error of the training, not of the lock
