@@ -47,7 +47,7 @@ def test_the_bits_of_exact_denoisers_in_the_plane_are_the_mutual_information(kin
     assert abs(difference) < 3 * error
 
 
-def test_the_calibrated_strength_halves_a_steering_twice_as_large_as_it_should_be():
+def test_calibration_halves_a_steering_that_is_twice_as_large():
     generator = torch.Generator().manual_seed(0)
     right = torch.randn(50, 1000, generator=generator)
     rest = torch.randn(50, 1000, generator=generator)               # what steering cannot know

@@ -105,7 +105,7 @@ def test_own_label_maps_have_no_meter():
 
 # ---- quality -------------------------------------------------------------------------------
 
-def test_the_kernel_distance_of_equal_laws_is_zero_and_of_a_shift_the_closed_form():
+def test_the_kernel_distance_of_a_shift_is_the_closed_form():
     """For N(0, I) and N(m, I) in D dimensions with a Gaussian kernel of width w, the squared MMD is
     2 (w^2 / (w^2 + 2))^(D / 2) (1 - exp(-|m|^2 / (2 (w^2 + 2))))."""
     generator, dim, shift = torch.Generator().manual_seed(0), 3, 1.5

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from drawings import label_map, mask, ring, with_orientation
 from PIL import Image, ImageOps
 

@@ -31,7 +31,7 @@ def ring(tmp_path):
 
 # ---- what a picture depends on -------------------------------------------------------------
 
-def test_a_picture_depends_on_its_own_seed_alone(draw, picture, pixels):
+def test_a_picture_depends_on_its_own_seed_alone(draw, pixels):
     three, one = draw("--n", 3, "--seed", 5), draw("--n", 1, "--seed", 6)
     assert sorted(f.name for f in three.glob("0*.png")) == ["0005.png", "0006.png", "0007.png"]
     assert np.array_equal(pixels(three / "0006.png"), pixels(one / "0006.png"))
