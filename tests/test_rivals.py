@@ -260,7 +260,8 @@ def test_done_prints_the_record_without_training(run_script, tmp_path, monkeypat
     run_script(rivals, "--record", file, "--done", "--study", "methods")
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "| all |" in line]
     assert [(row[0], *row[4:7], row[-2]) for row in rows] == [
-        ("| bps", "0.001", "2", "105 +- 7.1", "-"), ("| lora", "0.001", "1", "100", "+0.00 +- 0.00")]
+        ("| bps", "0.001", "2", "105 +- 7.1", "-"),
+        ("| lora", "0.001", "1", "100", "+0.00 +- 0.00")]
 
 
 def test_a_row_of_another_base_is_ignored_and_a_corrupt_one_named(tmp_path):

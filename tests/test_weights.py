@@ -98,7 +98,7 @@ def test_a_file_is_written_completely_or_not_at_all(tmp_path):
     with pytest.raises(UserError, match="a.json can't be written .No space left"):
         with weights.replacing(file):
             raise OSError(errno.ENOSPC, "No space left on device")
-    (tmp_path / ".b.0123abcd").mkdir()                             # a killed process left it behind,
+    (tmp_path / ".b.0123abcd").mkdir()                      # a killed process left it behind,
     (tmp_path / ".b.0123abcd" / ".tmpX2b1").write_text("half")     # where safetensors writes
     weights.save({}, tmp_path / "b", {})
     assert (tmp_path / "b").stat().st_mode == file.stat().st_mode
