@@ -16,6 +16,7 @@ Shapes: B batch, C channels of the condition, H W rows and columns of the pictur
 """
 import hashlib
 import json
+import random
 
 import numpy as np
 import torch
@@ -82,6 +83,11 @@ def pairs_of(files, prompts, read=None, reader=""):
                  (prompts[i % len(prompts)],), (file,)) for i, file in enumerate(files)]
 
 
+def shuffled(items):
+    """The items in another order, always the same one: a user's files may be sorted by kind."""
+    return random.Random(0).sample(items, len(items))
+
+
 # ---- the extractor -------------------------------------------------------------------------
 
 class Extractor(nn.Module):
@@ -142,8 +148,9 @@ def fit_extractor(pairs, val_pairs, task_name, size, seed=0, with_mirrored=True)
     UserError if it explains less than MIN_QUALITY of the held-out conditions' variance.
     """
     classes, generator = {}, torch.Generator().manual_seed(seed)
+    pairs, val_pairs = shuffled(pairs)[:FIT_PAIRS], shuffled(val_pairs)[:FIT_PAIRS]
     if TASKS[task_name].has_labels:
-        for pair in pairs[:FIT_PAIRS]:
+        for pair in pairs:
             classes |= class_colours(pair.open_cond())
         if len(classes) > MAX_CLASSES:
             raise UserError(f"--from-base must have at most {MAX_CLASSES} classes, got "
@@ -151,7 +158,7 @@ def fit_extractor(pairs, val_pairs, task_name, size, seed=0, with_mirrored=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         extractor = Extractor(task_name, classes).to(memory_format=torch.channels_last)
-    copies = with_copies(pairs[:FIT_PAIRS], with_mirrored)
+    copies = with_copies(pairs, with_mirrored)
     optimizer = torch.optim.Adam(extractor.parameters(), FIT_RATE)
     for step in tqdm(range(FIT_STEPS), desc="extractor", leave=False):
         optimizer.param_groups[0]["lr"] = FIT_RATE * (1 - step / FIT_STEPS)
@@ -163,7 +170,7 @@ def fit_extractor(pairs, val_pairs, task_name, size, seed=0, with_mirrored=True)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    quality = explained_variance(extractor, val_pairs[:FIT_PAIRS], task_name, size)
+    quality = explained_variance(extractor, val_pairs, task_name, size)
     print(f"extractor: explains {quality:.0%} of the variance of {len(val_pairs)} validation "
           f"conditions")
     if not quality >= MIN_QUALITY:                  # nan if all validation conditions are blank
@@ -196,6 +203,7 @@ def draw_splits(base, args, processes):
         prompts = [pair.prompts[0] for pair in load_pairs(args.task, "train")]
     if not prompts:
         raise UserError(f"--data {args.data} has no prompt. Give a text file with one per line.")
+    prompts = shuffled(prompts)
     folder = pictures_folder(base, prompts, args.size, args.cache)
     files = draw_pictures(base, prompts, args.from_base, args.size, folder, processes)
     pairs = pairs_of(files, prompts)
@@ -212,7 +220,7 @@ def add_draws(rows, splits, base, args, processes):
         extractor = processes.broadcast(lambda: fit_extractor(
             pairs, splits["val"], args.task, args.size, args.seed, not args.no_mirror))
         read, reader = extractor.read, hash_module(extractor)
-    prompts = [pair.prompts[0] for pair in pairs]
+    prompts = shuffled([pair.prompts[0] for pair in pairs])
     folder = pictures_folder(base, prompts, args.size, args.cache)
     files = draw_pictures(base, prompts, args.from_base, args.size, folder, processes)
     draws = with_copies(pairs_of(files, prompts, read, reader), not args.no_mirror)

@@ -318,8 +318,12 @@ def draw(base, context, empty, seeds, size, sampling=DEFAULTS, conditions=(), ba
                         desc="draw with BPS" if conditions else "draw"):
         if on_step:
             on_step()
-    return torch.cat([base.vae.decode(z) for part in latents
-                      for z in part.split(images_at_a_time(max(size)))])
+    x = torch.cat([base.vae.decode(z) for part in latents
+                   for z in part.split(images_at_a_time(max(size)))])
+    if not (x.abs().mean((1, 2, 3)) < FAR_OUTSIDE).all():           # NaN is not less either
+        raise UserError("the numbers of the pictures overflowed. Use --dtype fp32 (or bf16), "
+                        "another --vae, or --guidance and --strength closer to 1.")
+    return x
 
 
 # ---- the script ----------------------------------------------------------------------------
@@ -353,9 +357,6 @@ def draw_job(job, conditions, pictures, args, base, size, init):
         seeds = [pictures[file]["seed"] for file in group]
         x = draw(base, context.expand(len(group), -1, -1), empty, seeds, size, sampling,
                  conditions, args.batch, init)
-        if not (x.abs().mean((1, 2, 3)) < FAR_OUTSIDE).all():       # NaN is not less either
-            raise UserError("the numbers of the pictures overflowed. Use --dtype fp32 (or bf16), "
-                            "another --vae, or --guidance and --strength closer to 1.")
         for file, picture in zip(group, x):
             write_new(to_image(picture), file, pictures[file])
 

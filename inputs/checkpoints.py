@@ -374,13 +374,14 @@ def vae_config_from_json(config):
 
 
 def vae_config_from_shapes(state):
-    """Arguments of VAEConfig from the shapes in a file; none if it has the folder layout."""
-    levels = _count(state, "encoder.down.{}.block.0.conv1.weight")
-    if not levels:
-        return {}
-    return dict(channels=tuple(state[f"encoder.down.{i}.block.0.conv1.weight"].shape[0]
-                               for i in range(levels)),
-                blocks_per_level=_count(state, "encoder.down.0.block.{}.conv1.weight"))
+    """Arguments of VAEConfig from the shapes in a file of either layout."""
+    level, block = "encoder.down_blocks.{}", ".resnets.{}.conv1.weight"
+    if not any(name.startswith("encoder.down_blocks.") for name in state):
+        level, block = "encoder.down.{}", ".block.{}.conv1.weight"
+    first = level + block.format(0)
+    channels = tuple(state[first.format(i)].shape[0] for i in range(_count(state, first)))
+    return dict(channels=channels,
+                blocks_per_level=_count(state, level.format(0) + block)) if channels else {}
 
 
 @checked

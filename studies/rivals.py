@@ -2,7 +2,7 @@
 
     python -m studies.rivals                            # everything, seed by seed: hours
     python -m studies.rivals --study data --minutes 60
-    python -m studies.rivals --method lora --pairs 40 --seed 1      # one row
+    python -m studies.rivals --task sketch --method lora --pairs 40 --seed 1        # one row
     python -m studies.rivals --done                     # print the tables, train nothing
 
 The result of each training is a line of docs/rivals.jsonl. A study trains what has no line there.
@@ -66,7 +66,7 @@ class Recipe(NamedTuple):
     averaged: bool = True               # else the best step's weights, however few pairs there are
     copies: bool = True                 # moved ones; else the mirrored one only
     pairs: bool = True                  # else only pictures that the base draws
-    draws: bool = False                 # as many of the base's pictures as rows of pairs, too
+    draws: bool = False                 # half of each batch are pictures that the base draws
     cubic: bool = False                 # T2I-Adapter's timesteps
     empty_share: float = EMPTY_SHARE    # of the prompts
 
@@ -145,11 +145,18 @@ def read_record(file, base_sha256):
     return results
 
 
+@functools.cache
+def commit():
+    """The short hash of the code that runs, or "" without git."""
+    with contextlib.suppress(OSError):
+        return subprocess.run(("git", "rev-parse", "--short", "HEAD"), cwd=ROOT, text=True,
+                              capture_output=True).stdout.strip()
+    return ""
+
+
 def write_record(file, base_sha256, job, numbers):
     """Append a line in one piece, because other processes may append at the same time."""
-    commit = subprocess.run(("git", "rev-parse", "--short", "HEAD"), cwd=ROOT, capture_output=True,
-                            text=True).stdout.strip()
-    line = json.dumps(dict(job=job._asdict(), base_sha256=base_sha256, commit=commit,
+    line = json.dumps(dict(job=job._asdict(), base_sha256=base_sha256, commit=commit(),
                            torch=torch.__version__, results=numbers), allow_nan=False)
     with file.open("ab", buffering=0) as f:
         f.write(f"{line}\n".encode())
@@ -273,7 +280,8 @@ class Bench:
                                from_base=DRAWS if recipe.pairs else job.pairs, seed=job.seed,
                                cache=self.root, no_mirror=False)
         if not recipe.pairs:
-            return with_copies(draw_splits(self.base, args, Processes())["train"])
+            splits = draw_splits(self.base, args, Processes())
+            return with_copies(sum(splits.values(), []))    # validation has the true pairs
         order = np.random.default_rng(job.seed).permutation(len(labelled))
         pairs = [labelled[i] for i in sorted(order[:job.pairs or None])]
         rows = with_copies(pairs)[:None if recipe.copies else 2 * len(pairs)]
@@ -429,7 +437,8 @@ def main():
     parser.check_out(args.record.parent, option="--record")
     parser.check_out(args.out)
     args.end = time.monotonic() + 60 * args.minutes
-    args.base_sha256 = fingerprint(*checkpoints.read_unet(BASE).files())
+    args.base_sha256 = fingerprint(*itertools.chain(*checkpoints.weights_files(BASE).values()))
+    commit()                                    # before the code can change
     chosen = {name: [row for row in study if args.study in (None, name) and all(
         getattr(args, field) in (None, getattr(row, field)) for field in FILTERS)]
         for name, study in STUDIES.items()}

@@ -322,10 +322,10 @@ def test_padding_follows_the_model_if_the_tokenizer_is_anothers(name, sd_folder,
 
 
 def test_an_autoencoder_alone_has_the_scaling_factor_of_its_base(tmp_path):
-    state = load_vae(BASE).state_dict()
-    save_file(state, tmp_path / "vae.safetensors")
-    base = sample.load_base(BASE, vae_path=tmp_path / "vae.safetensors")
-    assert base.vae.config == load_vae(BASE).config         # a factor of 0.4319, not SD's 0.18215
+    save_file(load_vae(BASE).state_dict(), tmp_path / "vae.safetensors")
+    for file in (tmp_path / "vae.safetensors", BASE / "vae/diffusion_pytorch_model.safetensors"):
+        base = sample.load_base(BASE, vae_path=file)
+        assert base.vae.config == load_vae(BASE).config     # a factor of 0.4319, not SD's 0.18215
     shutil.copytree(BASE / "vae", tmp_path / "vae")
     file = tmp_path / "vae" / "config.json"
     write_json(read_json(file) | dict(scaling_factor=0.25), file)

@@ -149,6 +149,6 @@ def test_embedded_prompts_are_drawn_when_none_are_given(base, tmp_path, monkeypa
                                      "--cache", str(tmp_path)])
     splits = draw_splits(base, train.parse_args(), train.join_processes("cpu")[0])
     drawn = sorted((pair for pairs in splits.values() for pair in pairs), key=lambda p: p.name)
-    assert [pair.prompts for pair in drawn] == [
-        pair.prompts for pair in load_pairs("sketch", "train")[:10]]
+    prompts = {pair.prompts for pair in load_pairs("sketch", "train")}
+    assert len({pair.prompts for pair in drawn} & prompts) == 10
     assert drawn[0].open_cond().tobytes() == open_image(drawn[0].files[0]).tobytes()

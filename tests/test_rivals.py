@@ -1,5 +1,6 @@
 """BPS's rivals start at the prior where their authors' do, learn only their part, are compared."""
 import copy
+import itertools
 import json
 from contextlib import ExitStack
 from types import SimpleNamespace
@@ -244,7 +245,8 @@ def test_a_job_that_another_process_trains_is_left_to_it(args, monkeypatch):
 
 
 def test_done_prints_the_record_without_training(run_script, tmp_path, monkeypatch, capsys):
-    sha256, file = fingerprint(*checkpoints.read_unet(BASE).files()), tmp_path / "rivals.jsonl"
+    files = itertools.chain(*checkpoints.weights_files(BASE).values())
+    sha256, file = fingerprint(*files), tmp_path / "rivals.jsonl"
     numbers = dict(calibrated_gain=[0.1, 0], gains=[0.1, 0.2], strength=[1, 0],
                    distance=[0.2, 0], distances=[0.1, 0.3], minutes=1.0, parameters=10**6,
                    colours=0.9, obedience={"line F1": 0.5})
