@@ -45,6 +45,7 @@ ERRORS = [
     (pad, "--port 99999", "--port: must be in [0, 65535], got 99999"),
     (toy, "bits --effort 0", "--effort must be in (0, 1], got 0"),
     (pretrain, "--stage vae --minutes 0", "--minutes must be greater than 0, got 0"),
+    (pretrain, "--stage clip --init", "--init must be used with --stage vae or unet, got clip"),
     (figures, "nonsense", "figure: invalid choice: 'nonsense'"),
     # options that are given twice, and options that need or exclude others
     (train, "--data a --data=b", "--data must be given once"),

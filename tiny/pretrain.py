@@ -321,7 +321,8 @@ class UNetStage:
     def encode_pool(self, pictures):
         """Mean and std of all latents, (N, 4, 16, 16) fp16 each, computed once and kept in work."""
         file = next((self.args.out / "vae").glob("*.safetensors"))
-        cache = self.args.work / f"latents-{len(pictures)}-{fingerprint(file)}.npz"
+        key = fingerprint(file, self.args.work / "pool" / "figures.jsonl")
+        cache = self.args.work / f"latents-{key}.npz"
         if not cache.is_file():
             encode = autocast(self.vae.encode, self.args)
             latents = [encode(to_batch(pictures[i:i + BATCH], self.args.device))
@@ -466,6 +467,8 @@ def main():
     args = parser.parse_args()
     if not args.minutes > 0:
         parser.error(f"--minutes must be greater than 0, got {args.minutes}.")
+    if args.init and args.stage == "clip":
+        parser.error("--init must be used with --stage vae or unet, got clip.")
     torch.manual_seed(args.seed)            # the initial weights
     stage = STAGES[args.stage](args)
     stage.export(train(stage, args))
