@@ -23,7 +23,7 @@ from inputs.options import BASE, Parser, run_script, seed_number
 from measure.obedience import colour_fidelity, meter_for, prompt_fidelity
 from measure.report import contact_sheet, draw_pairs, load_fitting, ratio
 from sample import draw, load_base
-from studies.figures import draw_rows
+from studies.figures import PROMPTS, draw_rows
 from tiny import world
 from tiny.clip_score import BATCH, Reader
 from tiny.pretrain import decoder_errors, encode_means, true_pictures
@@ -33,11 +33,6 @@ TIMESTEPS_PER_RANGE = 4         # for each picture
 SHEET_ROWS = 24
 LETTERS = "ABCDEFGHIJKL"
 MATCHED = len(LETTERS)          # drawings that fresh eyes match with pictures
-# What a drawing is drawn with to see that colours come from the prompt and shapes from it.
-PROMPTS = ("person, purple hair, light skin, toon style, on white",
-           "person, blond hair, dark skin, red clothes, avataaars style, on pale blue",
-           "person, green hair, brown skin, lorelei style, on yellow",
-           "teal robot, bottts style, on pink")
 
 
 def eps_losses(base, context, z, seed):

@@ -1,5 +1,6 @@
-"""Draws README's pictures of steering, by the included BPS on the first test drawings.
+"""Draws pictures of steering for README and docs/, by the included BPS on test drawings.
 
+    python -m studies.figures hero          # docs/figures/hero.png: with and without BPS
     python -m studies.figures strip         # docs/figures/strip.png: strengths from 0 to 1
     python -m studies.figures halves        # docs/figures/halves.png: two drawings, a half each
     python -m studies.figures joined        # docs/figures/joined.png: two conditions, added
@@ -15,7 +16,7 @@ import torch
 
 from bps import Condition
 from data import LatentCache, load_pairs
-from inputs.conditions import cond_to_x, drawing_to_cond
+from inputs.conditions import cond_to_x, drawing_to_cond, extract_lines, line_f1
 from inputs.options import BASE, DEFAULT_BPS, ROOT, Parser, run_script
 from measure.report import contact_sheet, draw_pairs, load_fitting
 from sample import draw, load_base
@@ -24,6 +25,12 @@ from tiny import world
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WINDOWS = ((0.0, 0.25), (0.0, 0.5), (0.5, 1.0), (0.75, 1.0), (0.0, 1.0))       # of the denoising
 PROMPT = "person, green hair, brown skin, miniavs style, on white"  # for two drawings at once
+# What a drawing is drawn with to see that colours come from the prompt and shapes from it.
+PROMPTS = ("person, purple hair, light skin, toon style, on white",
+           "person, blond hair, dark skin, red clothes, avataaars style, on pale blue",
+           "person, green hair, brown skin, lorelei style, on yellow",
+           "teal robot, bottts style, on pink")
+QUANTILES = (0.75, 0.5, 0.25)               # of the gain in line F1, for the rows of the hero
 ROWS = 3
 
 
@@ -59,6 +66,27 @@ def one_drawing(base, bps, options):
     columns = draw_rows(base, prompts, lambda row: [
         [Condition(bps, conds[row:row + 1], **arguments)] for arguments in options.values()])
     return [cond_to_x(conds), *columns], ["drawing", *options], prompts
+
+
+def hero(base, bps):
+    """(columns, titles, names) of a sheet: drawings at QUANTILES of what BPS gains.
+
+    A row's second prompt has another style and other colours; all its pictures have one noise.
+    """
+    pairs = drawings(None, persons=True)[1]
+    cache, n = LatentCache(pairs, "sketch", world.SIZE, base), len(pairs)
+    drawn = [draw_pairs(base, cache, network, n, 0) for network in (None, bps)]
+    lines = extract_lines(cond_to_x(cache.cond(range(n))))
+    prior, steered = (line_f1(extract_lines(x), lines) for x in drawn)
+    order = (steered - prior).argsort()
+    chosen = [order[round(quantile * (n - 1))].item() for quantile in QUANTILES]
+    conds = cache.cond(chosen)
+    others = [draw(base, *base.encode([prompt, ""]).split(1), [i], (world.SIZE,) * 2,
+                   conditions=[Condition(bps, cond[None])])
+              for i, cond, prompt in zip(chosen, conds, PROMPTS)]
+    return ([cond_to_x(conds), *(x[chosen] for x in drawn), torch.cat(others)],
+            ["drawing", "the base alone", "with BPS", "another prompt"],
+            [f"another prompt: {prompt}" for prompt in PROMPTS[:len(chosen)]])
 
 
 def strip(base, bps):
@@ -120,7 +148,7 @@ def tasks(base, *networks):
             [bps.metadata["task"] for bps in networks])
 
 
-FIGURES = dict(strip=strip, halves=halves, joined=joined, windows=windows, tasks=tasks)
+FIGURES = dict(hero=hero, strip=strip, halves=halves, joined=joined, windows=windows, tasks=tasks)
 
 
 @torch.inference_mode()
