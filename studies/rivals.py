@@ -11,9 +11,10 @@ Lines of another base than today's are not read.
 
 All methods have the same pairs, noises and steps, and train.py's recipe: the moving average of the
 weights, and moved copies of few pairs. Each has the learning rate of the lowest validation loss of
-another seed, with the same steps and with 40 pairs (for 12 and 100, too) or all. T2I-Adapter and
-ControlNet are also trained once as their authors do; this is kept if its validation loss is lower.
-Without pairs, BPS learns from pictures that the base draws, as train.py --from-base does.
+another seed, with the same steps and with 40 pairs (for 12 and 100, too) or all. Other recipes, and
+BPS without a part, have BPS's rate; other port weights, which act like rates, have their own.
+T2I-Adapter and ControlNet are also trained once as their authors do; this is kept if its validation
+loss is lower. Without pairs, BPS learns from pictures that the base draws, as train.py --from-base.
 """
 import contextlib
 import functools
@@ -52,12 +53,13 @@ from tiny import world
 from train import FEW_PAIRS, NotFinite, Training, require_finite, train
 from weights import UserError
 
-BATCH, STEPS, SAVES = 16, 300, 5
+BATCH, STEPS, SAVES = 8, 300, 5
 SEEDS, SWEEP_SEED = (0, 1, 2), 100
 RATES, FIRST_RATE = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 1e-3
-SWEPT = {12: 40, 100: 40, 300: 0}       # pairs: the pairs with which their rate is found
 DRAWS = 500                             # pictures that the base draws
+SWEPT = {12: 40, 100: 40, 300: 0, DRAWS: 0}     # pairs: the pairs with which their rate is found
 ALL_PAIRS = 1000                        # of sketch
+UNSEEN = 100                            # pairs with unseen hair
 WAIT = 10                               # seconds, if other processes do all that is left
 
 
@@ -96,6 +98,7 @@ METHODS = {
     "bps-time-blind": bps_maker(networks.TimeBlindBPS),
     "bps-condition-blind": bps_maker(networks.ConditionBlindBPS)}
 MAIN, PARTS = list(METHODS)[:7], ["bps", *list(METHODS)[7:]]
+RATE_OF = dict.fromkeys(("bps-contracting", "bps-time-blind", "bps-condition-blind"), "bps")
 FILTERS = ("task", "method", "recipe", "pairs", "steps", "seed")
 BASE_ALONE = "base-alone"               # in place of a method: nothing is trained
 
@@ -111,10 +114,10 @@ class Job(NamedTuple):
     seed: int
 
 
-def rows(tasks, methods, recipes=("copies",), pairs=(40, 0), steps=STEPS):
+def rows(tasks, methods, recipes=("copies",), pairs=(40, 0), steps=STEPS, seeds=SEEDS):
     """The Jobs of a study."""
     return [Job(task, method, recipe, count, steps, 0.0, seed) for seed, task, count, recipe, method
-            in itertools.product(SEEDS, tasks, pairs, recipes, methods)]
+            in itertools.product(seeds, tasks, pairs, recipes, methods)]
 
 
 STUDIES = dict(
@@ -124,7 +127,7 @@ STUDIES = dict(
     + rows(("sketch", "artistic"), ["bps"], list(RECIPES)[:5], [40])
     + rows(("sketch", "artistic"), ["bps"], ["draws alone"], [DRAWS])
     + rows(["sketch"], ["bps"], pairs=(100, 0)),
-    data=rows(["sketch"], MAIN, pairs=(12, 40, 100, 300, 0)),
+    data=rows(["sketch"], MAIN) + rows(["sketch"], MAIN, pairs=(12, 100, 300), seeds=[0]),
     ablations=rows(["sketch"], PARTS),
     steps=rows(["sketch"], ("bps", "t2i-adapter", "controlnet"), pairs=[0], steps=3 * STEPS))
 
@@ -177,14 +180,11 @@ def next_rate(losses):
 
 
 def resolve(results, row):
-    """A row as the Job with its best rate and recipe, or else the next Job of its sweep.
-
-    The BPS that sees no condition has the rate of the one that does.
-    """
+    """A row as the Job with its best rate and recipe, or else the next Job of its sweep."""
     if row.method == BASE_ALONE:
         return row
-    method = "bps" if row.method == "bps-condition-blind" else row.method
-    sweep = row._replace(method=method, pairs=SWEPT.get(row.pairs, row.pairs), seed=SWEEP_SEED)
+    sweep = row._replace(method=RATE_OF.get(row.method, row.method), recipe="copies",
+                         pairs=SWEPT.get(row.pairs, row.pairs), seed=SWEEP_SEED)
     losses = {}
     while (rate := next_rate(losses)) is not None:
         job = sweep._replace(rate=rate)
@@ -263,6 +263,7 @@ class Bench:
         """root: folder for what the base draws."""
         self.task, self.base, self.root = task, base, root
         self.pairs = {split: load_pairs(task, split) for split in world.SPLITS}
+        self.pairs["unseen"] = self.pairs["unseen"][:UNSEEN]
         self.val, *self.tests = (self.cache(lambda: pairs) for split, pairs in self.pairs.items()
                                  if split != "train" and pairs)
 
