@@ -44,8 +44,8 @@ import weights
 from diffusion import guide
 from unet import Downsample, Upsample, run_block
 
-NARROW = 4                              # LightBPS: its expansive layers are so much narrower
-# examples of what a file says about its training; classes: names
+NARROW = 4                              # LightBPS: its expansive layers have channels / NARROW
+# what a file says about its training: an example of each type; classes are names
 METADATA = dict(task="sketch", size=512, context_dim=768, prediction_type="epsilon", base="",
                 classes=("",))
 LAST_T = 999                            # the noisiest timestep, where sampling starts

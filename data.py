@@ -284,7 +284,7 @@ class LatentCache:
 
 
 def check_conditions(caches, task):
-    """Warn of blank conditions; refuse pairs if all do, or if palettes differ."""
+    """Warn of blank conditions; refuse pairs if all are, or if palettes differ."""
     blank = [name for cache in caches for name in cache.blank]
     number_of_pairs = sum(len({pair.name for pair in cache.pairs}) for cache in caches)
     if len(blank) == number_of_pairs:

@@ -27,12 +27,7 @@ RHO = 7                         # Karras et al.: how much denser the steps are a
 
 
 class Sampling(NamedTuple):
-    """Settings of a sampler.
-
-    With the embedded base, 20 steps of dpm++2m or fewer are as good as 50 of DDIM
-    (measure/samplers.py). 20 or more are usual for Stable Diffusion's own weights. The guidance
-    scale is the embedded base's.
-    """
+    """Settings of a sampler; the guidance scale is the embedded base's."""
     sampler: str = "dpm++2m"                # one of SAMPLERS
     steps: int = 20
     guidance_scale: float = 3.0             # 1 is no guidance; 7.5 is usual for SD

@@ -90,7 +90,7 @@ def make_parser():
     add("--size", type=width_and_height, help="pixels, as in 768x512 (default: as trained)")
     add("--init", type=Path, help="a picture to start from instead of noise")
     add("--denoise", type=in_range(float, 0.001, 1), default=0.6, help="share of the steps that "
-        f"--init goes through; 1 forgets it {default}")
+        f"--init goes through; 1 keeps nothing of it {default}")
     add("--sampler", choices=diffusion.SAMPLERS, default=DEFAULTS.sampler, help=default)
     add("--steps", type=in_range(int, 1, 999), default=DEFAULTS.steps, help=default)
     add("--guidance", type=in_range(float, -1000, 1000), help="how much the prompt counts; 1 is "
@@ -129,6 +129,8 @@ def parse_args(argv, parser=None):
         parser.error(f"--seed plus --n must be at most {MAX_SEEDS}, got {args.seed + args.n}.")
     if args.guidance == 1 and args.negative_prompt:
         parser.error("--guidance must not be 1 with a --negative-prompt, which it ignores.")
+    if args.denoise != parser.get_default("denoise") and not args.init:
+        parser.error("--denoise needs a picture to start from. Give --init FILE.")
     args.start = args.steps - max(1, round(args.denoise * args.steps)) if args.init else 0
     parser.check_out(args.out, *(c.cond for c in args.conditions))
     return args
@@ -141,7 +143,8 @@ def join_conditions(parser, args):
             parser.error("--bps none can't be combined with files.")
         for name in ("cond", "strength", "window", "mask"):
             if getattr(args, name) != parser.get_default(name):
-                parser.error(f"--{name} needs --bps FILE, which train.py writes for this base.")
+                parser.error(f"--{name} needs a --bps FILE, got none. train.py writes one for this "
+                             f"base.")
         return []
     if len(args.window) % 2:
         parser.error(f"--window must be pairs of START END, got {len(args.window)} numbers.")
@@ -156,7 +159,7 @@ def join_conditions(parser, args):
                    mask=masks)
     for name, values in columns.items():
         if len(values) not in (1, len(args.bps)):
-            parser.error(f"--{name} must be given once or {len(args.bps)} times, got "
+            parser.error(f"--{name} must have one value, or one per --bps ({len(args.bps)}), got "
                          f"{len(values)}.")
         columns[name] = values * len(args.bps) if len(values) == 1 else values
     return [ConditionArgs(*row) for row in zip(args.bps, *columns.values())]
@@ -293,9 +296,9 @@ def picture_size(size, metadata, base):
 @torch.inference_mode()
 def draw(base, context, empty, seeds, size, sampling=DEFAULTS, conditions=(), batch=None, init=None,
          on_step=None):
-    """Pictures x (B, 3, height, width), one per text state and seed.
+    """Pictures x (B, 3, height, width), one per seed.
 
-    context: (B, L, D). empty: (1, L, D) of the empty or negative prompt. seeds: B integers. size:
+    context: text states (B, L, D), or (1, L, D) of one prompt for all. empty: (1, L, D) of the empty or negative prompt. seeds: B integers. size:
     (width, height). conditions: Conditions with one cond for all, or with B. batch: pictures per
     call of the U-Net (default: all). The batches go side by side, so BPS runs once per timestep for
     all of them, and a picture drawn with batch 1 is bit for bit the same whatever B is. init:
@@ -306,6 +309,7 @@ def draw(base, context, empty, seeds, size, sampling=DEFAULTS, conditions=(), ba
     _, alphas_sigmas = diffusion.sampler_steps(steps, base.schedule, sampler)
     z_init, start = init or (0.0, 0)
     alpha, sigma = alphas_sigmas[start] if init else (0.0, 1.0)
+    context = context.expand(len(seeds), -1, -1)
     width, height = (side // base.vae.factor for side in size)
     samplers = []
     for i in torch.arange(len(seeds)).split(batch or len(seeds)):
@@ -355,8 +359,7 @@ def draw_job(job, conditions, pictures, args, base, size, init):
     for i in range(0, len(files), SIDE_BY_SIDE):
         group = files[i:i + SIDE_BY_SIDE]
         seeds = [pictures[file]["seed"] for file in group]
-        x = draw(base, context.expand(len(group), -1, -1), empty, seeds, size, sampling,
-                 conditions, args.batch, init)
+        x = draw(base, context, empty, seeds, size, sampling, conditions, args.batch, init)
         for file, picture in zip(group, x):
             write_new(to_image(picture), file, pictures[file])
 

@@ -303,6 +303,7 @@ def likelihood(z_0, cond):
     others.
     """
     arms, places = cond[:, :ARMS], cond[:, ARMS]
+    to_others = torch.cdist(z_0, z_0).square().fill_diagonal_(math.inf)
 
     def nearness(square, width):
         """Weights of the labels at points, from squared distances (m, n); each row sums to 1."""
@@ -312,19 +313,19 @@ def likelihood(z_0, cond):
         """Probabilities (m, ARMS) if a label's arm is random with probability `doubt`."""
         return (1 - doubt) * near @ arms + doubt / ARMS
 
-    def fitted(z):
-        """Arm probabilities, mean place and its standard error at z (m, 2)."""
-        square = torch.cdist(z, z_0).square()
-        return (arm_probabilities(nearness(square, arm_width), doubt),
-                nearness(square, place_width) @ places, error)
-
-    to_others = torch.cdist(z_0, z_0).square().fill_diagonal_(math.inf)
     near = {width: nearness(to_others, width) for width in KERNEL_WIDTHS}
     arm_width, doubt = max(itertools.product(KERNEL_WIDTHS, DOUBTS), key=lambda pair: (
         arm_probabilities(near[pair[0]], pair[1]) * arms).sum(1).log().sum())
     errors = {width: (near[width] @ places - places).square().mean() for width in KERNEL_WIDTHS}
     place_width = min(errors, key=errors.get)
     error = errors[place_width].sqrt()
+
+    def fitted(z):
+        """Arm probabilities, mean place and its standard error at z (m, 2)."""
+        square = torch.cdist(z, z_0).square()
+        return (arm_probabilities(nearness(square, arm_width), doubt),
+                nearness(square, place_width) @ places, error)
+
     return fitted
 
 
@@ -473,6 +474,8 @@ def main():
     args = parser.parse_args()
     if not 0 < args.effort <= 1:
         parser.error(f"--effort must be in (0, 1], got {args.effort}.")
+    if not 0 <= args.seed < 2**31:
+        parser.error(f"--seed must be in [0, {2**31 - 1}], got {args.seed}.")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -110,7 +110,9 @@ def parse_args():
         parser.error(f"{option} must be used with --task sketch or artistic, got {args.task}.")
     check_pixels(args.size, args.size)
     args.out = args.out or Path("runs") / ("check" if args.check_data else args.task)
-    sources = [args.data] if args.extract and has_pairs else []
+    sources = []                                    # what is read must not contain a run
+    if has_pairs:
+        sources = [args.data] if args.extract else [args.data / "images", args.data / "conditions"]
     parser.check_out(args.out, *sources)
     parser.check_out(args.cache, *sources, option="--cache")
     return args
@@ -377,4 +379,5 @@ def train_in(out, args, config, record, base, splits, processes):
 
 
 if __name__ == "__main__":
-    run_script(main, interrupted="interrupted; the same command resumes from the last checkpoint")
+    run_script(main, interrupted="interrupted; the same command resumes from the last "
+               "checkpoint, one of which is written every --save-every steps")

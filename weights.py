@@ -85,8 +85,8 @@ class Checkpoint(NamedTuple):
     def build(self, Module, Config, dtype=torch.float32, device="cpu"):
         """Module(Config(**config)) with the checkpoint's tensors, frozen; see load_strict.
 
-        The module is created on the meta device, so its initial weights need neither memory nor
-        time. But each layer does, so there must not be more of them than tensors.
+        The module is created on the meta device, where initial weights need neither memory nor
+        time. Layers still do, so a config must not name more layers than the file has tensors.
         """
         check_types(self.config, {field.name: field.default for field in fields(Config)}, self.file)
         part = Config.__name__.removesuffix("Config")
@@ -136,8 +136,8 @@ def read_header(file):
             f"{quoted(file)}")
     if not file.is_file():
         raise UserError(f"{file} is {'a folder' if file.is_dir() else 'missing'}. Give a "
-                        f".safetensors file; nothing is downloaded.")
-    with as_user_error(SafetensorError, f"{file} is no complete safetensors file",
+                        f".safetensors file or an SD folder; nothing is downloaded.")
+    with as_user_error(SafetensorError, f"{file} is not a complete safetensors file",
                        "Copy or download it again; for a Git-LFS pointer run `git lfs pull`."), \
             safe_open(file, "pt") as f:
         slices = {name: f.get_slice(name) for name in f.offset_keys()}

@@ -167,7 +167,7 @@ def in_range(kind, low, high):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"must be in [{low}, {high}], got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number in [{low}, {high}], got {text}")
     return convert
 
 

@@ -135,7 +135,7 @@ def check_data(args):
         raise UserError(f"{args.data}: fix the problems that are listed above ({len(problems)}) to "
                         f"get the sheet.")
     write_sheet(args)
-    print("no problem found; the sheet shows what the network will see")
+    print("these pairs can be trained on; the sheet shows what the network will see")
 
 
 def write_sheet(args):

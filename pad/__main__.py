@@ -1,10 +1,10 @@
-"""Draw in the browser, and see it drawn: a page on this computer beside whose pen a picture grows.
+"""Draw in the browser: a page on this computer where a picture follows your pen.
 
     python -m pad                           # prints, and opens, http://127.0.0.1:8765
     python -m pad --bps runs/layout/bps.safetensors
 
 Without --bps it takes what comes with the project, and for each task the newest that train.py has
-written to runs/TASK. A BPS that is trained meanwhile is seen when the pad is started again.
+written to runs/TASK. Restart the pad after a training to see its BPS.
 "Save" writes to --out a PNG that `sample.py --from` draws again, and the drawing. The page is
 served to this computer only: to no other address, and to no page of another site.
 """

@@ -223,7 +223,7 @@ def test_a_picture_does_not_decide_where_files_are_written(draw, tmp_path):
 
 @pytest.mark.parametrize("stored, message", [
     ("[]", "does not say how it was drawn"), ("[" * 10**5, "does not say how it was drawn"),
-    ('{"window": [null]}', "must be in [0, 1], got None"),
+    ('{"window": [null]}', "must be a number in [0, 1], got None"),
     ('{"sampler": "none"}', "invalid choice: 'none'")])
 def test_stored_options_that_make_no_sense_are_refused(draw, refused, tmp_path, stored, message):
     write_png(tmp_path / "a.png", options=stored, files="{}")

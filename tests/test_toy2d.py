@@ -332,6 +332,7 @@ def test_the_same_seed_prints_the_same_table_and_another_does_not(run, tmp_path)
 
 @pytest.mark.parametrize("arguments, words", (
     (["rates"], "rates"), (["--effort", "1.5"], "(0, 1], got 1.5"),
+    (["--seed", "-1"], "--seed must be in [0, 2147483647], got -1"),
     (["--out", f"{__file__}/inside"], "must be a folder to write to")))
 def test_a_wrong_option_is_one_line_and_exit_code_2(arguments, words, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["toy", *arguments])

@@ -67,8 +67,8 @@ def test_a_single_file_of_sd15_sizes_loads_by_its_prefixes(tmp_path):
 
 
 @pytest.mark.parametrize("name, spoil, message", [
-    (WEIGHTS, lambda f: f.write_bytes(f.read_bytes()[:-9]), "is no complete safetensors file"),
-    (WEIGHTS, lambda f: f.write_bytes(f.read_bytes()[:500]), "is no complete safetensors file"),
+    (WEIGHTS, lambda f: f.write_bytes(f.read_bytes()[:-9]), "is not a complete safetensors file"),
+    (WEIGHTS, lambda f: f.write_bytes(f.read_bytes()[:500]), "is not a complete safetensors file"),
     (WEIGHTS, lambda f: f.write_text("version https://git-lfs.github.com/spec/v1\n"), "Git-LFS"),
     (WEIGHTS, lambda f: f.write_bytes(f.read_bytes()[:-999].ljust(f.stat().st_size, b"\0")),
      "ends in zeros .*, as if its download broke off"),
