@@ -33,7 +33,8 @@ UNIFORM = 0.97                  # share of one tone in a line of pixels that is 
 HIDDEN_INK = 2                  # contrast on black relative to white from which black is used
 RARE_LIGHT = 0.3                # a drawing with dark sides and fewer light pixels is chalk
 SMALLEST_SHEET = 0.1            # share of light pixels in a photo of a sheet on a dark desk
-SHEET_FIT = 0.7                 # how well light pixels fill a quadrilateral (IoU) that is a sheet
+SHEET_FIT = 0.85                # share of its bounding rectangle, at some angle, that a sheet fills
+LEAST_INK = 0.003               # share of a sheet
 SMOOTHED = 256                  # side in pixels above which pictures are smoothed for soft lines
 COLOUR_CELLS = 8                # cells of a colour reference along the shorter side
 MAX_CLASSES = 256               # entries of a palette
@@ -194,19 +195,29 @@ def is_light_on_dark(image):
 
 
 def is_sheet(dark):
-    """Whether the light pixels of (H, W) bool fill a quadrilateral: a sheet, seen at an angle."""
+    """Whether the light pixels of (H, W) bool are a sheet of paper: a rectangle with ink on it.
+
+    The rectangle may be turned by any angle. A shape without ink is a silhouette.
+    """
     if not dark.size:
         return False
     shrunk = Image.fromarray(dark).convert("L").resize((64, 64), Image.Resampling.BOX)
-    light = np.asarray(shrunk) < 128                        # without specks
-    if not light.any():
+    dark_share = np.asarray(shrunk, np.float32) / 255
+    inside = filled(dark_share < 0.5)                       # without specks
+    core = inside & np.logical_and.reduce([np.roll(inside, (dy, dx), (0, 1)) for dy, dx in
+                                           ((0, 1), (1, 0), (0, -1), (-1, 0))])
+    if not core.any() or dark_share[core].mean() < LEAST_INK:
         return False
-    y, x = np.nonzero(light)
-    ends = (x + y).argmin(), (x - y).argmax(), (x + y).argmax(), (x - y).argmin()
-    sheet = Image.new("1", light.shape)
-    ImageDraw.Draw(sheet).polygon([(int(x[i]), int(y[i])) for i in ends], fill=1)
-    sheet = np.asarray(sheet)
-    return (light & sheet).sum() > SHEET_FIT * (light | sheet).sum()
+    points, angles = np.argwhere(inside), np.radians(range(0, 90, 5))
+    turned = points @ np.array([[np.cos(angles), -np.sin(angles)], [np.sin(angles), np.cos(angles)]]
+                               ).transpose(2, 1, 0)         # (angles, points, 2)
+    return len(points) > SHEET_FIT * np.prod(np.ptp(turned, axis=1) + 1, axis=1).min()
+
+
+def filled(mask):
+    """The pixels of (H, W) bool with one of the mask on each of their four sides."""
+    return np.logical_and.reduce([np.rot90(np.logical_or.accumulate(np.rot90(mask, turns)), -turns)
+                                  for turns in range(4)])
 
 
 def tone_range(grey):

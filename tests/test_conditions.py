@@ -233,7 +233,7 @@ def test_a_drawing_is_read_as_dark_on_white_whatever_it_looks_like(look):
     assert np.median(levelled[inside]) > 235
 
 
-@pytest.mark.parametrize("angle", [0, 1, 2, 5, -12, 25])
+@pytest.mark.parametrize("angle", [0, 1, 2, 5, -12, 25, 45, 63])
 def test_a_sheet_on_a_dark_desk_is_dark_on_light_at_any_angle(angle):
     photo, sheet = (ImageOps.expand(image, 90, ground).rotate(angle, fillcolor=ground)
                     for image, ground in ((toned(ring(200, 280), 210, 60), (40, 35, 30)),
@@ -243,9 +243,13 @@ def test_a_sheet_on_a_dark_desk_is_dark_on_light_at_any_angle(angle):
     assert np.median(levelled) > 235 and 0.02 < (levelled < 128).mean() < 0.3
 
 
-def test_a_filled_shape_that_is_light_on_dark_is_no_sheet():
+@pytest.mark.parametrize("shapes", [
+    dict(ellipse=(30, 30, 170, 170)), dict(polygon=(40, 180, 40, 80, 100, 20, 160, 80, 160, 180)),
+    dict(rounded_rectangle=(70, 20, 130, 70), rectangle=(40, 80, 160, 190))])
+def test_a_silhouette_that_is_light_on_dark_is_no_sheet(shapes):
     image = Image.new("RGB", (200, 200))
-    ImageDraw.Draw(image).ellipse((30, 30, 170, 170), fill="white")
+    for name, place in shapes.items():
+        getattr(ImageDraw.Draw(image), name)(place, fill="white")
     assert is_light_on_dark(image)
 
 
