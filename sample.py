@@ -355,9 +355,9 @@ def draw_job(job, conditions, pictures, args, base, size, init):
                   args.out / f"{job.name}condition{number}.png")
     context, empty = base.encode([job.prompt, args.negative_prompt]).split(1)
     sampling = diffusion.Sampling(args.sampler, args.steps, args.guidance)
-    files = list(pictures)
-    for i in range(0, len(files), SIDE_BY_SIDE):
-        group = files[i:i + SIDE_BY_SIDE]
+    files, count = list(pictures), max(SIDE_BY_SIDE, args.batch)
+    for i in range(0, len(files), count):
+        group = files[i:i + count]
         seeds = [pictures[file]["seed"] for file in group]
         x = draw(base, context, empty, seeds, size, sampling, conditions, args.batch, init)
         for file, picture in zip(group, x):

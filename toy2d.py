@@ -21,6 +21,8 @@ Shapes: B points of 2 coordinates, K components, N conditions of 6 numbers (5 ar
 import argparse
 import itertools
 import math
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -480,6 +482,7 @@ def main():
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"--out must be a folder to write to, got {args.out} ({error.strerror}).")
+    sys.stderr = sys.stderr or open(os.devnull, "w")        # it may be closed, and tqdm needs it
     compare(args.effort, args.seed, args.out)
 
 

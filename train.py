@@ -228,7 +228,7 @@ class Training:
             self.best, self.rows = state["best"], state["rows"]
             self.scaler.load_state_dict(state["scaler"])
             if self.best["step"] != self.step:
-                check_best(self.out)
+                check_best(self.out, self.bps.config)
             print(f"{checkpoint}: resumed at step {self.step}")
             if self.processes.rank == 0:
                 self.write()                        # in case it was stopped before that

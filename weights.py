@@ -98,6 +98,8 @@ class Checkpoint(NamedTuple):
                 raise ValueError(f"{layers} layers in {len(self.state)} tensors")
             with torch.device("meta"):
                 module = Module(config)
+        if part != "BPS":                       # whose ports are zero until they are trained
+            check_ends(self.state)
         return load_strict(module, self, dtype, device)
 
 
@@ -106,7 +108,8 @@ def check_types(values, examples, file):
     for key, example in examples.items():
         value = values.get(key, example)
         if value != example and not matches(value, example):
-            raise UserError(f"{file}: {key} must be like {example!r}, got {value!r}.")
+            raise UserError(f"{file}: {key} must be {kind_of(example)}, got {value!r}. Get another "
+                            f"copy of the file.")
 
 
 def matches(value, example):
@@ -123,6 +126,17 @@ def matches(value, example):
     return type(value) is int and 0 < value <= MAX_SIZE
 
 
+def kind_of(example):
+    """What matches an example, in words."""
+    if isinstance(example, tuple):
+        return f"a list, each entry {kind_of(example[0])}"
+    if isinstance(example, (bool, str)):
+        return "true or false" if isinstance(example, bool) else "text"
+    if isinstance(example, float):
+        return f"a number in [0, {MAX_SIZE}]"
+    return f"a whole number in [1, {MAX_SIZE}]"
+
+
 # ---- reading -------------------------------------------------------------------------------
 
 def read_header(file):
@@ -135,7 +149,9 @@ def read_header(file):
             f"weights_only=True); s.save_file(d.get('state_dict', d), 'model.safetensors')\" "
             f"{quoted(file)}")
     if not file.is_file():
-        raise UserError(f"{file} is {'a folder' if file.is_dir() else 'missing'}. Give a "
+        problem = ("a folder" if file.is_dir() else "not a regular file" if file.exists() else
+                   "missing")
+        raise UserError(f"{file} is {problem}. Give a "
                         f".safetensors file or an SD folder; nothing is downloaded.")
     with as_user_error(SafetensorError, f"{file} is not a complete safetensors file",
                        "Copy or download it again; for a Git-LFS pointer run `git lfs pull`."), \
@@ -183,7 +199,6 @@ def load_strict(module, checkpoint, dtype=torch.float32, device="cpu"):
     if problems:
         raise UserError(f"{checkpoint.file}: {len(problems)} tensors do not fit a "
                         f"{type(module).__name__} of this size: {shortened(problems)}")
-    check_ends(checkpoint.state)
     tensors = read_tensors([checkpoint.state[name] for name in expected], dtype, device)
     module.load_state_dict({key: tensor.reshape(shape) for (key, shape), tensor
                             in zip(expected.values(), tensors)}, assign=True)

@@ -554,7 +554,8 @@ def load_schedule(path, prediction_type=None):
         warnings.warn(f"{path} is distilled for few steps (LCM). Draw with --guidance 1 to 2 and "
                       f"--steps 4 to 8.")
     arguments = config_arguments(config, NoiseSchedule)
-    check_types(arguments, dict(beta_start=0.1, beta_end=0.1, set_alpha_to_one=False), file)
+    check_types(arguments, dict(beta_start=0.1, beta_end=0.1, set_alpha_to_one=False,
+                                prediction_type="epsilon"), file)
     if not 0 < arguments["beta_start"] <= arguments["beta_end"] < 1:
         raise UserError(f"{file}: need 0 < beta_start <= beta_end < 1, got "
                         f"{arguments['beta_start']} and {arguments['beta_end']}.")

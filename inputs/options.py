@@ -48,8 +48,8 @@ class Parser(argparse.ArgumentParser):
         given = Counter(argument.partition("=")[0] for argument in argv)
         for action in self._actions:
             if sum(given[option] for option in action.option_strings) > 1:
-                self.error(f"{action.option_strings[-1]} must be given once. Several values go "
-                           f"after one, separated by spaces.")
+                fix = " Write its values after one, separated by spaces." if action.nargs else ""
+                self.error(f"{action.option_strings[-1]} must be given once.{fix}")
         return super().parse_args(argv, namespace)
 
     def error(self, message):

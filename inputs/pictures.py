@@ -4,6 +4,7 @@
     write_new(image, Path("pictures/0000.png"), fields)
 """
 import contextlib
+import glob
 import io
 import itertools
 import json
@@ -46,7 +47,8 @@ def stored_options(args, job, seed, size, base):
 
 def fingerprints(args, conditions, hash_files=fingerprint):
     """{role: fingerprint} of the files that a picture depends on."""
-    files = checkpoints.weights_files(args.base, args.vae)
+    files = checkpoints.weights_files(args.base, args.vae) | dict(
+        config=checkpoints.config_files(args.base, args.tokenizer, args.vae))
     if args.init:
         files["init"] = [args.init]
     for i, condition in enumerate(conditions, 1):
@@ -72,7 +74,11 @@ def read_stored(picture):
     with as_user_error(MALFORMED, f"--from {picture}: does not say how it was drawn",
                        "Use a PNG as sample.py wrote it; other programs drop its text."):
         options, files = json.loads(text["options"]), dict(json.loads(text["files"]))
-        return {name: value for name, value in options.items() if name in STORED}, files
+        stored = {name: value for name, value in options.items() if name in STORED}
+        for entry in itertools.chain(*(v for v in stored.values() if isinstance(v, list))):
+            if str(entry).startswith("--"):             # argparse would read it as an option
+                raise ValueError(f"{entry} is not a value")
+        return stored, files
 
 
 def note_changes(args, files, networks):
@@ -91,7 +97,7 @@ def note_changes(args, files, networks):
 
 def find_drawn(file, fields):
     """The existing picture FILE, FILE-2 .. that the same options drew from the same files."""
-    for candidate in (file, *sorted(file.parent.glob(f"{file.stem}-[0-9]*{file.suffix}"))):
+    for candidate in (file, *sorted(file.parent.glob(f"{glob.escape(file.stem)}-[0-9]*.png"))):
         with contextlib.suppress(UserError):            # another file, which is left alone
             text = load_image(candidate).info
             if all(text.get(key) == str(fields[key]) for key in ("options", "files")):

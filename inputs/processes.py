@@ -15,10 +15,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from weights import UserError
+from weights import UserError, as_user_error
 
 TIMEOUT = timedelta(days=1)             # the other processes wait while the first one validates
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")       # what it sets
 
 
 class Processes(NamedTuple):
@@ -62,13 +61,14 @@ def join_processes(device):
 
     All ranks but 0 print nothing from here on.
     """
-    missing = [name for name in TORCHRUN if name not in os.environ]
-    if "RANK" in os.environ and missing:
-        raise UserError(f"{missing[0]} must be set if RANK is. Start several processes with "
-                        f"torchrun, or a single one without RANK.")
-    count = 1 if missing else int(os.environ["WORLD_SIZE"])
-    if count == 1:
+    if "RANK" not in os.environ or os.environ.get("WORLD_SIZE") == "1":
         return Processes(), device
+    with as_user_error((KeyError, ValueError), "the environment variables of torchrun are missing "
+                       "or wrong", "Start with torchrun, or a single process without RANK."):
+        rank, count, *_ = (int(os.environ[name])
+                           for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"))
+        if not 0 <= rank < count or not os.environ["MASTER_ADDR"]:
+            raise ValueError(f"RANK {rank}, WORLD_SIZE {count}")
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device must be cpu or cuda with torchrun, got {device}. Each process "
                         f"gets a GPU of its own; Apple's can't connect processes.")

@@ -60,10 +60,15 @@ def choose_out(folder, record):
             return out
 
 
-def check_best(out):
-    """Raise UserError if the best weights so far are lost, which the end of a run needs."""
+def check_best(out, config):
+    """Raise UserError if the best weights so far are lost, which the end of a run needs.
+
+    config: the BPSConfig of the run.
+    """
+    file = out / "bps.safetensors"
     try:
-        load_bps(out / "bps.safetensors")
+        if load_bps(file).config != config:
+            raise UserError(f"{file} has other sizes than this run's.")
     except UserError as error:
         raise UserError(f"{error} The run's best weights were in it: put it back, or delete {out} "
                         f"to start over.") from None

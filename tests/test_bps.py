@@ -157,12 +157,19 @@ def test_a_saved_bps_comes_back_with_config_and_metadata(tmp_path):
     assert (tmp_path / "bps.safetensors").read_bytes() == first
 
 
+@pytest.mark.parametrize("foot", ["faithful", "light"])
+def test_a_bps_whose_ports_are_still_zero_can_be_loaded(foot, tmp_path):
+    bps = build_bps(config_for(SMALL, 2, FACTOR, "head-heavy", foot))
+    save_bps(bps, tmp_path / "bps.safetensors", dict(task="sketch", size=64))
+    assert load_bps(tmp_path / "bps.safetensors").config == bps.config
+
+
 @pytest.mark.parametrize("config, training, message", [
-    (dict(norm_groups=0), {}, "norm_groups must be like 32, got 0"),
+    (dict(norm_groups=0), {}, "norm_groups must be a whole number in .*, got 0"),
     (dict(blocks_per_level=10**6), {}, "no BPS has these sizes .2000000 layers in 86 tensors"),
-    (dict(input_weights=["16", "8"]), {}, "input_weights must be like"),
-    ({}, dict(size=64.0), "size must be like 512, got 64.0"),
-    ({}, dict(classes={"#000000": 5}), "classes must be like"),
+    (dict(input_weights=["16", "8"]), {}, "input_weights must be a list, each entry a number in"),
+    ({}, dict(size=64.0), "size must be a whole number in .*, got 64.0"),
+    ({}, dict(classes={"#000000": 5}), "classes must be a list, each entry text"),
     ({}, dict(classes=[1]), "is not a BPS file")], ids=str)
 def test_a_bps_file_that_makes_no_sense_is_refused_in_one_line(config, training, message, parts,
                                                                tmp_path):

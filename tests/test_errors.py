@@ -49,7 +49,7 @@ ERRORS = [
     (figures, "nonsense", "figure: invalid choice: 'nonsense'"),
     # options that are given twice, and options that need or exclude others
     (train, "--data a --data=b", "--data must be given once"),
-    (sample, "--cond a --seed 1 --cond b", "--cond must be given once. Several values go after"),
+    (sample, "--cond a --seed 1 --cond b", "--cond must be given once. Write its values after one"),
     (rivals, "--done --done", "--done must be given once"),
     (train, "--extract", "--extract needs --data"),
     (train, "--check-data", "--check-data needs --data"),

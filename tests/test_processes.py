@@ -16,7 +16,7 @@ import train
 from bps import build_bps, config_for
 from data import LatentCache, load_pairs
 from inputs.options import BASE, DTYPES, ROOT, usable_device
-from inputs.processes import TORCHRUN, Processes, join_processes
+from inputs.processes import Processes, join_processes
 from weights import UserError
 
 # the rate for SD 1.5: at 1e-3 AdamW's first steps amplify rounding to 1 % of a loss in 20 steps
@@ -68,18 +68,25 @@ def process(rank, count, port, folder):
 
 # ---- devices and shards --------------------------------------------------------------------
 
-@pytest.mark.parametrize("device, missing, message", [
-    ("mps", None, "--device must be cpu or cuda with torchrun, got mps"),
-    ("cuda:0", None, "--device must be cpu or cuda with torchrun, got cuda:0"),
-    ("cpu", "WORLD_SIZE", "WORLD_SIZE must be set if RANK is. Start several processes with"),
-    ("cpu", "MASTER_ADDR", "MASTER_ADDR must be set if RANK is")])
-def test_processes_that_cannot_train_together_are_refused(device, missing, message, monkeypatch):
-    for name in TORCHRUN:
-        monkeypatch.setenv(name, "2")
-    if missing:
-        monkeypatch.delenv(missing)
+@pytest.mark.parametrize("device, wrong, message", [
+    ("mps", {}, "--device must be cpu or cuda with torchrun, got mps"),
+    ("cuda:0", {}, "--device must be cpu or cuda with torchrun, got cuda:0"),
+    ("cpu", dict(WORLD_SIZE=None), "torchrun are missing or wrong .'WORLD_SIZE'.. Start with"),
+    ("cpu", dict(MASTER_ADDR=None), "torchrun are missing or wrong .'MASTER_ADDR'."),
+    ("cpu", dict(MASTER_PORT="abc"), "torchrun are missing or wrong .invalid literal .* 'abc'."),
+    ("cpu", dict(RANK="4"), "torchrun are missing or wrong .RANK 4, WORLD_SIZE 4.")])
+def test_processes_that_cannot_train_together_are_refused(device, wrong, message, monkeypatch):
+    right = dict(RANK="1", WORLD_SIZE="4", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1")
+    for name, value in (right | wrong).items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
     with pytest.raises(UserError, match=message):
         join_processes(device)
+
+
+def test_a_scheduler_that_starts_one_process_need_not_be_torchrun(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert join_processes("cpu") == (Processes(), "cpu")
 
 
 @pytest.mark.parametrize("batch, shards", [

@@ -93,6 +93,9 @@ def test_a_group_shares_passes_of_bps_and_is_written_as_it_finishes(draw, tmp_pa
     monkeypatch.setattr(sample, "SIDE_BY_SIDE", 2)
     draw("--n", 5, "--out", out)
     assert calls == [(1, 0)] * 2 + [(1, 2)] * 2 + [(1, 4)] * 2          # two steps of three groups
+    calls.clear()
+    draw("--n", 5, "--out", out, "--seed", 10, "--batch", 5)
+    assert len(calls) == 2                                              # one group, one batch
 
 
 def test_a_start_is_the_pictures_latent_with_the_noise_of_its_step(draw, base, monkeypatch):
@@ -176,7 +179,7 @@ def test_a_png_stores_how_it_was_drawn(draw, bps_file):
                         ("text", options.BASE / "text_encoder" / "model.safetensors"),
                         ("bps 1", bps_file), ("cond 1", DEFAULT_DRAWING)):
         assert files.pop(key) == hashlib.sha256(source.read_bytes()).hexdigest()[:16]
-    assert not files
+    assert files.keys() == {"config"}                       # all configs and vocabularies
     included = Image.open(draw("--n", 1, bps=DEFAULT_BPS) / "0000.png").text
     assert str(options.ROOT) not in included["command"]     # so the project's folder may move
 
@@ -224,7 +227,9 @@ def test_a_picture_does_not_decide_where_files_are_written(draw, tmp_path):
 @pytest.mark.parametrize("stored, message", [
     ("[]", "does not say how it was drawn"), ("[" * 10**5, "does not say how it was drawn"),
     ('{"window": [null]}', "must be a number in [0, 1], got None"),
-    ('{"sampler": "none"}', "invalid choice: 'none'")])
+    ('{"sampler": "none"}', "invalid choice: 'none'"),
+    ('{"bps": ["none", "--out=theirs"]}', "does not say how it was drawn (--out=theirs is not"),
+    ('{"prompt": ["a", "--out=theirs"]}', "does not say how it was drawn (--out=theirs is not")])
 def test_stored_options_that_make_no_sense_are_refused(draw, refused, tmp_path, stored, message):
     write_png(tmp_path / "a.png", options=stored, files="{}")
     assert message in refused(draw, "--from", tmp_path / "a.png")
@@ -248,11 +253,13 @@ def test_no_existing_file_is_overwritten(draw, tmp_path):
 def test_only_missing_pictures_are_drawn_again(draw, tmp_path, monkeypatch, capsys):
     folder, out = tmp_path / "conditions", tmp_path / "out"
     folder.mkdir()
-    for name in "ab":
+    for name in ("a", "b[1]"):
         shutil.copy(DEFAULT_DRAWING, folder / f"{name}.png")
+    out.mkdir()
+    (out / "b[1]-0000.png").write_text("of another program")
     draw("--cond", folder, "--n", 2, "--out", out)
     before = {file.name: file.read_bytes() for file in out.iterdir()}
-    (out / "b-0001.png").unlink()
+    (out / "b[1]-0001.png").unlink()
     drawn = Mock(side_effect=sample.draw)
     monkeypatch.setattr(sample, "draw", drawn)
     capsys.readouterr()

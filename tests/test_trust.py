@@ -2,6 +2,7 @@
 import errno
 import fcntl
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from PIL import Image
 
 import train
 import weights
-from inputs.options import ROOT
+from inputs.options import DEFAULT_BPS, ROOT
 from inputs.run_folder import lock
 
 OPTIONS = ["--steps", "4", "--batch", "2", "--save-every", "2", "--lr", "1e-2", "--device", "cpu"]
@@ -113,7 +114,8 @@ def cut(file):
 
 @pytest.mark.parametrize("name, spoil, message", [
     ("checkpoint.safetensors", cut, "checkpoint is corrupt"),
-    ("bps.safetensors", Path.unlink, "The run's best weights were in it: put it back")])
+    ("bps.safetensors", Path.unlink, "The run's best weights were in it: put it back"),
+    ("bps.safetensors", lambda file: shutil.copy(DEFAULT_BPS, file), "has other sizes than this")])
 def test_a_lost_or_corrupt_file_is_noticed_before_the_training(
         name, spoil, message, run_train, interrupted, refused, tmp_path, monkeypatch):
     losses, errors = iter([0.5, 0.3, 0.4] + [0.5] * 9), train.paired_errors    # step 1 is best
