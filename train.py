@@ -110,7 +110,7 @@ def parse_args():
         parser.error(f"{option} must be used with --task sketch or artistic, got {args.task}.")
     check_pixels(args.size, args.size)
     args.out = args.out or Path("runs") / ("check" if args.check_data else args.task)
-    sources = []                                    # what is read must not contain a run
+    sources = []                                    # folders that no run may be written to
     if has_pairs:
         sources = [args.data] if args.extract else [args.data / "images", args.data / "conditions"]
     parser.check_out(args.out, *sources)
