@@ -380,4 +380,4 @@ def train_in(out, args, config, record, base, splits, processes):
 
 if __name__ == "__main__":
     run_script(main, interrupted="interrupted; the same command resumes from the last "
-               "checkpoint, one of which is written every --save-every steps")
+               "checkpoint (see --save-every)")
