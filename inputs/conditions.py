@@ -33,8 +33,9 @@ UNIFORM = 0.97                  # share of one tone in a line of pixels that is 
 HIDDEN_INK = 2                  # contrast on black relative to white from which black is used
 RARE_LIGHT = 0.3                # a drawing with dark sides and fewer light pixels is chalk
 SMALLEST_SHEET = 0.1            # share of light pixels in a photo of a sheet on a dark desk
-SHEET_FIT = 0.85                # share of its bounding rectangle, at some angle, that a sheet fills
-LEAST_INK = 0.003               # share of a sheet
+SHEET_FIT = 0.65                # how well light pixels fill a quadrilateral (IoU) that is a sheet
+LARGE_SHEET = 0.45              # share of light pixels in a picture that need no shades
+LEAST_SHADE = 1                 # of 255: between the darker and the lighter part of a real sheet
 SMOOTHED = 256                  # side in pixels above which pictures are smoothed for soft lines
 COLOUR_CELLS = 8                # cells of a colour reference along the shorter side
 MAX_CLASSES = 256               # entries of a palette
@@ -164,14 +165,14 @@ def layer_tone(dark):
     return tone if tones.count(tone) >= needed else None
 
 
-def peel(dark, tones):
-    """The middle of (H, W) bool, without the uniform lines at its sides."""
+def peel(grey, middle, tones):
+    """The inside of (H, W) without the uniform lines at its sides; darker than `middle` is dark."""
     for tone in tones:
-        if tone is not None and dark.size:
-            differs = (dark == tone).mean(axis=1) < UNIFORM
-            dark = dark[differs.argmax():] if differs.any() else dark[:0]
-        dark = np.rot90(dark)
-    return dark
+        if tone is not None and grey.size:
+            differs = ((grey < middle) == tone).mean(axis=1) < UNIFORM
+            grey = grey[differs.argmax():] if differs.any() else grey[:0]
+        grey = np.rot90(grey)
+    return grey
 
 
 def is_light_on_dark(image):
@@ -183,41 +184,41 @@ def is_light_on_dark(image):
     are dark and light is rare.
     """
     grey = np.asarray(image.convert("L"), np.float32)
-    dark = grey < middle_tone(grey)
-    ground, middle = layer_tone(dark), peel(dark, side_tones(dark))
-    while min(middle.shape) > 2 and layer_tone(middle) is not None:
-        ground = layer_tone(middle)
-        middle = peel(middle, [ground] * 4)
+    middle = middle_tone(grey)
+    dark = grey < middle
+    ground, inside = layer_tone(dark), peel(grey, middle, side_tones(dark))
+    while min(inside.shape) > 2 and layer_tone(inside < middle) is not None:
+        ground = layer_tone(inside < middle)
+        inside = peel(inside, middle, [ground] * 4)
     light = 1 - dark.mean()
     if ground is None:
         return bool(np.mean(side_shares(dark)) > 0.5 and light < RARE_LIGHT)
-    return bool(ground and not (light > SMALLEST_SHEET and is_sheet(middle)))
+    return bool(ground and not (light > SMALLEST_SHEET
+                                and is_sheet(inside, middle, light > LARGE_SHEET)))
 
 
-def is_sheet(dark):
-    """Whether the light pixels of (H, W) bool are a sheet of paper: a rectangle with ink on it.
+def is_sheet(grey, middle, is_large):
+    """Whether what is lighter than `middle` in (H, W) is a photographed sheet of paper.
 
-    The rectangle may be turned by any angle. A shape without ink is a silhouette.
+    It fills a quadrilateral, seen at any angle. Unlike a drawn shape it has shades, or `is_large`.
     """
-    if not dark.size:
+    if not grey.size:
         return False
+    dark = np.ascontiguousarray(grey < middle)
     shrunk = Image.fromarray(dark).convert("L").resize((64, 64), Image.Resampling.BOX)
-    dark_share = np.asarray(shrunk, np.float32) / 255
-    inside = filled(dark_share < 0.5)                       # without specks
-    core = inside & np.logical_and.reduce([np.roll(inside, (dy, dx), (0, 1)) for dy, dx in
-                                           ((0, 1), (1, 0), (0, -1), (-1, 0))])
-    if not core.any() or dark_share[core].mean() < LEAST_INK:
+    light = np.asarray(shrunk) < 128                        # without specks
+    if dark.all() or not light.any():
         return False
-    points, angles = np.argwhere(inside), np.radians(range(0, 90, 5))
-    turned = points @ np.array([[np.cos(angles), -np.sin(angles)], [np.sin(angles), np.cos(angles)]]
-                               ).transpose(2, 1, 0)         # (angles, points, 2)
-    return len(points) > SHEET_FIT * np.prod(np.ptp(turned, axis=1) + 1, axis=1).min()
-
-
-def filled(mask):
-    """The pixels of (H, W) bool with one of the mask on each of their four sides."""
-    return np.logical_and.reduce([np.rot90(np.logical_or.accumulate(np.rot90(mask, turns)), -turns)
-                                  for turns in range(4)])
+    if not is_large and np.ptp(np.percentile(grey[~dark], (20, 80))) < LEAST_SHADE:
+        return False
+    y, x = np.nonzero(light)
+    fits = []
+    for ends in (((x + y).argmin(), (x - y).argmax(), (x + y).argmax(), (x - y).argmin()),
+                 (y.argmin(), x.argmax(), y.argmax(), x.argmin())):     # if turned by 45 degrees
+        sheet = Image.new("1", light.shape)
+        ImageDraw.Draw(sheet).polygon([(int(x[i]), int(y[i])) for i in ends], fill=1)
+        fits.append((light & np.asarray(sheet)).sum() / (light | np.asarray(sheet)).sum())
+    return max(fits) > SHEET_FIT
 
 
 def tone_range(grey):
