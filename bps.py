@@ -222,7 +222,7 @@ class BPS(nn.Module):
             residuals.append(self.config.output_weight * port(h))
             if up:
                 h = up[0](h, skips[-1].shape[-2:])
-        return residuals + [None] * len(skips if not self.output_blocks else ())
+        return residuals + [None] * len(skips)          # if there is no expansive path
 
     def contract(self, cond, t_emb):
         """(h (B, C, H, W), skips, residuals) after the contracting path and the middle.
@@ -327,7 +327,7 @@ class Condition:
         self.last_t, self.last_residuals = None, None
 
     def is_active(self, t):
-        """Does this condition steer at timestep t?"""
+        """Whether this condition steers at timestep t."""
         start, end = self.window
         return not self.is_off and start <= (LAST_T - t) / (LAST_T + 1) < end
 

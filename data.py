@@ -32,10 +32,10 @@ from weights import UserError
 
 TEST_SHARE, VAL_SHARE = 0.15, 0.05      # shares of a user's pairs
 MIN_PAIRS = 10
-MAX_COPIES = 14                 # rows of the cache for one training pair
-COPIED_ROWS = 600               # rows that up to 200 pairs reach with moved copies
-LEAST_SIDE, MAX_SHIFT = 0.8, 0.06       # of a moved copy, shares of the picture
-EMPTY_SHARE = 0.1               # share of empty prompts, so that guidance has its other pass
+MAX_COPIES = 14                 # most rows of one training pair, the pair itself included
+COPIED_ROWS = 600               # rows aimed at; from 300 pairs on there is only the mirrored copy
+MIN_SIDE, MAX_SHIFT = 0.8, 0.06         # of a moved copy, shares of the picture
+EMPTY_SHARE = 0.1               # share of empty prompts, so that guidance has an unconditional pass
 CACHE = Path("runs/cache")
 CACHE_VERSION = 3               # raise it when the content of cached parts changes
 PART = 48                       # pairs in a part of the cache
@@ -45,7 +45,7 @@ MOST_PROMPTS = 2000             # encoded in advance: 240 MB at SD 1.5's size
 
 
 class View(NamedTuple):
-    """The square of a pair's pictures that is used, in shares of their middle square's side."""
+    """A square crop of a pair's pictures, in units of their central square's side."""
     left: float = 0.0
     top: float = 0.0
     side: float = 1.0
@@ -87,8 +87,8 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
         return [Pair(*pair, files=(FIGURES,)) for pair in embedded_pairs(task, split)]
     files, problems, _ = find_pairs(folder, extract)
     if problems:
-        others = f" (and {len(problems) - 1} more: see --check-data)" if problems[1:] else ""
-        raise UserError(problems[0] + others)
+        more = f" (and {len(problems) - 1} more: see --check-data)" if problems[1:] else ""
+        raise UserError(problems[0] + more)
     groups = group_pairs(folder, files)
     split_of = split_names(groups)
     if len(split_of) < MIN_PAIRS:
@@ -118,7 +118,7 @@ def choose_view(copy, i, with_mirrored):
     if copy == 1 and with_mirrored:
         return View(is_mirrored=True)
     rng = np.random.default_rng((copy, i))
-    side = rng.uniform(LEAST_SIDE, 1)
+    side = rng.uniform(MIN_SIDE, 1)
     room = 1 - side
     left, top = (room / 2 + rng.uniform(-MAX_SHIFT, MAX_SHIFT, 2)).clip(0, room).tolist()
     return View(left, top, side, with_mirrored and copy % 2 == 1)
@@ -156,7 +156,7 @@ class LatentCache:
     Latents (fp16) and conditions (8 bits) are kept in parts on the disk, which trainings share and
     from which the rows of a batch are mapped. Attributes: palettes: {((colour as in "#1f77b4",
     number), ..): name of a pair whose label map has these classes}; blank: names of pairs whose
-    conditions say nothing.
+    conditions are blank.
     """
 
     def __init__(self, pairs, task, size, base, extract=False, folder=None, processes=Processes()):
@@ -262,20 +262,20 @@ class LatentCache:
         return torch.stack([self.contexts[prompt] for prompt in prompts]).float()
 
     def first_prompts(self, indices):
-        """The prompt to validate with of each pair."""
+        """Each pair's validation prompt."""
         return [self.pairs[i].prompts[0] for i in indices]
 
-    def batch(self, slots, size, generator, empty_share=EMPTY_SHARE):
-        """cond (n, C, H, W), z (n, 4, h, w) and context (n, L, D) of slots (n,) of a batch.
+    def batch(self, shard, batch_size, generator, empty_share=EMPTY_SHARE):
+        """cond (n, C, H, W), z (n, 4, h, w) and context (n, L, D) of a shard (n,) of a batch.
 
-        The whole batch of `size` rows is drawn, so a row is the same whichever slots are asked
-        for. A share empty_share of the prompts is empty; the others are any of the pair's own.
+        All batch_size rows are drawn, so a row doesn't depend on the shard. A share empty_share of
+        the prompts is empty; the others are any of the pair's own.
         """
-        indices = torch.multinomial(self.weights, size, replacement=True, generator=generator)
-        mean, std = (self.rows(name, indices[slots]).float() for name in ("mean", "std"))
-        noise = torch.randn(size, *mean.shape[1:], generator=generator)[slots]
-        choices = torch.rand(size, 2, generator=generator)[slots]
-        indices, z = indices[slots], mean + std * noise
+        indices = torch.multinomial(self.weights, batch_size, replacement=True, generator=generator)
+        mean, std = (self.rows(name, indices[shard]).float() for name in ("mean", "std"))
+        noise = torch.randn(batch_size, *mean.shape[1:], generator=generator)[shard]
+        choices = torch.rand(batch_size, 2, generator=generator)[shard]
+        indices, z = indices[shard], mean + std * noise
         prompts = []
         for i, (u, v) in zip(indices.tolist(), choices.tolist()):
             captions = self.pairs[i].prompts
@@ -284,7 +284,7 @@ class LatentCache:
 
 
 def check_conditions(caches, task):
-    """Warn of blank conditions; refuse pairs if all are, or if palettes differ."""
+    """Warn about blank conditions; refuse pairs if all are, or if palettes differ."""
     blank = [name for cache in caches for name in cache.blank]
     number_of_pairs = sum(len({pair.name for pair in cache.pairs}) for cache in caches)
     if len(blank) == number_of_pairs:

@@ -87,7 +87,7 @@ class NoiseSchedule:
         """Estimate of z_0 (B, 4, H, W) from a prediction; alpha and sigma are numbers."""
         if self.prediction_type == "epsilon":           # z_t = alpha z_0 + sigma eps
             return (z_t - sigma * prediction) / alpha
-        return alpha * z_t - sigma * prediction         # also from v = alpha eps - sigma z_0
+        return alpha * z_t - sigma * prediction         # the same from v = alpha eps - sigma z_0
 
 
 def draw_noise(seeds, shape):
@@ -150,7 +150,7 @@ def sampler_steps(steps, schedule, sampler="ddim"):
 
 
 def sample(denoise, z_t, schedule, steps=50, sampler="ddim", start=0):
-    """Yield z_t (B, 4, H, W) after each step from number `start` on; the last one is clean.
+    """Yield z_t (B, 4, H, W) after each step from number `start` on; the last one is the result.
 
     denoise(z_t, t) -> the model's prediction; t is a Python int if it is whole, else a float.
     z_t: standard normal noise (B, 4, H, W), or with start > 0 a latent with the noise level of

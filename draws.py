@@ -31,20 +31,20 @@ from inputs.conditions import (MAX_CLASSES, TASKS, class_colours, cond_to_x, ima
                                open_image, to_image, to_x)
 from inputs.files import hash_module, read_utf8
 from inputs.processes import Processes
-from sample import draw
+from sample import check_pictures, draw
 from weights import UserError, replacing
 
 SAMPLING = Sampling(guidance_scale=1.0)         # the prior's own law; guidance would narrow it
 WIDTH = 32                                      # of the extractor
 FIT_STEPS, FIT_BATCH, FIT_RATE = 600, 8, 3e-3
-FIT_PAIRS = 200                                 # more labelled pairs than these are not needed
+FIT_PAIRS = 200                                 # most labelled pairs that it is fitted to
 MIN_QUALITY = 0.5                               # least explained variance of its labels
 
 
 # ---- pictures ------------------------------------------------------------------------------
 
 def pictures_folder(base, prompts, size, root):
-    """A folder in `root` for what this base draws for these prompts, whatever their number."""
+    """The folder in root for this base's pictures of these prompts, however many are drawn."""
     content = [hash_module(base.unet), hash_module(base.vae), hash_module(base.text_model),
                repr(base.schedule), base.tokenizer(list(prompts)).tolist(), size, SAMPLING]
     return root / f"draws-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
@@ -64,9 +64,11 @@ def draw_pictures(base, prompts, count, size, folder, processes=Processes()):
         at_a_time = images_at_a_time(size)
         for seeds in (missing[k:k + at_a_time] for k in range(0, len(missing), at_a_time)):
             context = base.encode([prompts[i % len(prompts)] for i in seeds])
-            for i, x in zip(seeds, draw(base, context, empty, seeds, (size, size), SAMPLING)):
+            x = draw(base, context, empty, seeds, (size, size), SAMPLING)
+            check_pictures(x)
+            for i, picture in zip(seeds, x):
                 with replacing(files[i]) as temporary:
-                    to_image(x).save(temporary)
+                    to_image(picture).save(temporary)
             bar.update(len(seeds))
     processes.barrier()
     return files
@@ -84,7 +86,7 @@ def pairs_of(files, prompts, read=None, reader=""):
 
 
 def shuffled(items):
-    """The items in another order, always the same one: a user's files may be sorted by kind."""
+    """The items in a fixed random order: a user's files may be sorted by kind."""
     return random.Random(0).sample(items, len(items))
 
 
@@ -192,6 +194,13 @@ def explained_variance(extractor, pairs, task_name, size):
 
 # ---- for train.py --------------------------------------------------------------------------
 
+def draw_for(prompts, base, args, processes):
+    """(files, prompts) of args.from_base pictures of the prompts, which are shuffled."""
+    prompts = shuffled(prompts)
+    folder = pictures_folder(base, prompts, args.size, args.cache)
+    return draw_pictures(base, prompts, args.from_base, args.size, folder, processes), prompts
+
+
 def draw_splits(base, args, processes):
     """{split: pairs} of pictures that the base draws; a program makes their conditions.
 
@@ -203,10 +212,7 @@ def draw_splits(base, args, processes):
         prompts = [pair.prompts[0] for pair in load_pairs(args.task, "train")]
     if not prompts:
         raise UserError(f"--data {args.data} has no prompt. Give a text file with one per line.")
-    prompts = shuffled(prompts)
-    folder = pictures_folder(base, prompts, args.size, args.cache)
-    files = draw_pictures(base, prompts, args.from_base, args.size, folder, processes)
-    pairs = pairs_of(files, prompts)
+    pairs = pairs_of(*draw_for(prompts, base, args, processes))
     split_of = split_names([pair.name for pair in pairs])
     return {split: [pair for pair in pairs if split_of[pair.name] == split]
             for split in ("train", "val", "test")}
@@ -220,9 +226,7 @@ def add_draws(rows, splits, base, args, processes):
         extractor = processes.broadcast(lambda: fit_extractor(
             pairs, splits["val"], args.task, args.size, args.seed, not args.no_mirror))
         read, reader = extractor.read, hash_module(extractor)
-    prompts = shuffled([pair.prompts[0] for pair in pairs])
-    folder = pictures_folder(base, prompts, args.size, args.cache)
-    files = draw_pictures(base, prompts, args.from_base, args.size, folder, processes)
+    files, prompts = draw_for([pair.prompts[0] for pair in pairs], base, args, processes)
     draws = with_copies(pairs_of(files, prompts, read, reader), not args.no_mirror)
     weight = len(rows) / len(draws)
     return rows + [pair._replace(weight=weight) for pair in draws]

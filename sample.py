@@ -15,6 +15,7 @@ Shapes: B batch, L tokens, D width, H W rows and columns of the picture.
 """
 import contextlib
 import functools
+import math
 import os
 import sys
 from pathlib import Path
@@ -61,7 +62,7 @@ class ConditionArgs(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A prompt and its conditions; the names of its pictures begin with `name`."""
+    """A prompt and its ConditionArgs; the names of its pictures begin with `name`."""
     name: str
     conditions: list
     prompt: str
@@ -118,6 +119,8 @@ def parse_args(argv, parser=None):
         stored, stored_files = read_stored(args.picture)
         stored = {name: value for name, value in (dict(n=1) | stored).items() if name not in given}
         args = parser.parse_args([*to_argv(stored), *argv])
+    if given & {"base", "tokenizer", "vae"}:
+        given.add("config")                             # which belongs to these three
     args.stored_files = {role: digest for role, digest in stored_files.items()
                          if role.partition(" ")[0] not in given}
     is_embedded = args.base.resolve() == BASE.resolve()
@@ -239,11 +242,11 @@ def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_
     tokenizer, text_model = checkpoints.load_clip(path, tokenizer_path, dtype, device)
     vae = checkpoints.load_vae(vae_path or path, device=device, base=path)
     unet = checkpoints.load_unet(path, dtype, device)
-    for name, given, taken in (
+    for name, given, needed in (
             ("text states of width", text_model.config.width, unet.config.context_dim),
             ("latent channels", vae.config.latent_channels, unet.config.latent_channels)):
-        if given != taken:
-            raise UserError(f"{path}: {name} {given}, but its U-Net takes {taken}. The parts "
+        if given != needed:
+            raise UserError(f"{path} has {name} {given}, but its U-Net needs {needed}. The parts "
                             f"belong to different models.")
     unet, vae = (module.to(memory_format=torch.channels_last) for module in (unet, vae))
     return StableDiffusion(unet, vae, tokenizer, text_model, schedule, path, vae_path or path)
@@ -279,7 +282,7 @@ def check_fit(bps, file, base):
 
 def picture_size(size, metadata, base):
     """(width, height) in pixels: `size` if given, else as the BPS or the base was trained."""
-    # a single file does not say it: SD 2.x predicts v at 768 px, all others are for 512 px
+    # a single file doesn't store its size: SD 2.x with v was trained at 768 px, all others at 512
     at_768 = (base.unet.config.context_dim == 1024
               and base.schedule.prediction_type == "v_prediction")
     side = (base.unet.config.sample_size or (96 if at_768 else 64)) * base.vae.factor
@@ -298,12 +301,12 @@ def draw(base, context, empty, seeds, size, sampling=DEFAULTS, conditions=(), ba
          on_step=None):
     """Pictures x (B, 3, height, width), one per seed.
 
-    context: text states (B, L, D), or (1, L, D) of one prompt for all. empty: (1, L, D) of the empty or negative prompt. seeds: B integers. size:
-    (width, height). conditions: Conditions with one cond for all, or with B. batch: pictures per
-    call of the U-Net (default: all). The batches go side by side, so BPS runs once per timestep for
-    all of them, and a picture drawn with batch 1 is bit for bit the same whatever B is. init:
-    (clean latent (1, 4, h, w), first step), or None for pure noise. on_step() is called after each
-    step; an exception that it raises ends the drawing.
+    context: text states (B, L, D), or (1, L, D) for all pictures. empty: (1, L, D) of the empty or
+    negative prompt. seeds: B integers. size: (width, height). conditions: Conditions with one cond
+    for all pictures, or B. batch: pictures per call of the U-Net (default: all). All batches
+    advance together, so BPS runs once per timestep, and with batch 1 a picture is bit for bit the
+    same for every B. init: (clean latent (1, 4, h, w), first step), or None for pure noise.
+    on_step() is called after each step; an exception it raises ends the drawing.
     """
     sampler, steps, guidance_scale = sampling
     _, alphas_sigmas = diffusion.sampler_steps(steps, base.schedule, sampler)
@@ -322,12 +325,15 @@ def draw(base, context, empty, seeds, size, sampling=DEFAULTS, conditions=(), ba
                         desc="draw with BPS" if conditions else "draw"):
         if on_step:
             on_step()
-    x = torch.cat([base.vae.decode(z) for part in latents
-                   for z in part.split(images_at_a_time(max(size)))])
+    return torch.cat([base.vae.decode(z) for part in latents
+                      for z in part.split(images_at_a_time(max(size)))])
+
+
+def check_pictures(x):
+    """Raise UserError if pictures x (B, 3, H, W) are not finite, or far from [-1, 1]."""
     if not (x.abs().mean((1, 2, 3)) < FAR_OUTSIDE).all():           # NaN is not less either
         raise UserError("the numbers of the pictures overflowed. Use --dtype fp32 (or bf16), "
                         "another --vae, or --guidance and --strength closer to 1.")
-    return x
 
 
 # ---- the script ----------------------------------------------------------------------------
@@ -355,11 +361,12 @@ def draw_job(job, conditions, pictures, args, base, size, init):
                   args.out / f"{job.name}condition{number}.png")
     context, empty = base.encode([job.prompt, args.negative_prompt]).split(1)
     sampling = diffusion.Sampling(args.sampler, args.steps, args.guidance)
-    files, count = list(pictures), max(SIDE_BY_SIDE, args.batch)
+    files, count = list(pictures), args.batch * math.ceil(SIDE_BY_SIDE / args.batch)
     for i in range(0, len(files), count):
         group = files[i:i + count]
         seeds = [pictures[file]["seed"] for file in group]
         x = draw(base, context, empty, seeds, size, sampling, conditions, args.batch, init)
+        check_pictures(x)
         for file, picture in zip(group, x):
             write_new(to_image(picture), file, pictures[file])
 
@@ -379,7 +386,7 @@ def main():
         x = to_x(crop(open_image(args.init), *size))[None].to(args.device)
         init = base.vae.encode(x).mean, args.start
     jobs = list_jobs(args.conditions, args.prompt)
-    # all before the first picture, so that an unreadable one costs no work
+    # read all conditions first, so that an unreadable one costs no drawing
     read = [read_conditions(job, networks, size, base, args.device) for job in jobs]
     hash_once = functools.cache(fingerprint)            # of a base it takes seconds
     files = [fingerprints(args, job.conditions, hash_once) for job in jobs]
@@ -393,7 +400,7 @@ def main():
             pictures = without_drawn(pictures)
         if pictures:
             draw_job(job, conditions, pictures, args, base, size, init)
-        conditions.clear()                              # frees BPS's maps, which each keeps
+        conditions.clear()                              # frees the maps that each Condition keeps
 
 
 if __name__ == "__main__":

@@ -37,12 +37,12 @@ import diffusion
 ARMS, BEADS = 5, 12                     # arms of the pinwheel, components on each
 PLACE_ERROR = 0.2                       # standard error of a measured place; places are 0 to 1
 WIDTHS, TIME_DIM = (96, 64, 48), 32
-HEAD_HEAVY = (16, 8, 4, 16, 1, 1, 1)    # port weights: three on CP, one on TP, three on EP
+HEAD_HEAVY = (16, 8, 4, 16, 1, 1, 1)    # port weights: 3 contracting, 1 middle, 3 expansive
 PRIOR_SAMPLES = 500_000                 # as in the paper's Fig. 2
 PRIOR_STEPS, PRIOR_BATCH, PRIOR_LR = 2500, 1000, 2e-3
 LABELS, DRAWS = 100, 4000               # labels to learn from; points that the prior draws
-BATCH, PASSES = 400, 4                  # a batch has at most BATCH points, each PASSES times
-# Steps and rate: of those tried on seed 7 the best, or within 15 % of it, in energy and bits
+BATCH, PASSES = 400, 4                  # points per step; one occurs at most PASSES times in it
+# (steps, rate), tuned on seed 7: energy and bits are within 15 % of the best tried
 METHODS = dict(scratch=(160, 3e-3), labels=(625, 3e-4), draws=(2500, 1e-3))
 KERNEL_WIDTHS = torch.logspace(-1.5, 0.2, 12).tolist()      # of the likelihood, in the plane
 DOUBTS = (0.003, 0.01, 0.03, 0.1, 0.2)  # of the likelihood about the arm of a label
@@ -66,8 +66,8 @@ class World:
 
     means: mu (K, 2). arms: (K,) integers. places: (K,) in [0, 1]. A condition depends on the
     component alone, so a small space is the same mixture with other weights: log_p_cond, which is
-    log p(c | k), (K,) for one condition or (B, K) for one per point. Without it a method describes
-    the large space. alpha and sigma are (B, 1) or (1, 1).
+    log p(c | k), (K,) for one condition or (B, K) for one per point. Without log_p_cond a method
+    describes the large space. alpha and sigma are (B, 1) or (1, 1).
     """
     means: torch.Tensor
     arms: torch.Tensor

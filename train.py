@@ -43,7 +43,7 @@ from weights import UserError
 SPLITS = ("train", "val", "test")
 MAX_GRADIENT_NORM = 1.0
 AVERAGED_STEPS = 100            # of the moving average of the weights
-FEW_PAIRS = 100                 # with fewer, the validation pairs are too few to choose a step
+SELECTION_PAIRS = 100           # with fewer, the validation loss is too noisy to choose a step
 
 
 # ---- options -------------------------------------------------------------------------------
@@ -110,7 +110,7 @@ def parse_args():
         parser.error(f"{option} must be used with --task sketch or artistic, got {args.task}.")
     check_pixels(args.size, args.size)
     args.out = args.out or Path("runs") / ("check" if args.check_data else args.task)
-    sources = []                                    # folders that no run may be written to
+    sources = []                                    # a run in them would hide their pictures
     if has_pairs:
         sources = [args.data] if args.extract else [args.data / "images", args.data / "conditions"]
     parser.check_out(args.out, *sources)
@@ -119,7 +119,7 @@ def parse_args():
 
 
 def check_training(args, base, processes):
-    """Raise UserError if the base cannot train at --size, or if processes have no work."""
+    """Raise UserError if --size doesn't fit the base, or a process would get no picture."""
     unit = base.vae.factor * 2 ** (len(base.unet.config.channels) - 1)
     if args.size % unit:
         raise UserError(f"--size must be a multiple of {unit} for this base, got {args.size}.")
@@ -145,7 +145,7 @@ def train(training, base, cache, args, on_save):
     for step in bar:
         for group in training.optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / args.steps)     # the authors' rate is constant
-        # a different seed for each (seed, step), as long as there are fewer steps than that
+        # distinct for every (seed, step) with fewer than 1,000,003 steps
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         cond, z, context = cache.batch(shard, args.batch, generator)
         t = torch.randint(schedule.timesteps, (args.batch,), generator=generator)[shard]
@@ -187,7 +187,7 @@ class NotFinite(UserError):
 
 
 def require_finite(value, name, lr):
-    """Raise NotFinite if a value is not, so that nothing of it is saved."""
+    """Raise NotFinite if a value is NaN or infinite, before anything is saved."""
     if not value.isfinite():
         raise NotFinite(f"{name} is not finite, probably because --lr {lr:g} is too large. Use a "
                         f"smaller one; the last checkpoint is kept.")
@@ -199,12 +199,12 @@ class Training:
     """A training in progress: its network, its optimizer, and the folder they are saved in.
 
     What is validated and saved is the moving average of the network's weights. The folder holds
-    args.json from the first moment, and CHECKPOINT, bps.safetensors, log.jsonl and curve.png from
+    args.json from the start, and CHECKPOINT, bps.safetensors, log.jsonl and curve.png from
     the first validation. Only the first process writes.
     """
 
     def __init__(self, out, bps, args, processes, metadata=None, keep_best=True):
-        """metadata: what a sampler has to know of the network, a dict.
+        """metadata: what sample.py needs to know about the network, a dict.
 
         keep_best: keep the average of the lowest validation loss, not the last one.
         """
@@ -228,7 +228,7 @@ class Training:
             self.best, self.rows = state["best"], state["rows"]
             self.scaler.load_state_dict(state["scaler"])
             if self.best["step"] != self.step:
-                check_best(self.out, self.bps.config)
+                check_best(self.out, self.best)
             print(f"{checkpoint}: resumed at step {self.step}")
             if self.processes.rank == 0:
                 self.write()                        # in case it was stopped before that
@@ -244,7 +244,7 @@ class Training:
             average.lerp_(parameter, 1 / min(step + 1, AVERAGED_STEPS))
 
     def save(self, step, train_loss, base_loss, val_loss):
-        """Write everything to resume from a step, and the average if it is the one to keep."""
+        """Write everything that resuming needs, and the average if it is the one to keep."""
         self.step, self.train_loss = step, train_loss
         self.rows.append(dict(step=step, train_loss=train_loss, val_base=base_loss,
                               val_steered=val_loss))
@@ -257,7 +257,7 @@ class Training:
         self.write()
 
     def write(self):
-        """Write what follows from the checkpoint: log, curve, and the average if it is kept."""
+        """Write the files that the checkpoint determines: log, curve, the average if it is kept."""
         if self.best["step"] == self.step:
             save_bps(self.average, self.out / "bps.safetensors",
                      self.metadata | dict(best=self.best))
@@ -270,7 +270,7 @@ class Training:
 
 
 def bps_metadata(args, record, base, cache):
-    """What a sampler has to know of a trained BPS, apart from its sizes (a dict)."""
+    """What sample.py needs to know about a trained BPS, apart from its sizes (a dict)."""
     numbers = {colour: number for classes in cache.palettes for colour, number in classes}
     names = class_names(numbers)            # those of grey maps are numbers,
     if not args.data:                       # those of the embedded maps are words
@@ -343,7 +343,7 @@ def train_in(out, args, config, record, base, splits, processes):
     bps = build_bps(config).to(args.device, memory_format=torch.channels_last)
     base.unet.checkpointing = bps.checkpointing = args.checkpointing
     training = Training(out, bps, args, processes, bps_metadata(args, record, base, cache),
-                        keep_best=len(splits["train"]) >= FEW_PAIRS)
+                        keep_best=len(splits["train"]) >= SELECTION_PAIRS)
     training.start_or_resume(record)
     base_loss = paired_errors(base, val_cache).mean()
     if not base_loss.isfinite():

@@ -98,43 +98,39 @@ class Checkpoint(NamedTuple):
                 raise ValueError(f"{layers} layers in {len(self.state)} tensors")
             with torch.device("meta"):
                 module = Module(config)
-        if part != "BPS":                       # whose ports are zero until they are trained
+        module = load_strict(module, self, dtype, device)
+        if part != "BPS":                       # its ports are zero until they are trained
             check_ends(self.state)
-        return load_strict(module, self, dtype, device)
+        return module
 
 
 def check_types(values, examples, file):
-    """Raise UserError if a value from JSON does not match its example; values, examples: dicts."""
-    for key, example in examples.items():
-        value = values.get(key, example)
-        if value != example and not matches(value, example):
-            raise UserError(f"{file}: {key} must be {kind_of(example)}, got {value!r}. Get another "
-                            f"copy of the file.")
+    """Raise UserError if a value from JSON does not match its example; values, examples: dicts.
 
-
-def matches(value, example):
-    """Whether a value has the type of its example, entry by entry, and a number a possible size.
-
-    The example None is an absent whole number.
+    It has the type of its example, entry by entry, and a number a possible size.
     """
-    if isinstance(example, tuple):
-        return isinstance(value, tuple) and all(matches(entry, example[0]) for entry in value)
-    if isinstance(example, (bool, str)):
-        return type(value) is type(example)
-    if isinstance(example, float):
-        return type(value) in (int, float) and 0 <= value <= MAX_SIZE
-    return type(value) is int and 0 < value <= MAX_SIZE
+    for key, example in examples.items():
+        value, (kind, matches) = values.get(key, example), kind_of(example)
+        if value != example and not matches(value):
+            raise UserError(f"{file}: {key} must be {kind}, got {value!r}. Get another copy of the "
+                            f"file.")
 
 
 def kind_of(example):
-    """What matches an example, in words."""
+    """(words, test) of the values that match an example; None is an absent whole number."""
     if isinstance(example, tuple):
-        return f"a list, each entry {kind_of(example[0])}"
-    if isinstance(example, (bool, str)):
-        return "true or false" if isinstance(example, bool) else "text"
+        kind, matches = kind_of(example[0])
+        return (f"a list, each entry {kind}",
+                lambda value: isinstance(value, tuple) and all(map(matches, value)))
+    if isinstance(example, bool):
+        return "true or false", lambda value: type(value) is bool
+    if isinstance(example, str):
+        return "text", lambda value: type(value) is str
     if isinstance(example, float):
-        return f"a number in [0, {MAX_SIZE}]"
-    return f"a whole number in [1, {MAX_SIZE}]"
+        return (f"a number in [0, {MAX_SIZE}]",
+                lambda value: type(value) in (int, float) and 0 <= value <= MAX_SIZE)
+    return (f"a whole number in [1, {MAX_SIZE}]",
+            lambda value: type(value) is int and 0 < value <= MAX_SIZE)
 
 
 # ---- reading -------------------------------------------------------------------------------

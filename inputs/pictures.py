@@ -73,12 +73,12 @@ def read_stored(picture):
     text = load_image(picture).info
     with as_user_error(MALFORMED, f"--from {picture}: does not say how it was drawn",
                        "Use a PNG as sample.py wrote it; other programs drop its text."):
-        options, files = json.loads(text["options"]), dict(json.loads(text["files"]))
+        options, files = json.loads(text["options"]), json.loads(text["files"])
         stored = {name: value for name, value in options.items() if name in STORED}
         for entry in itertools.chain(*(v for v in stored.values() if isinstance(v, list))):
-            if str(entry).startswith("--"):             # argparse would read it as an option
+            if isinstance(entry, str) and entry.startswith("-"):    # argparse's options do, too
                 raise ValueError(f"{entry} is not a value")
-        return stored, files
+        return stored, dict(files.items())
 
 
 def note_changes(args, files, networks):

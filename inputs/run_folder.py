@@ -60,15 +60,15 @@ def choose_out(folder, record):
             return out
 
 
-def check_best(out, config):
+def check_best(out, best):
     """Raise UserError if the best weights so far are lost, which the end of a run needs.
 
-    config: the BPSConfig of the run.
+    best: {step: .., loss: ..} of the best weights.
     """
     file = out / "bps.safetensors"
     try:
-        if load_bps(file).config != config:
-            raise UserError(f"{file} has other sizes than this run's.")
+        if load_bps(file).metadata.get("best") != best:
+            raise UserError(f"{file} is not of step {best['step']} of this run.")
     except UserError as error:
         raise UserError(f"{error} The run's best weights were in it: put it back, or delete {out} "
                         f"to start over.") from None

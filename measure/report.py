@@ -18,7 +18,7 @@ from weights import UserError, replacing
 
 VALIDATION_T = tuple(range(62, 1000, 125))      # timesteps 62, 187 .. 937
 OBEDIENCE_PICTURES = 48
-FEW_PAIRS = 20                                  # too few for a standard error to be trusted
+RELIABLE_PAIRS = 20                             # with fewer, standard errors aren't
 SHEET_ROWS = 12
 SAMPLING = Sampling()
 
@@ -212,7 +212,7 @@ def print_losses(numbers):
     if gain < 0:
         print("Worse than the frozen base. Train for fewer steps with few pairs, else for more, or "
               "with a smaller --lr.")
-    if numbers["pairs"] < FEW_PAIRS:
+    if numbers["pairs"] < RELIABLE_PAIRS:
         print(f"(only {numbers['pairs']} test pairs; expect large variation)")
 
 

@@ -34,10 +34,14 @@ QUANTILES = (0.75, 0.5, 0.25)               # of the gain in line F1, for the ro
 ROWS = 3
 
 
+def person_pairs():
+    """The test pairs that are no robots."""
+    return [pair for pair in load_pairs("sketch", "test") if "robot" not in world.figure(pair.name)]
+
+
 def drawings(count, persons=False):
     """Conditions (count, 1, H, W) and pairs: the first test pairs, of persons or any."""
-    pairs = [pair for pair in load_pairs("sketch", "test")
-             if not persons or "robot" not in world.figure(pair.name)][:count]
+    pairs = (person_pairs() if persons else load_pairs("sketch", "test"))[:count]
     return torch.stack([drawing_to_cond(pair.open_cond()) for pair in pairs]), pairs
 
 
@@ -71,9 +75,9 @@ def one_drawing(base, bps, options):
 def hero(base, bps):
     """(columns, titles, names) of a sheet: drawings at QUANTILES of what BPS gains.
 
-    A row's second prompt has another style and other colours; all its pictures have one noise.
+    A row's other prompt is one of PROMPTS; all its pictures have one noise.
     """
-    pairs = drawings(None, persons=True)[1]
+    pairs = person_pairs()
     cache, n = LatentCache(pairs, "sketch", world.SIZE, base), len(pairs)
     drawn = [draw_pairs(base, cache, network, n, 0) for network in (None, bps)]
     lines = extract_lines(cond_to_x(cache.cond(range(n))))

@@ -50,7 +50,7 @@ from sample import load_base
 from studies import rival_networks as networks
 from studies.quality import evaluate, paired_difference
 from tiny import world
-from train import FEW_PAIRS, NotFinite, Training, require_finite, train
+from train import SELECTION_PAIRS, NotFinite, Training, require_finite, train
 from weights import UserError
 
 BATCH, STEPS, SAVES = 8, 300, 5
@@ -149,7 +149,7 @@ def read_record(file, base_sha256):
 
 
 @functools.cache
-def commit():
+def code_version():
     """The short hash of the code that runs, or "" without git."""
     with contextlib.suppress(OSError):
         return subprocess.run(("git", "rev-parse", "--short", "HEAD"), cwd=ROOT, text=True,
@@ -159,7 +159,7 @@ def commit():
 
 def write_record(file, base_sha256, job, numbers):
     """Append a line in one piece, because other processes may append at the same time."""
-    line = json.dumps(dict(job=job._asdict(), base_sha256=base_sha256, commit=commit(),
+    line = json.dumps(dict(job=job._asdict(), base_sha256=base_sha256, commit=code_version(),
                            torch=torch.__version__, results=numbers), allow_nan=False)
     with file.open("ab", buffering=0) as f:
         f.write(f"{line}\n".encode())
@@ -315,7 +315,7 @@ class Bench:
             save_every=job.steps if job.seed == SWEEP_SEED else max(1, job.steps // SAVES))
         labelled = (job.pairs or len(self.pairs["train"])) if recipe.pairs else 0
         training = RivalTraining(out, network, args, recipe,
-                                 picks_best=labelled >= FEW_PAIRS or not recipe.averaged)
+                                 picks_best=labelled >= SELECTION_PAIRS or not recipe.averaged)
         training.start_or_resume(job._asdict())
         steps_to_go = job.steps - training.step
         cache = self.cache(lambda: self.train_rows(job), extract=not recipe.pairs)
@@ -439,7 +439,7 @@ def main():
     parser.check_out(args.out)
     args.end = time.monotonic() + 60 * args.minutes
     args.base_sha256 = fingerprint(*itertools.chain(*checkpoints.weights_files(BASE).values()))
-    commit()                                    # before the code can change
+    code_version()                              # before it can change
     chosen = {name: [row for row in study if args.study in (None, name) and all(
         getattr(args, field) in (None, getattr(row, field)) for field in FILTERS)]
         for name, study in STUDIES.items()}

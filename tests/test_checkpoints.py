@@ -259,7 +259,7 @@ LOADERS = {"unet": load_unet, "vae": load_vae, "text_encoder": load_clip,
     ("unet", dict(layers_per_block=10**6), "4000000 layers in 684 tensors"),
     ("unet", dict(attention_head_dim=[8, 8]), "don't fit together"),
     ("unet", dict(norm_num_groups=48), "no UNet has these sizes"),
-    ("unet", dict(use_linear_projection="yes"), "linear_projection must be true or false, got 'yes'"),
+    ("unet", dict(use_linear_projection="yes"), "projection must be true or false, got 'yes'"),
     ("vae", dict(latents_mean=[0, 0, 0, 1]), "latents_mean must be None"),
     ("vae", dict(scaling_factor=float("nan")), "scaling_factor must be a number in .*, got nan"),
     ("text_encoder", dict(hidden_act="relu"), "hidden_act must be 'quick_gelu' or 'gelu', got"),
@@ -310,7 +310,7 @@ def test_a_hub_name_and_parts_of_different_models_are_rejected(sd_folder, copied
     path = copied("small1")
     shutil.rmtree(path / "text_encoder")
     shutil.copytree(sd_folder("small2") / "text_encoder", path / "text_encoder")
-    with pytest.raises(UserError, match="text states of width 1024.*takes 768"):
+    with pytest.raises(UserError, match="text states of width 1024.*needs 768"):
         sample.load_base(path)
 
 

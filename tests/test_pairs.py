@@ -231,7 +231,8 @@ def test_pairs_that_share_a_file_are_in_one_split(folder):
     ("a thing\nSteps: 9, Seed: 3", ("a thing",), 1),
     ("0 0.45 0.50 0.66 0.69\n3 0.2 0.31 0.1 0.12", (), 2),
     ("car 0.00 0 -1.57 599.41 156.40\na red car", ("a red car",), 1),
-    ("0 0.5 0.5 0.1 1e-05\n0,0.5,0.5,0.1,0.1", (), 2), ("steps: 3, 2 and 1", ("steps: 3, 2 and 1",), 0),
+    ("0 0.5 0.5 0.1 1e-05\n0,0.5,0.5,0.1,1e+00", (), 2),
+    ("top 10, 20, 30, 40\nsteps: 3, 2 and 1", ("top 10, 20, 30, 40", "steps: 3, 2 and 1"), 0),
     ("7\n2 cats, 3 dogs, 4 5 6\nsteps: up to a door", ("7", "2 cats, 3 dogs, 4 5 6",
                                                       "steps: up to a door"), 0)])
 def test_parameters_and_boxes_are_not_captions(folder, check, text, captions, other_lines):
@@ -246,8 +247,8 @@ def test_parameters_and_boxes_are_not_captions(folder, check, text, captions, ot
 
 
 @pytest.mark.parametrize("name", ["@eaDir/00.png", ".thumbnails", "__MACOSX/images", ".@__thumb",
-                                  "@Recycle", "@tmp", "#recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db",
-                                  "desktop.ini", "run"])
+                                  "@Recycle", "@tmp", "#recycle", "$RECYCLE.BIN", "lost+found",
+                                  "Thumbs.db", "desktop.ini", "run"])
 def test_folders_of_a_system_or_a_training_contain_no_pairs(folder, name):
     for part in ("images", "conditions"):
         (folder / part / name).mkdir(parents=True)

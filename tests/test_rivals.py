@@ -129,7 +129,7 @@ def short(monkeypatch):
     for module, values in (
             (report, dict(SAMPLING=sampling, VALIDATION_T=(500,))),
             (draws, dict(SAMPLING=sampling, FIT_STEPS=1, MIN_QUALITY=-100)),
-            (rivals, dict(BATCH=2, SAVES=2, WAIT=0, RATES=(1e-3,), DRAWS=12, FEW_PAIRS=5,
+            (rivals, dict(BATCH=2, SAVES=2, WAIT=0, RATES=(1e-3,), DRAWS=12, SELECTION_PAIRS=5,
                           SEEDS=(0,), load_pairs=lambda *a: load_pairs(*a)[:6]))):
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
@@ -291,6 +291,26 @@ def test_a_sweep_walks_to_the_best_rate_and_then_tries_the_authors_recipe(loss, 
     assert [job.rate for job in results] == [*tried, job.rate]
     assert job.rate == min(tried, key=lambda rate: loss(job._replace(rate=rate)) or 9)
     assert job.recipe == ("copies" if own > 0 else "half of the prompts")
+
+
+@pytest.mark.parametrize("changes, sweep", [
+    (dict(method="bps-contracting"), dict(method="bps", recipe="copies", pairs=40)),
+    (dict(method="bps-flat", pairs=0), dict(method="bps-flat", recipe="copies", pairs=0)),
+    (dict(method="bps", recipe="draws alone", pairs=rivals.DRAWS), dict(recipe="copies", pairs=0)),
+    (dict(method="lora", pairs=12), dict(method="lora", pairs=40)),
+    (dict(method="lora", pairs=300), dict(method="lora", pairs=0))], ids=str)
+def test_a_row_has_the_rate_of_its_sweep(changes, sweep):
+    job = rivals.resolve({}, JOB._replace(rate=0.0, pairs=40)._replace(**changes))
+    assert job.seed == rivals.SWEEP_SEED
+    assert {name: getattr(job, name) for name in sweep} == sweep
+
+
+@pytest.mark.slow
+def test_draws_alone_train_on_all_of_them_and_few_unseen_pairs_are_measured(bench, monkeypatch):
+    rows = bench.train_rows(JOB._replace(recipe="draws alone", pairs=10))
+    assert len({row.name for row in rows}) == 10
+    monkeypatch.setattr(rivals, "UNSEEN", 2)
+    assert len(rivals.Bench("sketch", bench.base, bench.root).tests[1].pairs) == 2
 
 
 # ---- numbers -------------------------------------------------------------------------------

@@ -228,6 +228,7 @@ def test_a_picture_does_not_decide_where_files_are_written(draw, tmp_path):
     ("[]", "does not say how it was drawn"), ("[" * 10**5, "does not say how it was drawn"),
     ('{"window": [null]}', "must be a number in [0, 1], got None"),
     ('{"sampler": "none"}', "invalid choice: 'none'"),
+    ('{"prompt": ["a", "-h"]}', "does not say how it was drawn (-h is not a value"),
     ('{"bps": ["none", "--out=theirs"]}', "does not say how it was drawn (--out=theirs is not"),
     ('{"prompt": ["a", "--out=theirs"]}', "does not say how it was drawn (--out=theirs is not")])
 def test_stored_options_that_make_no_sense_are_refused(draw, refused, tmp_path, stored, message):

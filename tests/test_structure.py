@@ -56,6 +56,12 @@ def test_imports_point_down_and_stand_at_the_top_of_a_file(module):
     assert all(node in TREES[module].body for node, _ in our_imports(TREES[module]))
 
 
+def test_lines_have_at_most_100_columns():
+    for file in (*FILES, *sorted(ROOT.glob("tests/*.py"))):
+        lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+        assert not [line for line in lines if len(line) > 100], file
+
+
 def test_imports_have_no_cycle():
     TopologicalSorter(GRAPH).prepare()
 

@@ -124,7 +124,7 @@ def test_the_average_is_a_mean_at_first_and_then_forgets():
 @pytest.mark.parametrize("few_pairs, kept", [(1, 1), (1000, 2)], ids=["many pairs", "few pairs"])
 def test_the_best_average_is_kept_and_of_few_pairs_the_last(few_pairs, kept, run_train, interrupted,
                                                             tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "FEW_PAIRS", few_pairs)
+    monkeypatch.setattr(train, "SELECTION_PAIRS", few_pairs)
     losses, errors = iter([0.5, 0.3, 0.4]), train.paired_errors         # of the base, steps 1 and 2
     monkeypatch.setattr(train, "paired_errors", lambda *a: errors(*a) * 0 + next(losses))
     averages, save = {}, train.Training.save

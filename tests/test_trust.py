@@ -115,12 +115,13 @@ def cut(file):
 @pytest.mark.parametrize("name, spoil, message", [
     ("checkpoint.safetensors", cut, "checkpoint is corrupt"),
     ("bps.safetensors", Path.unlink, "The run's best weights were in it: put it back"),
-    ("bps.safetensors", lambda file: shutil.copy(DEFAULT_BPS, file), "has other sizes than this")])
+    ("bps.safetensors", lambda file: shutil.copy(DEFAULT_BPS, file),
+     "is not of step 1 of this run. The run's best weights were in it")])
 def test_a_lost_or_corrupt_file_is_noticed_before_the_training(
         name, spoil, message, run_train, interrupted, refused, tmp_path, monkeypatch):
     losses, errors = iter([0.5, 0.3, 0.4] + [0.5] * 9), train.paired_errors    # step 1 is best
     monkeypatch.setattr(train, "paired_errors", lambda *a: errors(*a) * 0 + next(losses))
-    monkeypatch.setattr(train, "FEW_PAIRS", 1)
+    monkeypatch.setattr(train, "SELECTION_PAIRS", 1)
     interrupted(run_train, "--out", tmp_path / "run")
     spoil(tmp_path / "run" / name)
     assert message in refused(run_train, "--out", tmp_path / "run")
