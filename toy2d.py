@@ -274,7 +274,7 @@ def fit(points, steps, lr, seed, prior=None, make_bps=ToyBPS):
     prior: the network to steer, trained too unless it is frozen. None is a new one.
     """
     torch.manual_seed(seed)
-    new, bps = ToyUNet(), make_bps()
+    new, bps = ToyUNet(), make_bps()        # both always, so that BPS starts alike with a prior
     unet = prior or new
     parameters = [p for p in (*unet.parameters(), *bps.parameters()) if p.requires_grad]
     batch = min(BATCH, PASSES * len(points[0]))
@@ -297,7 +297,7 @@ def draw_labels(world, n, seed):
     return world.draw_labelled(n, torch.Generator().manual_seed(30_000 + seed))
 
 
-def likelihood(z_0, cond):
+def fit_likelihood(z_0, cond):
     """Fit p(c | z) to labels z_0 (n, 2), cond (n, 6).
 
     A kernel estimate: arm probabilities and mean place at z are averages over the labels near z,
@@ -305,9 +305,9 @@ def likelihood(z_0, cond):
     others.
     """
     arms, places = cond[:, :ARMS], cond[:, ARMS]
-    to_others = torch.cdist(z_0, z_0).square().fill_diagonal_(math.inf)
+    squares_to_rest = torch.cdist(z_0, z_0).square().fill_diagonal_(math.inf)
 
-    def nearness(square, width):
+    def label_weights(square, width):
         """Weights of the labels at points, from squared distances (m, n); each row sums to 1."""
         return (-square / (2 * width**2)).softmax(1)                            # (m, n)
 
@@ -315,7 +315,7 @@ def likelihood(z_0, cond):
         """Probabilities (m, ARMS) if a label's arm is random with probability `doubt`."""
         return (1 - doubt) * near @ arms + doubt / ARMS
 
-    near = {width: nearness(to_others, width) for width in KERNEL_WIDTHS}
+    near = {width: label_weights(squares_to_rest, width) for width in KERNEL_WIDTHS}
     arm_width, doubt = max(itertools.product(KERNEL_WIDTHS, DOUBTS), key=lambda pair: (
         arm_probabilities(near[pair[0]], pair[1]) * arms).sum(1).log().sum())
     errors = {width: (near[width] @ places - places).square().mean() for width in KERNEL_WIDTHS}
@@ -325,8 +325,8 @@ def likelihood(z_0, cond):
     def fitted(z):
         """Arm probabilities, mean place and its standard error at z (m, 2)."""
         square = torch.cdist(z, z_0).square()
-        return (arm_probabilities(nearness(square, arm_width), doubt),
-                nearness(square, place_width) @ places, error)
+        return (arm_probabilities(label_weights(square, arm_width), doubt),
+                label_weights(square, place_width) @ places, error)
 
     return fitted
 
@@ -335,7 +335,7 @@ def draw_and_label(prior, labels, seed):
     """DRAWS points (n, 2) from the prior, with conditions (n, 6) from the labels' likelihood."""
     z_0 = draw(prior, DRAWS, 40_000 + seed)
     generator = torch.Generator().manual_seed(40_000 + seed)
-    arm_p, place, error = likelihood(*labels)(z_0)
+    arm_p, place, error = fit_likelihood(*labels)(z_0)
     arm = arm_p.multinomial(1, generator=generator).squeeze(1)
     return z_0, condition(arm, place + error * torch.randn(len(z_0), generator=generator))
 
@@ -364,8 +364,9 @@ def energy_distance(x, y):
 class HeldOut:
     """Conditions that no method was trained on, and true points that fit them.
 
-    cond (N, 6), log_p_cond (N, K), `true` (N, 5 SAMPLES, 2), `fresh` (N, SAMPLES, 2). rows
-    (N SAMPLES,) is the number of the condition of each point that `draw` draws.
+    cond (N, 6), log_p_cond (N, K). reference (N, 5 SAMPLES, 2): true points to compare with.
+    independent (N, SAMPLES, 2): others, for the row `true` and for bits. rows (N SAMPLES,): the
+    number of the condition of each point that `draw` draws.
     """
 
     def __init__(self, world, seed):
@@ -373,7 +374,7 @@ class HeldOut:
         self.world, self.seed = world, seed
         _, self.cond = world.draw_labelled(CONDITIONS, generator)
         self.log_p_cond = world.log_p_cond(self.cond)
-        self.true, self.fresh = (
+        self.reference, self.independent = (
             torch.stack([world.draw(n, generator, row) for row in self.log_p_cond])
             for n in (5 * SAMPLES, SAMPLES))
         self.rows = torch.arange(CONDITIONS).repeat_interleave(SAMPLES)
@@ -381,7 +382,8 @@ class HeldOut:
     def draw(self, eps):
         """Points (N, SAMPLES, 2) that eps(z_t, t, cond) draws."""
         cond = self.cond[self.rows]
-        return draw(lambda z_t, t: eps(z_t, t, cond), len(cond), self.seed).view_as(self.fresh)
+        points = draw(lambda z_t, t: eps(z_t, t, cond), len(cond), self.seed)
+        return points.view(CONDITIONS, SAMPLES, 2)
 
     def scores(self, points):
         """How close points (N, SAMPLES, 2) come to true ones, on average over the conditions.
@@ -391,9 +393,9 @@ class HeldOut:
         """
         nearest = torch.cdist(points.view(-1, 2), self.world.means).argmin(1)
         hits = self.world.arms[nearest] == self.cond[self.rows, :ARMS].argmax(1)
-        spread = points.var(1).sum(1) / self.true.var(1).sum(1)                 # (N,)
+        spread = points.var(1).sum(1) / self.reference.var(1).sum(1)                 # (N,)
         return dict(accuracy=hits.float().mean().item(),
-                    energy=energy_distance(points, self.true).mean().item(),
+                    energy=energy_distance(points, self.reference).mean().item(),
                     spread=spread.sqrt().mean().item())
 
     @torch.no_grad()
@@ -404,7 +406,7 @@ class HeldOut:
         divergence of what is drawn (arXiv 2101.09258).
         """
         generator = torch.Generator().manual_seed(20_000 + self.seed)
-        z_0, cond = self.fresh.view(-1, 2), self.cond[self.rows]
+        z_0, cond = self.independent.view(-1, 2), self.cond[self.rows]
         errors = []
         for t in BITS_T:
             t = t.expand(len(z_0))
@@ -453,7 +455,7 @@ def compare(effort, seed, out):
     rows, panels = [], {}
     large = world.draw(5000, torch.Generator().manual_seed(seed))
     for name, eps in denoisers.items():
-        points = held_out.fresh if name == "true" else held_out.draw(eps)
+        points = held_out.independent if name == "true" else held_out.draw(eps)
         scores, bits = held_out.scores(points), held_out.bits_lost(eps).tolist()
         quarters = {f"bits, t {250 * i}..{250 * i + 249}": bits[i] for i in range(4)}
         rows.append(dict(points=name) | scores | quarters | dict(bits=sum(bits)))

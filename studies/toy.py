@@ -176,19 +176,19 @@ def fit_output_term(labels, steps, lr, seed, prior, blind):
 # ---- what can be had without a network -----------------------------------------------------
 
 def excess_bits(held_out, log_density):
-    """KL divergence in bits from the true p(z | c) to log_density (N, m) at held_out.true.
+    """KL divergence in bits from the true p(z | c) to log_density (N, m) at held_out.reference.
 
     It is also the integral of HeldOut.bits_lost for the exact denoiser of that density.
     """
     world = held_out.world
     log_p_c = held_out.log_p_cond.logsumexp(1) - math.log(len(world.means))
     exact = torch.stack([world.log_p(points, *CLEAN, row) for points, row in zip(
-        held_out.true, held_out.log_p_cond)]) - log_p_c[:, None]
+        held_out.reference, held_out.log_p_cond)]) - log_p_c[:, None]
     return (exact - log_density).mean().item() / math.log(2)
 
 
 def log_likelihood(fitted, z, cond):
-    """log p(c | z) (m,) of one condition (6,) at points (m, 2) by toy2d.likelihood's result."""
+    """log p(c | z) (m,) of one condition (6,) at points (m, 2) by toy2d.fit_likelihood's result."""
     arm_p, place, error = fitted(z)
     arm = (arm_p @ cond[:toy2d.ARMS]).log()
     return arm + torch.distributions.Normal(place, error).log_prob(cond[toy2d.ARMS])
@@ -196,11 +196,11 @@ def log_likelihood(fitted, z, cond):
 
 def bound(held_out, labels):
     """Points (N, SAMPLES, 2) and bits of the exact prior times the likelihood fitted to labels."""
-    world, fitted = held_out.world, toy2d.likelihood(*labels)
+    world, fitted = held_out.world, toy2d.fit_likelihood(*labels)
     generator = torch.Generator().manual_seed(50_000 + held_out.seed)
     large = world.draw(20_000, generator)
     drawn, log_density = [], []
-    for points, cond in zip(held_out.true, held_out.cond):
+    for points, cond in zip(held_out.reference, held_out.cond):
         log_weights = log_likelihood(fitted, large, cond)
         log_p_c = log_weights.logsumexp(0) - math.log(len(large))
         drawn.append(large[torch.multinomial(log_weights.softmax(0), toy2d.SAMPLES,
@@ -239,7 +239,7 @@ def density(held_out, labels):
     near = torch.multinomial(log_w.exp(), toy2d.SAMPLES, replacement=True, generator=generator)
     points = z_0[near] + width * torch.randn(*near.shape, 2, generator=generator)
     log_density = torch.stack([(row + log_kernel(true, width)).logsumexp(1)
-                               for row, true in zip(log_w, held_out.true)])
+                               for row, true in zip(log_w, held_out.reference)])
     return points, excess_bits(held_out, log_density)
 
 
@@ -407,7 +407,7 @@ def draw_steering(lab, eps):
     for column, t in enumerate(timesteps):
         alpha, sigma = toy2d.SCHEDULE.signal_and_noise(t, grid)
         large, small = (alpha * z_0 + sigma * torch.randn(z_0.shape, generator=generator)
-                        for z_0 in (world.draw(2000, generator), held_out.true[0]))
+                        for z_0 in (world.draw(2000, generator), held_out.reference[0]))
         # neither field matters at points that the prior hardly ever reaches
         lowest = world.log_p(large, alpha, sigma).quantile(0.02)
         z_t = grid[world.log_p(grid, alpha, sigma) > lowest]
@@ -423,7 +423,7 @@ def draw_steering(lab, eps):
 # ---- tempering and composing ---------------------------------------------------------------
 
 def law_points(held_out, law):
-    """Points (N, m, 2) of p(z_0) prod_i p(c_i | z_0)^s_i, as many as HeldOut.true; law: {kind: s}.
+    """Points (N, m, 2) of p(z_0) prod_i p(c_i | z_0)^s_i, as many as the reference; law: {kind: s}.
 
     By importance: points of the large space, drawn again with the other factors as weights.
     """
@@ -434,7 +434,8 @@ def law_points(held_out, law):
     for kind, s in law.items():
         log_weights += s * torch.stack([world.log_p(z_0, *CLEAN, row) - log_p
                                         for row in log_p_cond(world, held_out.cond, kind)])
-    return z_0[torch.multinomial(log_weights.softmax(1), held_out.true.shape[1], replacement=True,
+    count = held_out.reference.shape[1]
+    return z_0[torch.multinomial(log_weights.softmax(1), count, replacement=True,
                                  generator=generator)]
 
 

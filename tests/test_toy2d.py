@@ -76,7 +76,7 @@ def test_conditions_are_as_likely_as_log_p_cond_claims(world):
 # ---- the likelihood ------------------------------------------------------------------------
 
 def exact_likelihood(world):
-    """What toy2d.likelihood returns, with the first two moments of the exact p(c | z)."""
+    """What toy2d.fit_likelihood returns, with the first two moments of the exact p(c | z)."""
     def fitted(z):
         p_k = world.log_components(z, *toy.CLEAN).softmax(1)
         place = p_k @ world.places
@@ -88,7 +88,7 @@ def exact_likelihood(world):
 def test_draws_with_exact_conditions_have_the_law_of_labels(monkeypatch):
     world, n = toy2d.pinwheel(), 20_000
     monkeypatch.setattr(toy2d, "DRAWS", n)
-    monkeypatch.setattr(toy2d, "likelihood", lambda *labels: exact_likelihood(world))
+    monkeypatch.setattr(toy2d, "fit_likelihood", lambda *labels: exact_likelihood(world))
     z_0, cond = toy2d.draw_and_label(toy.exact_denoiser(world), (None, None), 0)
     for arm in range(5):
         drawn = torch.cat([z_0, cond[:, 5:]], 1)[cond[:, arm] == 1]
@@ -109,7 +109,7 @@ def test_the_fitted_likelihood_converges_to_the_exact_one():
     exact = exact + (normal / math.log(2)) - math.log2(math.sqrt(2 * math.pi))
     bits = []
     for n in (50, 400, 2000):
-        fitted = toy2d.likelihood(*toy2d.draw_labels(world, n, 0))
+        fitted = toy2d.fit_likelihood(*toy2d.draw_labels(world, n, 0))
         log_p = torch.stack([toy.log_likelihood(fitted, z[None], c)[0] for z, c in zip(z_0, cond)])
         bits.append((exact - log_p / math.log(2)).mean().item())
     assert bits[0] > bits[1] > bits[2] > 0
@@ -117,7 +117,7 @@ def test_the_fitted_likelihood_converges_to_the_exact_one():
 
 
 def test_the_bound_with_an_exact_likelihood_loses_nothing(monkeypatch, held_out):
-    monkeypatch.setattr(toy2d, "likelihood", lambda *labels: exact_likelihood(held_out.world))
+    monkeypatch.setattr(toy2d, "fit_likelihood", lambda *labels: exact_likelihood(held_out.world))
     points, bits = toy.bound(held_out, (None, None))
     assert held_out.scores(points)["energy"] == pytest.approx(0, abs=2e-3)
     assert bits == pytest.approx(0, abs=0.02)
@@ -139,7 +139,7 @@ def test_a_wrong_likelihood_loses_the_divergence_of_its_density(held_out):
         world.places, 2 * toy2d.PLACE_ERROR).log_prob(held_out.cond[:, 5:])
     log_p_c = log_p_cond.logsumexp(1) - math.log(len(world.means))
     log_density = torch.stack([world.log_p(points, *toy.CLEAN, row)
-                               for points, row in zip(held_out.true, log_p_cond)])
+                               for points, row in zip(held_out.reference, log_p_cond)])
     known = toy.excess_bits(held_out, log_density - log_p_c[:, None])
     denoise = toy.exact_denoiser(world, log_p_cond[held_out.rows])
     lost = held_out.bits_lost(lambda z_t, t, _: denoise(z_t, t)).sum().item()
@@ -210,10 +210,10 @@ def test_energy_distance_is_its_definition():
 
 
 def test_true_points_get_full_scores_and_other_arms_none(held_out):
-    scores = held_out.scores(held_out.fresh)
+    scores = held_out.scores(held_out.independent)
     assert scores["accuracy"] > 0.99 and abs(scores["energy"]) < 2e-3
     assert scores["spread"] == pytest.approx(1, abs=0.05)
-    assert held_out.scores(held_out.fresh.roll(1, 0))["accuracy"] < 0.01     # the arms go in turn
+    assert held_out.scores(held_out.independent.roll(1, 0))["accuracy"] < 0.01     # the arms go in turn
 
 
 def test_a_gaussian_is_drawn_as_its_closed_form_says():
@@ -227,7 +227,7 @@ def test_a_gaussian_is_drawn_as_its_closed_form_says():
 @pytest.mark.slow
 def test_a_tempered_law_is_the_small_space_at_strength_1(held_out):
     points = toy.law_points(held_out, dict(both=1.0))
-    assert energy_distance(points, held_out.true).abs().mean() < 0.003
+    assert energy_distance(points, held_out.reference).abs().mean() < 0.003
     # the square root of a normal likelihood is one of sqrt(2) times the error
     reading = torch.distributions.Normal(held_out.world.places, toy2d.PLACE_ERROR * 2**0.5)
     for i, points in enumerate(toy.law_points(held_out, dict(place=0.5))[:5]):
