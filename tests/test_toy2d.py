@@ -213,7 +213,8 @@ def test_true_points_get_full_scores_and_other_arms_none(held_out):
     scores = held_out.scores(held_out.independent)
     assert scores["accuracy"] > 0.99 and abs(scores["energy"]) < 2e-3
     assert scores["spread"] == pytest.approx(1, abs=0.05)
-    assert held_out.scores(held_out.independent.roll(1, 0))["accuracy"] < 0.01     # the arms go in turn
+    # the arms go in turn
+    assert held_out.scores(held_out.independent.roll(1, 0))["accuracy"] < 0.01
 
 
 def test_a_gaussian_is_drawn_as_its_closed_form_says():
