@@ -27,8 +27,8 @@ from draws import add_draws, draw_splits
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
 from inputs.files import write_json, write_lines
 from inputs.options import (BASE, DTYPES, Parser, add_port_options, check_pixels, in_range,
-                            positive, run_script, seed_number, shell_command, unicode_path,
-                            unicode_text)
+                            positive, run_script, seed_number, shell_command, to_argv,
+                            unicode_path, unicode_text)
 from inputs.pairs import warn_of_losses
 from inputs.processes import join_processes
 from inputs.run_folder import CHECKPOINT, check_best, choose_out, lock, run_record
@@ -69,8 +69,8 @@ def parse_args():
     add("--size", type=positive, default=64, help="side of the square in pixels; 512 for SD 1.5 "
         "(default: %(default)s)")
     add_port_options(parser)
-    add("--steps", type=positive, help="training steps (default: 900, artistic 300)")
-    add("--batch", type=positive, default=16, help="pictures per step (default: %(default)s)")
+    add("--steps", type=positive, help="training steps (default: 1200, artistic 300)")
+    add("--batch", type=positive, default=8, help="pictures per step (default: %(default)s)")
     add("--accumulate", type=positive, default=1, help="parts of a batch, computed one by one to "
         "save memory (default: %(default)s)")
     add("--checkpointing", action="store_true", help="recompute activations: less memory, more "
@@ -283,20 +283,19 @@ def bps_metadata(args, record, base, cache):
 
 
 def example_condition(task, cache):
-    """An image that draws with pair 0's condition, in the form that a user would give."""
+    """Pair 0's condition as an image that sample.py --cond accepts."""
     if TASKS[task].extract is TASKS[task].to_cond:      # made from any picture
         return cache.image(0)
     return to_image(cond_to_x(cache.cond([0]))[0])
 
 
-def sampling_command(args, file, drawing, prompt):
-    """The command that draws with a trained BPS on the base of these options."""
-    argv = ["python", "sample.py", "--bps", file, "--cond", drawing, f"--prompt={prompt}"]
-    argv += ["--base", args.base] if args.base != BASE else []
-    for name in ("tokenizer", "vae", "prediction_type"):
-        value = getattr(args, name)
-        argv += [f"--{name.replace('_', '-')}", value] if value else []
-    return shell_command(argv)
+def sampling_command(out, args, prompt):
+    """The command that draws with the BPS of a run's folder, from its example."""
+    options = dict(bps=out / "bps.safetensors", cond=out / "condition.png", prompt=prompt,
+                   base=args.base if args.base != BASE else None, tokenizer=args.tokenizer,
+                   vae=args.vae, prediction_type=args.prediction_type)
+    given = {name: value for name, value in options.items() if value is not None}
+    return shell_command(["python", "sample.py", *to_argv(given)])
 
 
 # ---- the script ----------------------------------------------------------------------------
@@ -324,13 +323,18 @@ def main():
     out = processes.broadcast(lambda: choose_out(args.out, record))
     is_renamed = out.resolve() != args.out.resolve()
     print(f"run: {out} ({args.out} is taken)" if is_renamed else f"run: {out}")
+    started = time.monotonic()
     with lock(out) if processes.rank == 0 else contextlib.nullcontext():
-        train_in(out, args, config, record, base, splits, processes)
+        training, test_cache = train_in(out, args, config, record, base, splits, processes)
+        if processes.rank == 0:
+            measure(training, base, test_cache, args)
+            print(f"done in {(time.monotonic() - started) / 60:.1f} min, peak memory "
+                  f"{peak_memory(args.device):.2f} GB. Draw from a condition:\n"
+                  + sampling_command(out, args, test_cache.first_prompts([0])[0]))
 
 
 def train_in(out, args, config, record, base, splits, processes):
-    """Train a BPS of a BPSConfig and measure it, in a run's folder."""
-    started = time.monotonic()
+    """Train a BPS of a BPSConfig in a run's folder; (the Training, LatentCache to test it on)."""
     print("{} training, {} validation and {} test pairs".format(*map(len, splits.values())))
     rows = with_copies(splits["train"], not args.no_mirror)
     if args.from_base and not args.without_pairs:
@@ -360,22 +364,22 @@ def train_in(out, args, config, record, base, splits, processes):
         processes.barrier()
 
     train(training, base, cache, args, on_save)
-    if processes.rank > 0:
-        return
+    return training, test_cache
+
+
+def measure(training, base, test_cache, args):
+    """Measure the average that is kept, and write it with its numbers and an example."""
     training.restore_best()
-    meter = meter_for(args.task, embedded=args.data is None)
+    meter, out = meter_for(args.task, embedded=args.data is None), training.out
     numbers = report(base, test_cache, training.average, out, args.seed, meter)
-    file, drawing = out / "bps.safetensors", out / "condition.png"
-    save_bps(training.average, file, training.metadata | dict(best=training.best, results=numbers))
+    save_bps(training.average, out / "bps.safetensors",
+             training.metadata | dict(best=training.best, results=numbers))
     example = example_condition(args.task, test_cache)
-    with weights.replacing(drawing) as temporary:
+    with weights.replacing(out / "condition.png") as temporary:
         example.save(temporary)
     (out / CHECKPOINT).unlink()
-    for written in (file, drawing, out / "log.jsonl", out / "curve.png", out / "args.json"):
-        print(written)
-    print(f"done in {(time.monotonic() - started) / 60:.1f} min, peak memory "
-          f"{peak_memory(args.device):.2f} GB. Draw from a condition:\n"
-          + sampling_command(args, file, drawing, test_cache.first_prompts([0])[0]))
+    for name in ("bps.safetensors", "condition.png", "log.jsonl", "curve.png", "args.json"):
+        print(out / name)
 
 
 if __name__ == "__main__":

@@ -515,7 +515,7 @@ class Task(NamedTuple):
     port_weights: str = "head-heavy"        # the default of train.py --weights
     has_labels: bool = False                # colours are classes, which must not be blended
     has_numbers: bool = False               # classes have the same number in all maps
-    steps: int = 900                        # the default of train.py --steps
+    steps: int = 1200                       # the default of train.py --steps
 
 
 TASKS = {
