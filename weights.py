@@ -274,7 +274,7 @@ def save_training(file, modules, trained, optimizer, progress):
         if state := optimizer.state.get(parameter):     # none before the first step
             tensors |= {f"m.{key}": state["exp_avg"], f"v.{key}": state["exp_avg_sq"]}
             updates = int(state["step"])
-    save(tensors, file, dict(facts=json.dumps(progress | dict(updates=updates))))
+    save(tensors, file, dict(progress=json.dumps(progress | dict(updates=updates))))
 
 
 @torch.no_grad()
@@ -283,7 +283,7 @@ def load_training(file, modules, trained, optimizer):
     with as_user_error((SafetensorError, *MALFORMED), f"{file}: checkpoint is corrupt",
                        "Delete the run folder to start over."):
         with safe_open(file, "pt") as f:
-            progress = json.loads(f.metadata()["facts"])
+            progress = json.loads(f.metadata()["progress"])
             stored = {name: f.get_tensor(name) for name in f.keys()}
         updates = float(progress.pop("updates"))
         for name, module in modules.items():

@@ -26,7 +26,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WINDOWS = ((0.0, 0.25), (0.0, 0.5), (0.5, 1.0), (0.75, 1.0), (0.0, 1.0))       # of the denoising
 PROMPT = "person, green hair, brown skin, miniavs style, on white"  # for two drawings at once
 # What a drawing is drawn with to see that colours come from the prompt and shapes from it.
-PROMPTS = ("person, purple hair, light skin, toon style, on white",
+PROMPTS = ("person, purple hair, light skin, on white",
            "person, blond hair, dark skin, red clothes, avataaars style, on pale blue",
            "person, green hair, brown skin, lorelei style, on yellow",
            "teal robot, bottts style, on pink")
