@@ -31,10 +31,14 @@ def meter_for(task, embedded):
     return PART_METERS[task] if embedded else None
 
 
+def drawing_f1(pictures, conds):
+    """F1 score (n,) of each picture's lines against its drawing's, to within 1 px."""
+    return line_f1(extract_lines(pictures), extract_lines(cond_to_x(conds)))
+
+
 def sketch(pictures, conds, names):
-    """F1 score of the pictures' lines against the drawings', to within 1 px."""
-    f1 = line_f1(extract_lines(pictures), extract_lines(cond_to_x(conds)))
-    return {"line F1": f1.mean().item()}
+    """Mean F1 score of the pictures' lines against the drawings'."""
+    return {"line F1": drawing_f1(pictures, conds).mean().item()}
 
 
 def artistic(pictures, conds, names):

@@ -16,8 +16,9 @@ import torch
 
 from bps import Condition
 from data import LatentCache, load_pairs
-from inputs.conditions import cond_to_x, drawing_to_cond, extract_lines, line_f1
+from inputs.conditions import cond_to_x, drawing_to_cond
 from inputs.options import BASE, DEFAULT_BPS, ROOT, Parser, run_script
+from measure.obedience import drawing_f1
 from measure.report import contact_sheet, draw_pairs, load_fitting
 from sample import draw, load_base
 from tiny import world
@@ -80,8 +81,7 @@ def hero(base, bps):
     pairs = person_pairs()
     cache, n = LatentCache(pairs, "sketch", world.SIZE, base), len(pairs)
     drawn = [draw_pairs(base, cache, network, n, 0) for network in (None, bps)]
-    lines = extract_lines(cond_to_x(cache.cond(range(n))))
-    prior, steered = (line_f1(extract_lines(x), lines) for x in drawn)
+    prior, steered = (drawing_f1(x, cache.cond(range(n))) for x in drawn)
     order = (steered - prior).argsort()
     chosen = [order[round(quantile * (n - 1))].item() for quantile in QUANTILES]
     conds = cache.cond(chosen)
