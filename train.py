@@ -48,8 +48,8 @@ SELECTION_PAIRS = 100           # with fewer, the validation loss is too noisy t
 
 # ---- options -------------------------------------------------------------------------------
 
-def parse_args():
-    """The checked options."""
+def make_parser():
+    """The parser of train.py's command line."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--task", choices=TASKS, default="sketch", help="kind of condition (default: %(default)s)")
@@ -86,6 +86,12 @@ def parse_args():
         "share (default: %(default)s)")
     parser.add_device()
     add("--out", type=unicode_path, help="folder of the run (default: runs/TASK)")
+    return parser
+
+
+def parse_args():
+    """The checked options."""
+    parser = make_parser()
     args = parser.parse_args()
     task = TASKS[args.task]
     args.weights = args.weights or task.port_weights
@@ -199,8 +205,8 @@ class Training:
     """A training in progress: its network, its optimizer, and the folder they are saved in.
 
     What is validated and saved is the moving average of the network's weights. The folder holds
-    args.json from the start, and CHECKPOINT, bps.safetensors, log.jsonl and curve.png from
-    the first validation. Only the first process writes.
+    args.json from the start, and CHECKPOINT, bps.safetensors, log.jsonl and curve.png from the
+    first validation. Only the first process writes.
     """
 
     def __init__(self, out, bps, args, processes, metadata=None, keep_best=True):
