@@ -37,7 +37,7 @@ from tqdm import tqdm
 import weights
 from bps import BPS, LightBPS, config_for
 from data import EMPTY_SHARE, LatentCache, load_pairs, with_copies
-from draws import add_draws, draw_splits
+from draws import add_draws, draw_for, pairs_of
 from inputs import checkpoints
 from inputs.conditions import TASKS
 from inputs.files import fingerprint
@@ -281,8 +281,8 @@ class Bench:
                                from_base=DRAWS if recipe.pairs else job.pairs, seed=job.seed,
                                cache=self.root, no_mirror=False)
         if not recipe.pairs:
-            splits = draw_splits(self.base, args, Processes())
-            return with_copies(sum(splits.values(), []))    # validation has the true pairs
+            prompts = [pair.prompts[0] for pair in labelled]
+            return with_copies(pairs_of(*draw_for(prompts, self.base, args, Processes())))
         order = np.random.default_rng(job.seed).permutation(len(labelled))
         pairs = [labelled[i] for i in sorted(order[:job.pairs or None])]
         rows = with_copies(pairs)[:None if recipe.copies else 2 * len(pairs)]
