@@ -207,7 +207,7 @@ def is_sheet(grey, middle, is_large):
     dark = np.ascontiguousarray(grey < middle)
     shrunk = Image.fromarray(dark).convert("L").resize((64, 64), Image.Resampling.BOX)
     light = np.asarray(shrunk) < 128                        # without specks
-    if dark.all() or not light.any():
+    if not light.any():
         return False
     if not is_large and np.ptp(np.percentile(grey[~dark], (20, 80))) < LEAST_SHADE:
         return False
@@ -217,7 +217,8 @@ def is_sheet(grey, middle, is_large):
                  (y.argmin(), x.argmax(), y.argmax(), x.argmin())):     # if turned by 45 degrees
         sheet = Image.new("1", light.shape)
         ImageDraw.Draw(sheet).polygon([(int(x[i]), int(y[i])) for i in ends], fill=1)
-        fits.append((light & np.asarray(sheet)).sum() / (light | np.asarray(sheet)).sum())
+        sheet = np.asarray(sheet)
+        fits.append((light & sheet).sum() / (light | sheet).sum())
     return max(fits) > SHEET_FIT
 
 

@@ -33,8 +33,9 @@ UNREAD_SUFFIXES = (".heic", ".heif", ".jxl", ".jp2", ".svg", ".eps", ".tga", ".p
 CAPTION_SUFFIXES = (".txt", ".caption")
 # of AUTOMATIC1111
 PARAMETERS = re.compile(r"negative prompt:|steps: \d+, [a-z ]+:", re.IGNORECASE)
+NUMBER = r"-?[\d.]+(e[+-]?\d+)?"
 # of YOLO: a class and its coordinates
-BOX = re.compile(r"\S+(\s+-?[\d.]+(e[+-]?\d+)?){4,}|\d+(,-?[\d.]+(e[+-]?\d+)?){4,}")
+BOX = re.compile(rf"\S+(\s+{NUMBER}){{4,}}|\d+(,{NUMBER}){{4,}}")
 LISTINGS = {"prompt.json": ("source", "target"),           # keys of condition and image
             "metadata.jsonl": ("conditioning_image", "file_name")}
 CAPTION_KEYS = ("text", "prompt", "caption", "description")
@@ -43,8 +44,7 @@ RUN_FILE = "args.json"          # in the folder of a training
 # beginnings of names; network disks keep thumbnails and deleted files beside the pictures
 SYSTEM_FILES = (".", "@eadir", "@recycle", "@__thumb", "@tmp", "__macosx", "thumbs.db",
                 "ehthumbs", "desktop.ini", "#recycle", "#snapshot", "$recycle.bin",
-                "network trash folder",
-                "system volume information", "lost+found")
+                "network trash folder", "system volume information", "lost+found")
 SAME_SHAPE = 0.02               # how far the aspect ratios of a pair may differ
 
 

@@ -74,11 +74,13 @@ def read_stored(picture):
     with as_user_error(MALFORMED, f"--from {picture}: does not say how it was drawn",
                        "Use a PNG as sample.py wrote it; other programs drop its text."):
         options, files = json.loads(text["options"]), json.loads(text["files"])
+        if not isinstance(files, dict):
+            raise TypeError("its files are no JSON object")
         stored = {name: value for name, value in options.items() if name in STORED}
         for entry in itertools.chain(*(v for v in stored.values() if isinstance(v, list))):
             if isinstance(entry, str) and entry.startswith("-"):    # argparse's options do, too
                 raise ValueError(f"{entry} is not a value")
-        return stored, dict(files.items())
+        return stored, files
 
 
 def note_changes(args, files, networks):

@@ -18,7 +18,7 @@ from weights import UserError, replacing
 
 VALIDATION_T = tuple(range(62, 1000, 125))      # timesteps 62, 187 .. 937
 OBEDIENCE_PICTURES = 48
-RELIABLE_PAIRS = 20                             # with fewer, standard errors aren't
+RELIABLE_PAIRS = 20                             # with fewer, standard errors are unreliable
 SHEET_ROWS = 12
 SAMPLING = Sampling()
 
