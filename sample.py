@@ -64,7 +64,7 @@ class ConditionArgs(NamedTuple):
 class Job(NamedTuple):
     """A prompt and its ConditionArgs; the names of its pictures begin with `name`."""
     name: str
-    conditions: list
+    condition_args: list
     prompt: str
 
 
@@ -106,7 +106,7 @@ def make_parser():
 
 
 def parse_args(argv, parser=None):
-    """The checked options; args.conditions is a list of ConditionArgs.
+    """The checked options; args.condition_args is a list of ConditionArgs.
 
     With --from, the picture's options go in front of the user's, so the user's win.
     args.stored_files are the fingerprints of the files that the picture was drawn with.
@@ -125,7 +125,7 @@ def parse_args(argv, parser=None):
                          if role.partition(" ")[0] not in given}
     is_embedded = args.base.resolve() == BASE.resolve()
     args.bps = args.bps or [DEFAULT_BPS if is_embedded else NONE]
-    args.conditions = join_conditions(parser, args)
+    args.condition_args = join_conditions(parser, args)
     if args.guidance is None:
         args.guidance = DEFAULTS.guidance_scale if is_embedded else SD_GUIDANCE
     if args.seed + args.n > MAX_SEEDS:
@@ -135,7 +135,7 @@ def parse_args(argv, parser=None):
     if args.denoise != parser.get_default("denoise") and not args.init:
         parser.error("--denoise needs a picture to start from. Give --init FILE.")
     args.start = args.steps - max(1, round(args.denoise * args.steps)) if args.init else 0
-    parser.check_out(args.out, *(c.cond for c in args.conditions))
+    parser.check_out(args.out, *(c.cond for c in args.condition_args))
     return args
 
 
@@ -168,16 +168,16 @@ def join_conditions(parser, args):
     return [ConditionArgs(*row) for row in zip(args.bps, *columns.values())]
 
 
-def list_jobs(conditions, prompt):
+def list_jobs(condition_args, prompt):
     """One Job, or if conditions are folders a Job for each name in them."""
     folders, captions = {}, {}
-    for folder in dict.fromkeys(c.cond for c in conditions if c.cond.is_dir()):
+    for folder in dict.fromkeys(c.cond for c in condition_args if c.cond.is_dir()):
         folders[folder], texts, problems = list_files(folder)
         if problems or not folders[folder]:
             raise UserError(*problems[:1] or [f"--cond {folder} has no images."])
         captions = texts | captions                     # those of the first folder win
     if not folders:
-        return [Job("", conditions, prompt)]
+        return [Job("", condition_args, prompt)]
     first, *rest = folders
     for name in folders[first]:
         if len(os.fsencode(name)) > MAX_NAME:
@@ -187,9 +187,12 @@ def list_jobs(conditions, prompt):
         for name in sorted(folders[folder].keys() ^ folders[first].keys()):
             raise UserError(f"--cond {folder} and {first} must have the same names, but only one "
                             f"has {name}.")
-    return [Job(f"{name.replace('/', '-')}-",
-                [c._replace(cond=folders.get(c.cond, {}).get(name, c.cond)) for c in conditions],
-                (*read_captions(captions.get(name, []))[0], prompt)[0]) for name in folders[first]]
+    jobs = []
+    for name in folders[first]:
+        args = [c._replace(cond=folders.get(c.cond, {}).get(name, c.cond)) for c in condition_args]
+        own_prompts, _ = read_captions(captions.get(name, []))
+        jobs.append(Job(f"{name.replace('/', '-')}-", args, (*own_prompts, prompt)[0]))
+    return jobs
 
 
 # ---- the base ------------------------------------------------------------------------------
@@ -341,7 +344,7 @@ def check_pictures(x):
 def read_conditions(job, networks, size, base, device):
     """The Conditions of a job."""
     conditions = []
-    for c in job.conditions:
+    for c in job.condition_args:
         bps = networks[c.bps]
         if c.cond == DEFAULT_DRAWING and bps.metadata["task"] != "sketch":
             raise UserError(f"--cond is missing. {c.bps} was trained for {bps.metadata['task']}.")
@@ -354,7 +357,7 @@ def read_conditions(job, networks, size, base, device):
 def draw_job(job, conditions, pictures, args, base, size, init):
     """Draw the pictures {file: PNG fields} of a job, and write each group when it is done."""
     print(f"prompt: {job.prompt}")
-    for i, (c, condition) in enumerate(zip(job.conditions, conditions), 1):
+    for i, (c, condition) in enumerate(zip(job.condition_args, conditions), 1):
         number = i if len(conditions) > 1 else ""
         print(f"steered by {c.bps} and {c.cond}, which the network sees as", end=" ")
         write_new(to_image(cond_to_x(condition.cond)[0]),
@@ -375,7 +378,7 @@ def main():
     """Load networks and read conditions, then draw --n pictures of each job."""
     args = parse_args(sys.argv[1:])
     dtype = DTYPES[args.dtype]
-    networks = {c.bps: load_bps(c.bps, dtype, args.device) for c in args.conditions}
+    networks = {c.bps: load_bps(c.bps, dtype, args.device) for c in args.condition_args}
     base = load_base(args.base, args.tokenizer, args.device, dtype, args.vae, args.prediction_type)
     base.check_finite()
     for file, bps in networks.items():
@@ -385,11 +388,11 @@ def main():
     if args.start:                      # a --denoise of 1 starts from noise alone
         x = to_x(crop(open_image(args.init), *size))[None].to(args.device)
         init = base.vae.encode(x).mean, args.start
-    jobs = list_jobs(args.conditions, args.prompt)
+    jobs = list_jobs(args.condition_args, args.prompt)
     # read all conditions first, so that an unreadable one costs no drawing
     read = [read_conditions(job, networks, size, base, args.device) for job in jobs]
     hash_once = functools.cache(fingerprint)            # of a base it takes seconds
-    files = [fingerprints(args, job.conditions, hash_once) for job in jobs]
+    files = [fingerprints(args, job.condition_args, hash_once) for job in jobs]
     note_changes(args, files[0], networks)
     args.out.mkdir(parents=True, exist_ok=True)
     for job, conditions, used in zip(jobs, read, files):

@@ -1,6 +1,6 @@
 """What a picture that sample.py drew stores: the options and files to draw it again.
 
-    fields = png_fields(args, job, seed, size, fingerprints(args, job.conditions), base)
+    fields = png_fields(args, job, seed, size, fingerprints(args, job.condition_args), base)
     write_new(image, Path("pictures/0000.png"), fields)
 """
 import contextlib
@@ -34,8 +34,8 @@ def stored_options(args, job, seed, size, base):
         path = getattr(args, name)
         if path and path.resolve() != BASE:
             options[name] = str(path.resolve())
-    if job.conditions:
-        columns = type(job.conditions[0])(*map(list, zip(*job.conditions)))
+    if job.condition_args:
+        columns = type(job.condition_args[0])(*map(list, zip(*job.condition_args)))
         options |= dict(strength=columns.strength, window=[*sum(columns.window, ())])
         for name, default in (("bps", DEFAULT_BPS), ("cond", DEFAULT_DRAWING), ("mask", None)):
             paths = [path and path.resolve() for path in getattr(columns, name)]
@@ -45,15 +45,15 @@ def stored_options(args, job, seed, size, base):
     return options
 
 
-def fingerprints(args, conditions, hash_files=fingerprint):
+def fingerprints(args, condition_args, hash_files=fingerprint):
     """{role: fingerprint} of the files that a picture depends on."""
     files = checkpoints.weights_files(args.base, args.vae) | dict(
         config=checkpoints.config_files(args.base, args.tokenizer, args.vae))
     if args.init:
         files["init"] = [args.init]
-    for i, condition in enumerate(conditions, 1):
-        files |= {f"{name} {i}": [getattr(condition, name)] for name in ("bps", "cond", "mask")
-                  if getattr(condition, name)}
+    for i, c in enumerate(condition_args, 1):
+        files |= {f"{name} {i}": [getattr(c, name)] for name in ("bps", "cond", "mask")
+                  if getattr(c, name)}
     return {role: hash_files(*paths) for role, paths in files.items()}
 
 

@@ -176,7 +176,7 @@ class Studio:
         drawings, drawing = [], None            # (options, strength, Conditions) of each
         if request.get("drawing"):
             args, cond, drawing = self.read(request)
-            strengths = STRIP if request.get("strip") else [args.conditions[0].strength]
+            strengths = STRIP if request.get("strip") else [args.condition_args[0].strength]
             drawings = [(args, s, [Condition(bps, cond, s)]) for s in strengths]
         prior_of = size, [request.get(name) for name in SETTINGS[:-1]]
         if self.prior[0] != prior_of and not is_preview:
@@ -191,8 +191,8 @@ class Studio:
             context, empty = self.base.encode([args.prompt, args.negative_prompt]).split(1)
             x, = draw(self.base, context, empty, [args.seed], size, diffusion.Sampling(
                 args.sampler, args.steps, args.guidance), conditions, on_step=on_step)
-            job = Job("", [args.conditions[0]._replace(strength=strength)] if conditions else [],
-                      args.prompt)
+            condition_args = [c._replace(strength=strength) for c in args.condition_args]
+            job = Job("", condition_args, args.prompt)
             drawn = Drawn(request["number"], args, job, x, drawing)
             if not conditions:
                 self.prior = prior_of, drawn
@@ -263,11 +263,11 @@ class Studio:
             raise UserError("this picture is gone. Draw it again, then save.")
         self.args.out.mkdir(parents=True, exist_ok=True)
         job, files = last.job, []
-        used = fingerprints(last.args, [c._replace(cond=None) for c in job.conditions],
+        used = fingerprints(last.args, [c._replace(cond=None) for c in job.condition_args],
                             self.fingerprint)           # which reads each file only once
-        if job.conditions:
+        if job.condition_args:
             files.append(write_new(last.drawing, self.args.out / "pad-drawing.png"))
-            job = job._replace(conditions=[job.conditions[0]._replace(cond=files[0])])
+            job = job._replace(condition_args=[job.condition_args[0]._replace(cond=files[0])])
             used["cond 1"] = fingerprint(files[0])      # another one may have had its name
         size = last.x.shape[2], last.x.shape[1]
         fields = png_fields(last.args, job, last.args.seed, size, used, self.base)
