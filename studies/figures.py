@@ -25,7 +25,6 @@ from tiny import world
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 WINDOWS = ((0.0, 0.25), (0.0, 0.5), (0.5, 1.0), (0.75, 1.0), (0.0, 1.0))       # of the denoising
-PROMPT = "person, green hair, brown skin, miniavs style, on white"  # for two drawings at once
 # What a drawing is drawn with to see that colours come from the prompt and shapes from it.
 PROMPTS = ("person, purple hair, light skin, on white",
            "person, blond hair, dark skin, red clothes, avataaars style, on pale blue",
@@ -122,21 +121,29 @@ def joined(base, bps):
 
 
 def halves(base, bps):
-    """(columns, titles, names) of a sheet: two drawings, each steers a half."""
-    conds, _ = drawings(2 * ROWS, persons=True)
+    """(columns, titles, names) of a sheet: two drawings in one style, each steers a half.
+
+    A row's prompt is that of its left drawing.
+    """
+    by_style = {}
+    for pair in person_pairs():
+        by_style.setdefault(world.figure(pair.name)["style"], []).append(pair)
+    lefts, rights = zip(*(pairs[:2] for pairs in list(by_style.values())[:ROWS]))
+    left, right = (torch.stack([drawing_to_cond(pair.open_cond()) for pair in pairs])
+                   for pairs in (lefts, rights))
     side = world.SIZE // base.vae.factor
     mask = (torch.arange(side) < side // 2).float().expand(1, 1, side, side)    # the left half
 
     def conditions_of(row):
         """The Conditions of the base alone, of each half, and of both."""
-        left, right = (Condition(bps, conds[i:i + 1], mask=share)
-                       for i, share in ((2 * row, mask), (2 * row + 1, 1 - mask)))
-        return [], [left], [right], [left, right]
+        a, b = (Condition(bps, conds[row:row + 1], mask=share)
+                for conds, share in ((left, mask), (right, 1 - mask)))
+        return [], [a], [b], [a, b]
 
-    return ([cond_to_x(conds[::2]), cond_to_x(conds[1::2]),
-             *draw_rows(base, [PROMPT] * ROWS, conditions_of)],
+    prompts = [pair.prompts[0] for pair in lefts]
+    return ([cond_to_x(left), cond_to_x(right), *draw_rows(base, prompts, conditions_of)],
             ["left drawing", "right drawing", "the base", "left half", "right half", "both"],
-            [""] * ROWS)
+            prompts)
 
 
 def tasks(base, *networks):
