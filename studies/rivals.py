@@ -11,8 +11,9 @@ Lines of another base than today's are not read.
 
 All methods have the same pairs, noises and steps, and train.py's recipe: the moving average of the
 weights, and moved copies of few pairs. Each has the learning rate of the lowest validation loss of
-another seed, with the same steps and with 40 pairs (for 12 and 100, too) or all. Other recipes, and
-BPS without a part, have BPS's rate; other port weights, which act like rates, have their own.
+another seed, for sketch, with the same steps and with 40 pairs (for 12 and 100, too) or all. Other
+recipes, and BPS without a part, have BPS's rate; other port weights, which act like rates, have
+their own.
 T2I-Adapter and ControlNet are also trained once as their authors do; this is kept if its validation
 loss is lower. Without pairs, BPS learns from pictures that the base draws, as train.py --from-base.
 """
@@ -59,7 +60,7 @@ RATES, FIRST_RATE = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 1e-3
 DRAWS = 500                             # pictures that the base draws
 SWEPT = {12: 40, 100: 40, 300: 0, DRAWS: 0}     # pairs: the pairs with which their rate is found
 ALL_PAIRS = 1000                        # of sketch
-UNSEEN = 100                            # pairs with unseen hair
+MEASURED = dict(test=100, unseen=50)    # pairs of each split that are drawn and measured
 WAIT = 10                               # seconds, if other processes do all that is left
 
 
@@ -122,13 +123,13 @@ def rows(tasks, methods, recipes=("copies",), pairs=(40, 0), steps=STEPS, seeds=
 
 STUDIES = dict(
     methods=rows(("sketch", "segmentation"), [BASE_ALONE], ["-"], [0], 0)
-    + rows(("sketch", "segmentation"), MAIN),
+    + rows(["sketch"], MAIN) + rows(["segmentation"], MAIN, seeds=[0]),
     recipes=rows(["artistic"], [BASE_ALONE], ["-"], [0], 0)
     + rows(("sketch", "artistic"), ["bps"], list(RECIPES)[:5], [40])
     + rows(("sketch", "artistic"), ["bps"], ["draws alone"], [DRAWS])
     + rows(["sketch"], ["bps"], pairs=(100, 0)),
     data=rows(["sketch"], MAIN) + rows(["sketch"], MAIN, pairs=(12, 100, 300), seeds=[0]),
-    ablations=rows(["sketch"], PARTS),
+    ablations=rows(["sketch"], PARTS, pairs=[0]) + rows(["sketch"], PARTS, pairs=[40], seeds=[0]),
     steps=rows(["sketch"], ("bps", "t2i-adapter", "controlnet"), pairs=[0], steps=3 * STEPS))
 
 
@@ -183,8 +184,8 @@ def resolve(results, row):
     """A row as the Job with its best rate and recipe, or else the next Job of its sweep."""
     if row.method == BASE_ALONE:
         return row
-    sweep = row._replace(method=RATE_OF.get(row.method, row.method), recipe="copies",
-                         pairs=SWEPT.get(row.pairs, row.pairs), seed=SWEEP_SEED)
+    sweep = row._replace(task="sketch", method=RATE_OF.get(row.method, row.method),
+                         recipe="copies", pairs=SWEPT.get(row.pairs, row.pairs), seed=SWEEP_SEED)
     losses = {}
     while (rate := next_rate(losses)) is not None:
         job = sweep._replace(rate=rate)
@@ -262,8 +263,8 @@ class Bench:
     def __init__(self, task, base, root):
         """root: folder for what the base draws."""
         self.task, self.base, self.root = task, base, root
-        self.pairs = {split: load_pairs(task, split) for split in world.SPLITS}
-        self.pairs["unseen"] = self.pairs["unseen"][:UNSEEN]
+        self.pairs = {split: load_pairs(task, split)[:MEASURED.get(split)]
+                      for split in world.SPLITS}
         self.val, *self.tests = (self.cache(lambda: pairs) for split, pairs in self.pairs.items()
                                  if split != "train" and pairs)
 
@@ -309,13 +310,13 @@ class Bench:
         torch.manual_seed(job.seed)
         network = METHODS[job.method](self.base.unet, TASKS[self.task].channels,
                                       self.base.vae.factor).to(memory_format=torch.channels_last)
+        labelled = (job.pairs or len(self.pairs["train"])) if recipe.pairs else 0
+        picks_best = job.seed != SWEEP_SEED and (labelled >= SELECTION_PAIRS
+                                                 or not recipe.averaged)
         args = SimpleNamespace(
             device="cpu", dtype="fp32", steps=job.steps, batch=BATCH, lr=job.rate, seed=job.seed,
-            accumulate=1,
-            save_every=job.steps if job.seed == SWEEP_SEED else max(1, job.steps // SAVES))
-        labelled = (job.pairs or len(self.pairs["train"])) if recipe.pairs else 0
-        training = RivalTraining(out, network, args, recipe,
-                                 picks_best=labelled >= SELECTION_PAIRS or not recipe.averaged)
+            accumulate=1, save_every=max(1, job.steps // SAVES) if picks_best else job.steps)
+        training = RivalTraining(out, network, args, recipe, picks_best)
         training.start_or_resume(job._asdict())
         steps_to_go = job.steps - training.step
         cache = self.cache(lambda: self.train_rows(job), extract=not recipe.pairs)

@@ -298,7 +298,8 @@ def test_a_sweep_walks_to_the_best_rate_and_then_tries_the_authors_recipe(loss, 
     (dict(method="bps-flat", pairs=0), dict(method="bps-flat", recipe="copies", pairs=0)),
     (dict(method="bps", recipe="draws alone", pairs=rivals.DRAWS), dict(recipe="copies", pairs=0)),
     (dict(method="lora", pairs=12), dict(method="lora", pairs=40)),
-    (dict(method="lora", pairs=300), dict(method="lora", pairs=0))], ids=str)
+    (dict(method="lora", pairs=300), dict(method="lora", pairs=0)),
+    (dict(task="segmentation"), dict(task="sketch", method="lora"))], ids=str)
 def test_a_row_has_the_rate_of_its_sweep(changes, sweep):
     job = rivals.resolve({}, JOB._replace(rate=0.0, pairs=40)._replace(**changes))
     assert job.seed == rivals.SWEEP_SEED
@@ -309,7 +310,7 @@ def test_a_row_has_the_rate_of_its_sweep(changes, sweep):
 def test_draws_alone_train_on_all_of_them_and_few_unseen_pairs_are_measured(bench, monkeypatch):
     rows = bench.train_rows(JOB._replace(recipe="draws alone", pairs=10))
     assert len({row.name for row in rows}) == 10
-    monkeypatch.setattr(rivals, "UNSEEN", 2)
+    monkeypatch.setattr(rivals, "MEASURED", dict(unseen=2))
     assert len(rivals.Bench("sketch", bench.base, bench.root).tests[1].pairs) == 2
 
 
