@@ -19,10 +19,14 @@ from tiny.tasks import CLASSES
 
 pytestmark = pytest.mark.browser
 # a face with pointed ears, as shares of the drawing's side: outline, eyes and mouth
-FACE = [[(0.1, 0.08), (0.14, 0.45), (0.1, 0.62), (0.2, 0.82), (0.4, 0.92), (0.6, 0.92), (0.8, 0.82),
-         (0.9, 0.62), (0.86, 0.45), (0.9, 0.08), (0.66, 0.24), (0.34, 0.24), (0.1, 0.08)],
-        [(0.32, 0.46), (0.32, 0.54)], [(0.68, 0.46), (0.68, 0.54)],
-        [(0.36, 0.72), (0.5, 0.78), (0.64, 0.72)]]
+FACE = [[(0.31, 0.5), (0.24, 0.36), (0.2, 0.16), (0.34, 0.22), (0.42, 0.06), (0.52, 0.2), (0.66, 0.08),
+         (0.68, 0.24), (0.82, 0.2), (0.76, 0.38), (0.69, 0.5)],
+        [(0.31, 0.5), (0.32, 0.38), (0.42, 0.34), (0.58, 0.34), (0.68, 0.38), (0.69, 0.5),
+         (0.67, 0.62), (0.58, 0.72), (0.42, 0.72), (0.33, 0.62), (0.31, 0.5)],
+        [(0.42, 0.72), (0.42, 0.8), (0.2, 0.86), (0.12, 0.99)],
+        [(0.58, 0.72), (0.58, 0.8), (0.8, 0.86), (0.88, 0.99)],
+        [(0.41, 0.48), (0.42, 0.5)], [(0.59, 0.48), (0.58, 0.5)],
+        [(0.43, 0.61), (0.5, 0.64), (0.57, 0.61)]]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,7 @@ def set_value(browser, name, value):
 # ---- drawing -------------------------------------------------------------------------------
 
 def test_a_drawing_by_hand_is_drawn_again_by_sample_py(page, run_script, tmp_path):
-    set_value(page, "prompt", "person, purple hair, toon style")
+    set_value(page, "prompt", "person, purple hair, light skin, toon style")
     set_value(page, "seed", "1")
     wait_until_drawn(page)
     before = picture(page)
