@@ -110,8 +110,9 @@ def print_steering(base, bps, args):
     if task != "artistic":
         follow(f"{task}, unseen hair", base, bps, load_pairs(task, "unseen"), seed)
     if task == "sketch":
-        by_hand = [pair._replace(open_cond=functools.partial(world.open_part, "hand", pair.name))
-                   for pair in pairs]
+        # another name, because the cache knows a pair by its name and its files
+        by_hand = [pair._replace(name=f"{pair.name} by hand", open_cond=functools.partial(
+            world.open_part, "hand", pair.name)) for pair in pairs]
         follow("sketch, by hand", base, bps, by_hand, seed, conds)
         fidelity = colour_fidelity(steered, [pair.name for pair in pairs])
         for part, share in fidelity.items():

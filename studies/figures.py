@@ -147,11 +147,11 @@ def halves(base, bps):
 
 
 def tasks(base, *networks):
-    """(columns, titles, names) of a sheet: a task's first two test pairs in each row."""
+    """(columns, titles, names) of a sheet: a task's third and fourth test pair in each row."""
     rows = []
     for bps in networks:
         task = bps.metadata["task"]
-        cache = LatentCache(load_pairs(task, "test")[:2], task, world.SIZE, base)
+        cache = LatentCache(load_pairs(task, "test")[2:4], task, world.SIZE, base)
         cells = (cond_to_x(cache.cond(range(2))), draw_pairs(base, cache, None, 2, 0),
                  draw_pairs(base, cache, bps, 2, 0))
         rows.append(torch.stack(cells, dim=1).flatten(0, 1))                # (6, 3, H, W)
