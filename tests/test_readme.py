@@ -21,9 +21,8 @@ from studies import figures, walkthrough, wiring
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "tiny" / "README.md"]
 TEXTS = {page: page.read_text(encoding="utf-8") for page in PAGES}
 README = TEXTS[ROOT / "README.md"]
-RECORDED = ROOT / "docs" / "evidence.md"        # its commands belong to an earlier commit
 COMMANDS = list(dict.fromkeys(
-    line for page, text in TEXTS.items() if page != RECORDED
+    line for text in TEXTS.values()
     for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     for line in block.splitlines() if line.strip() and not line.startswith("#")))
 QUOTES = [(page, block) for page, text in TEXTS.items()
@@ -97,7 +96,7 @@ def test_a_sampling_command_of_the_readme_draws(command, tmp_path, monkeypatch, 
         "MODEL.safetensors": sd_file("small1")}
     monkeypatch.chdir(ROOT)
     arguments = [replacements.get(word, word) for word in arguments]
-    for option in ("--steps", "--n", "--size"):
+    for option in ("--steps", "--n", "--size", "--out"):
         if option in arguments:                         # no option may be given twice
             del arguments[arguments.index(option):arguments.index(option) + 2]
     run_script(sample, *arguments, *short, tmp_path)
