@@ -30,6 +30,7 @@ PROMPTS = ("person, purple hair, light skin, on white",
            "person, blond hair, dark skin, red clothes, avataaars style, on pale blue",
            "person, green hair, brown skin, lorelei style, on yellow",
            "teal robot, bottts style, on pink")
+OTHER_PROMPT = "person, blond hair, dark skin, on pale blue"        # of the hero
 QUANTILES = (0.75, 0.5, 0.25)               # of the gain in line F1, for the rows of the hero
 ROWS = 3
 
@@ -75,7 +76,7 @@ def one_drawing(base, bps, options):
 def hero(base, bps):
     """(columns, titles, names) of a sheet: drawings at QUANTILES of what BPS gains.
 
-    A row's other prompt is one of PROMPTS; all its pictures have one noise.
+    A row has one noise, and its own prompt but in the last column.
     """
     pairs = person_pairs()
     cache, n = LatentCache(pairs, "sketch", world.SIZE, base), len(pairs)
@@ -84,12 +85,12 @@ def hero(base, bps):
     order = (steered - prior).argsort()
     chosen = [order[round(quantile * (n - 1))].item() for quantile in QUANTILES]
     conds = cache.cond(chosen)
-    others = [draw(base, *base.encode([prompt, ""]).split(1), [i], (world.SIZE,) * 2,
-                   conditions=[Condition(bps, cond[None])])
-              for i, cond, prompt in zip(chosen, conds, PROMPTS)]
+    context = base.encode([OTHER_PROMPT, ""]).split(1)
+    others = [draw(base, *context, [i], (world.SIZE,) * 2, conditions=[Condition(bps, cond[None])])
+              for i, cond in zip(chosen, conds)]
     return ([cond_to_x(conds), *(x[chosen] for x in drawn), torch.cat(others)],
-            ["drawing", "the base alone", "with BPS", "another prompt"],
-            [f"another prompt: {prompt}" for prompt in PROMPTS[:len(chosen)]])
+            ["drawing", "the base alone", "with BPS", "BPS, another prompt"],
+            cache.first_prompts(chosen))
 
 
 def strip(base, bps):
