@@ -125,7 +125,7 @@ def test_every_quote_is_what_its_file_says():
 
 
 def test_the_python_of_the_readme_runs_and_draws(tmp_path, monkeypatch):
-    example, = re.findall(r"```python\n(import torch.*?)```", README, re.DOTALL)
+    example, = re.findall(r"```python\n(from bps .*?)```", README, re.DOTALL)
     (tmp_path / "tiny").symlink_to(ROOT / "tiny")
     monkeypatch.chdir(tmp_path)
     exec(example, {})
