@@ -189,9 +189,11 @@ def list_jobs(condition_args, prompt):
                             f"has {name}.")
     jobs = []
     for name in folders[first]:
-        args = [c._replace(cond=folders.get(c.cond, {}).get(name, c.cond)) for c in condition_args]
+        own_args = [c._replace(cond=folders.get(c.cond, {}).get(name, c.cond))
+                    for c in condition_args]
         own_prompts, _ = read_captions(captions.get(name, []))
-        jobs.append(Job(f"{name.replace('/', '-')}-", args, (*own_prompts, prompt)[0]))
+        own_prompt = own_prompts[0] if own_prompts else prompt
+        jobs.append(Job(f"{name.replace('/', '-')}-", own_args, own_prompt))
     return jobs
 
 

@@ -33,6 +33,7 @@ PROMPTS = ("person, purple hair, light skin, on white",
 OTHER_PROMPT = "person, blond hair, dark skin, on pale blue"        # of the hero
 QUANTILES = (0.75, 0.5, 0.25)               # of the gain in line F1, for the rows of the hero
 ROWS = 3
+SHOWN = slice(2, 4)     # pairs of each task: the first two are a robot and an almost bald head
 
 
 def person_pairs():
@@ -76,7 +77,7 @@ def one_drawing(base, bps, options):
 def hero(base, bps):
     """(columns, titles, names) of a sheet: drawings at QUANTILES of what BPS gains.
 
-    A row has one noise, and its own prompt but in the last column.
+    A row has one noise. Its prompt is its drawing's, but OTHER_PROMPT in the last column.
     """
     pairs = person_pairs()
     cache, n = LatentCache(pairs, "sketch", world.SIZE, base), len(pairs)
@@ -85,9 +86,9 @@ def hero(base, bps):
     order = (steered - prior).argsort()
     chosen = [order[round(quantile * (n - 1))].item() for quantile in QUANTILES]
     conds = cache.cond(chosen)
-    context = base.encode([OTHER_PROMPT, ""]).split(1)
-    others = [draw(base, *context, [i], (world.SIZE,) * 2, conditions=[Condition(bps, cond[None])])
-              for i, cond in zip(chosen, conds)]
+    context, empty = base.encode([OTHER_PROMPT, ""]).split(1)
+    others = [draw(base, context, empty, [i], (world.SIZE,) * 2,
+                   conditions=[Condition(bps, cond[None])]) for i, cond in zip(chosen, conds)]
     return ([cond_to_x(conds), *(x[chosen] for x in drawn), torch.cat(others)],
             ["drawing", "the base alone", "with BPS", "BPS, another prompt"],
             cache.first_prompts(chosen))
@@ -137,8 +138,8 @@ def halves(base, bps):
 
     def conditions_of(row):
         """The Conditions of the base alone, of each half, and of both."""
-        a, b = (Condition(bps, conds[row:row + 1], mask=share)
-                for conds, share in ((left, mask), (right, 1 - mask)))
+        a, b = (Condition(bps, conds[row:row + 1], mask=half)
+                for conds, half in ((left, mask), (right, 1 - mask)))
         return [], [a], [b], [a, b]
 
     prompts = [pair.prompts[0] for pair in lefts]
@@ -152,7 +153,7 @@ def tasks(base, *networks):
     rows = []
     for bps in networks:
         task = bps.metadata["task"]
-        cache = LatentCache(load_pairs(task, "test")[2:4], task, world.SIZE, base)
+        cache = LatentCache(load_pairs(task, "test")[SHOWN], task, world.SIZE, base)
         cells = (cond_to_x(cache.cond(range(2))), draw_pairs(base, cache, None, 2, 0),
                  draw_pairs(base, cache, bps, 2, 0))
         rows.append(torch.stack(cells, dim=1).flatten(0, 1))                # (6, 3, H, W)

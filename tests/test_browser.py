@@ -18,7 +18,7 @@ from inputs.options import DEFAULT_BPS, DEFAULT_DRAWING
 from tiny.tasks import CLASSES
 
 pytestmark = pytest.mark.browser
-# a face with pointed ears, as shares of the drawing's side: outline, eyes and mouth
+# a portrait, as shares of the drawing's side: spiky hair, head, shoulders, eyes and mouth
 FACE = [[(0.31, 0.5), (0.24, 0.36), (0.2, 0.16), (0.34, 0.22), (0.42, 0.06), (0.52, 0.2),
          (0.66, 0.08), (0.68, 0.24), (0.82, 0.2), (0.76, 0.38), (0.69, 0.5)],
         [(0.31, 0.5), (0.32, 0.38), (0.42, 0.34), (0.58, 0.34), (0.68, 0.38), (0.69, 0.5),

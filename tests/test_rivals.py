@@ -307,11 +307,30 @@ def test_a_row_has_the_rate_of_its_sweep(changes, sweep):
 
 
 @pytest.mark.slow
-def test_draws_alone_train_on_all_of_them_and_few_unseen_pairs_are_measured(bench, monkeypatch):
+def test_draws_alone_train_on_all_of_them(bench):
     rows = bench.train_rows(JOB._replace(recipe="draws alone", pairs=10))
     assert len({row.name for row in rows}) == 10
-    monkeypatch.setattr(rivals, "MEASURED", dict(unseen=2))
-    assert len(rivals.Bench("sketch", bench.base, bench.root).tests[1].pairs) == 2
+
+
+def test_the_first_pairs_of_each_test_set_are_measured(bench, monkeypatch):
+    monkeypatch.setattr(rivals, "MEASURED", dict(test=3, unseen=2))
+    measured = [[pair.name for pair in cache.pairs]
+                for cache in rivals.Bench("sketch", bench.base, bench.root).tests]
+    assert measured == [[pair.name for pair in load_pairs("sketch", split)[:count]]
+                        for split, count in rivals.MEASURED.items()]
+
+
+@pytest.mark.parametrize("changes, saves", [
+    (dict(pairs=4), [4]), (dict(pairs=4, recipe="documented"), [2, 4]), (dict(pairs=0), [2, 4]),
+    (dict(pairs=0, seed=rivals.SWEEP_SEED), [4])], ids=str)
+def test_only_what_picks_its_best_step_is_validated_on_the_way(changes, saves, bench, tmp_path,
+                                                               monkeypatch):
+    steps, save = [], rivals.RivalTraining.save
+    monkeypatch.setattr(rivals, "evaluate", lambda *arguments: {})
+    monkeypatch.setattr(rivals.RivalTraining, "save", lambda training, step, *rest: (
+        steps.append(step), save(training, step, *rest)))
+    bench.measure(JOB._replace(**changes), tmp_path)
+    assert steps == saves
 
 
 # ---- numbers -------------------------------------------------------------------------------
