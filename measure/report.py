@@ -160,6 +160,14 @@ def draw_pairs(base, cache, bps, count, seed):
     return torch.cat(pictures)
 
 
+@torch.inference_mode()
+def round_trips(base, cache, count):
+    """The first true pictures x (count, 3, H, W) after encoder and decoder, on the CPU."""
+    device = next(base.vae.parameters()).device
+    return torch.cat([base.vae.decode(cache.rows("mean", i).float().to(device)).cpu()
+                      for i in torch.arange(count).split(images_at_a_time(cache.size))])
+
+
 def load_fitting(file, base, task=None, device="cpu"):
     """A BPS for the embedded base, and for this task if one is named."""
     bps = load_bps(file, device=device)
@@ -247,12 +255,9 @@ def report(base, cache, bps, out, seed, meter):
     conds = cache.cond(range(count))
     prior = draw_pairs(base, cache, None, count, seed)
     steered = draw_pairs(base, cache, bps, count, seed)
-    with torch.inference_mode():
-        device = next(base.vae.parameters()).device
-        round_trip = torch.cat([base.vae.decode(cache.rows("mean", i).float().to(device)).cpu()
-                                for i in torch.arange(count).split(images_at_a_time(cache.size))])
     numbers["obedience"] = measure_obedience(
-        meter, conds, [pair.name for pair in cache.pairs[:count]], prior, steered, round_trip)
+        meter, conds, [pair.name for pair in cache.pairs[:count]], prior, steered,
+        round_trips(base, cache, count))
     rows = range(min(SHEET_ROWS, count))
     true = torch.stack([to_x(cache.image(i)) for i in rows])
     contact_sheet([cond_to_x(conds), prior, steered, true],

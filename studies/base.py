@@ -21,7 +21,7 @@ from data import LatentCache, load_pairs
 from inputs.conditions import cond_to_x
 from inputs.options import BASE, Parser, run_script, seed_number
 from measure.obedience import colour_fidelity, meter_for, prompt_fidelity
-from measure.report import contact_sheet, draw_pairs, load_fitting, ratio
+from measure.report import contact_sheet, draw_pairs, load_fitting, ratio, round_trips
 from sample import draw, load_base
 from studies.figures import PROMPTS, draw_rows
 from tiny import world
@@ -82,40 +82,46 @@ def print_base(base, reader, args):
                   args.out / "drawn.png")
 
 
-def follow(name, base, bps, pairs, seed, clean=None):
-    """Print how pictures follow their pairs' conditions; (conditions, pictures with BPS).
-
-    clean: conditions to measure against, if not the pairs' own.
-    """
-    task = bps.metadata["task"]
-    cache, meter = LatentCache(pairs, task, world.SIZE, base), meter_for(task, embedded=True)
-    n, device = len(pairs), next(bps.parameters()).device
-    conds, steered = cache.cond(range(n)), draw_pairs(base, cache, bps, n, seed)
-    round_trip = torch.cat([base.vae.decode(cache.rows("mean", i).float().to(device)).cpu()
-                            for i in torch.arange(n).split(BATCH)])
-    scores = [meter(x, conds if clean is None else clean, [pair.name for pair in pairs])
-              for x in (draw_pairs(base, cache, None, n, seed), steered, round_trip)]
+def print_shares(name, task, conds, names, prior, steered, round_trip):
+    """Print for each measure how three kinds of pictures follow conditions."""
+    meter = meter_for(task, embedded=True)
+    scores = [meter(x, conds, names) for x in (prior, steered, round_trip)]
     for measure in scores[0]:
-        prior, value, bound = (score[measure] for score in scores)
-        share = ratio(value - prior, bound - prior)
-        print(f"| {name} | {measure} | {prior:.3f} | {value:.3f} | {bound:.3f} | {share:.0%} |")
-    return conds, steered
+        lower, value, bound = (score[measure] for score in scores)
+        share = ratio(value - lower, bound - lower)
+        print(f"| {name} | {measure} | {lower:.3f} | {value:.3f} | {bound:.3f} | {share:.0%} |")
+
+
+def follow(name, base, bps, pairs, seed):
+    """Print how pictures follow their pairs' conditions.
+
+    The result is the conditions, and pictures by the base alone, with BPS, and after the round trip.
+    """
+    task, n = bps.metadata["task"], len(pairs)
+    cache = LatentCache(pairs, task, world.SIZE, base)
+    conds, pictures = cache.cond(range(n)), (
+        draw_pairs(base, cache, None, n, seed), draw_pairs(base, cache, bps, n, seed),
+        round_trips(base, cache, n))
+    print_shares(name, task, conds, [pair.name for pair in pairs], *pictures)
+    return conds, pictures
 
 
 def print_steering(base, bps, args):
     """Print how pictures of a BPS follow their conditions; write the sheets of a sketch BPS."""
     task, seed = bps.metadata["task"], args.seed
     pairs = load_pairs(task, "test")
-    conds, steered = follow(task, base, bps, pairs, seed)
+    conds, (prior, steered, round_trip) = follow(task, base, bps, pairs, seed)
     if task != "artistic":
         follow(f"{task}, unseen hair", base, bps, load_pairs(task, "unseen"), seed)
     if task == "sketch":
+        names = [pair.name for pair in pairs]
         # another name, because the cache knows a pair by its name and its files
         by_hand = [pair._replace(name=f"{pair.name} by hand", open_cond=functools.partial(
             world.open_part, "hand", pair.name)) for pair in pairs]
-        follow("sketch, by hand", base, bps, by_hand, seed, conds)
-        fidelity = colour_fidelity(steered, [pair.name for pair in pairs])
-        for part, share in fidelity.items():
+        cache = LatentCache(by_hand, task, world.SIZE, base)
+        drawn = draw_pairs(base, cache, bps, len(pairs), seed)
+        print_shares("sketch, by hand", task, conds, names, prior, drawn, round_trip)
+        for part, share in colour_fidelity(steered, names).items():
             print(f"| sketch | colour of {part} as named | | {share:.3f} | | |")
         write_matching(conds, steered, args)
         write_prompts(base, bps, conds[:3], args)
