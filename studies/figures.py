@@ -41,10 +41,15 @@ def person_pairs():
     return [pair for pair in load_pairs("sketch", "test") if "robot" not in world.figure(pair.name)]
 
 
+def conds_of(pairs):
+    """The conditions (n, 1, H, W) of n pairs of sketch."""
+    return torch.stack([drawing_to_cond(pair.open_cond()) for pair in pairs])
+
+
 def drawings(count, persons=False):
     """Conditions (count, 1, H, W) and pairs: the first test pairs, of persons or any."""
     pairs = (person_pairs() if persons else load_pairs("sketch", "test"))[:count]
-    return torch.stack([drawing_to_cond(pair.open_cond()) for pair in pairs]), pairs
+    return conds_of(pairs), pairs
 
 
 def draw_rows(base, prompts, conditions_of):
@@ -131,8 +136,7 @@ def halves(base, bps):
     for pair in person_pairs():
         by_style.setdefault(world.figure(pair.name)["style"], []).append(pair)
     lefts, rights = zip(*(pairs[:2] for pairs in list(by_style.values())[:ROWS]))
-    left, right = (torch.stack([drawing_to_cond(pair.open_cond()) for pair in pairs])
-                   for pairs in (lefts, rights))
+    left, right = conds_of(lefts), conds_of(rights)
     side = world.SIZE // base.vae.factor
     mask = (torch.arange(side) < side // 2).float().expand(1, 1, side, side)    # the left half
 
