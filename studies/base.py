@@ -95,7 +95,7 @@ def print_shares(name, task, conds, names, prior, steered, round_trip):
 def follow(name, base, bps, pairs, seed):
     """Print how pictures follow their pairs' conditions.
 
-    The result is the conditions, and pictures by the base alone, with BPS, and after the round trip.
+    The result is the conditions, and pictures: the base alone, with BPS, the round trip.
     """
     task, n = bps.metadata["task"], len(pairs)
     cache = LatentCache(pairs, task, world.SIZE, base)
