@@ -17,6 +17,7 @@ import contextlib
 import functools
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -299,6 +300,21 @@ def picture_size(size, metadata, base):
     return width, height
 
 
+def note_unlearned(prompts, size, base):
+    """Print a note if the base is the embedded one and never learned these words or this size."""
+    if Path(base.path).resolve() != BASE.resolve():
+        return
+    words = dict.fromkeys(re.findall(r"\w+", " ".join(prompts)))
+    unknown = [word for word in words if len(base.tokenizer.bpe.encode(word)) > 1]     # in pieces
+    if unknown:
+        print(f"note: the embedded base draws portraits and does not know "
+              f"{', '.join(unknown[:8])}. tiny/README.md lists its words.", file=sys.stderr)
+    side = base.unet.config.sample_size * base.vae.factor
+    if size != (side, side):
+        print(f"note: the embedded base was trained at {side}x{side} and draws worse at "
+              f"{size[0]}x{size[1]}.", file=sys.stderr)
+
+
 # ---- drawing -------------------------------------------------------------------------------
 
 @torch.inference_mode()
@@ -391,6 +407,7 @@ def main():
         x = to_x(crop(open_image(args.init), *size))[None].to(args.device)
         init = base.vae.encode(x).mean, args.start
     jobs = list_jobs(args.condition_args, args.prompt)
+    note_unlearned([args.negative_prompt, *(job.prompt for job in jobs)], size, base)
     # read all conditions first, so that an unreadable one costs no drawing
     read = [read_conditions(job, networks, size, base, args.device) for job in jobs]
     hash_once = functools.cache(fingerprint)            # of a base it takes seconds

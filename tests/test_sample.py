@@ -18,6 +18,7 @@ from bps import BPS, BPSConfig
 from inputs import options, pictures
 from inputs.conditions import crop, open_image, read_mask, to_x
 from inputs.options import DEFAULT_BPS, DEFAULT_DRAWING
+from tiny import world
 from unet import UNet
 from weights import UserError
 
@@ -328,6 +329,15 @@ def test_a_bps_that_does_not_fit_is_refused(config, metadata, message, base):
 def test_a_bps_of_other_weights_draws_with_a_note(draw, capsys):
     draw("--n", 1)                      # the fixture's file names no base
     assert "was trained on other weights" in capsys.readouterr().err
+
+
+def test_a_note_names_words_and_sizes_that_are_new_to_the_embedded_base(draw, base, capsys):
+    sample.note_unlearned(map(world.full_caption, world.figures("train")), (64, 64), base)
+    sample.note_unlearned(["a cat"], (512, 512), base._replace(path="another"))
+    assert capsys.readouterr().err == ""
+    draw("--n", 1, "--prompt", "a Cat, red hair", "--size", "64x32")
+    notes = [line for line in capsys.readouterr().err.splitlines() if "embedded base" in line]
+    assert "does not know Cat." in notes[0] and "at 64x64 and draws worse at 64x32" in notes[1]
 
 
 def test_a_class_that_was_not_trained_on_is_refused(draw, refused, tmp_path):
