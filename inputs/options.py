@@ -167,7 +167,8 @@ def in_range(kind, low, high):
         with contextlib.suppress(ValueError):
             if low <= kind(text) <= high:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"must be a number in [{low}, {high}], got {text}")
+        number = "whole number" if kind is int else "number"
+        raise argparse.ArgumentTypeError(f"must be a {number} in [{low}, {high}], got {text}")
     return convert
 
 

@@ -164,7 +164,7 @@ def test_settings_count_and_a_mistake_is_one_line_in_the_page(page):
     wait_until_drawn(page)
     assert picture(page) != first
     set_value(page, "steps", "0")
-    wait_for(page, lambda: "--steps: must be a number in [1, 999], got 0" in status(page))
+    wait_for(page, lambda: "--steps: must be a whole number in [1, 999], got 0" in status(page))
     assert find(page, "status").get_attribute("class") == "bad"
     set_value(page, "steps", "3")
     wait_until_drawn(page)

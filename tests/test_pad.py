@@ -240,7 +240,7 @@ def test_the_noise_of_a_privacy_browser_does_not_change_a_class(server, ask, tmp
 # ---- mistakes, and other sites -------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message", [
-    (dict(steps="abc"), "--steps: must be a number in [1, 999], got abc"),
+    (dict(steps="abc"), "--steps: must be a whole number in [1, 999], got abc"),
     (dict(strength="1e9"), "--strength: must be a number in [-1000, 1000], got 1e9"),
     (dict(task="artistic"), "task must be one of sketch, layout, got artistic"),
     (dict(task=["sketch"]), "task must be one of"), (dict(number="1"), "number must be an integer"),
