@@ -100,6 +100,7 @@ METHODS = {
     "bps-time-blind": bps_maker(networks.TimeBlindBPS),
     "bps-condition-blind": bps_maker(networks.ConditionBlindBPS)}
 MAIN, PARTS = list(METHODS)[:7], ["bps", *list(METHODS)[7:]]
+LONGER = ("bps", "t2i-adapter", "controlnet")
 RATE_OF = dict.fromkeys(("bps-contracting", "bps-time-blind", "bps-condition-blind"), "bps")
 FILTERS = ("task", "method", "recipe", "pairs", "steps", "seed")
 BASE_ALONE = "base-alone"               # in place of a method: nothing is trained
@@ -131,7 +132,8 @@ STUDIES = dict(
     + rows(["sketch"], ["bps"], pairs=(100, 0)),
     data=rows(["sketch"], MAIN) + rows(["sketch"], MAIN, pairs=(12, 100, 300), seeds=[0]),
     ablations=rows(["sketch"], PARTS, pairs=[0]) + rows(["sketch"], PARTS, pairs=[40], seeds=[0]),
-    steps=rows(["sketch"], ("bps", "t2i-adapter", "controlnet"), pairs=[0], steps=3 * STEPS))
+    steps=rows(["sketch"], LONGER, pairs=[0], steps=3 * STEPS)
+    + rows(["sketch"], LONGER, pairs=[40], steps=3 * STEPS, seeds=[0]))
 
 
 # ---- what is done, and what to train next --------------------------------------------------
