@@ -32,9 +32,9 @@ from inputs import checkpoints
 from inputs.conditions import (TASKS, cond_to_x, crop, images_at_a_time, open_image,
                                read_condition, read_mask, to_image, to_x)
 from inputs.files import fingerprint
-from inputs.options import (BASE, DEFAULT_BPS, DEFAULT_DRAWING, DTYPES, MAX_PIXELS, MAX_SEEDS,
-                            NONE, Parser, check_pixels, in_range, positive, run_script, seed_number,
-                            to_argv, unicode_text, width_and_height)
+from inputs.options import (DEFAULT_BPS, DEFAULT_DRAWING, DTYPES, MAX_PIXELS, MAX_SEEDS, NONE,
+                            Parser, check_pixels, in_range, is_embedded, positive, run_script,
+                            seed_number, to_argv, unicode_text, width_and_height)
 from inputs.pairs import list_files, read_captions
 from inputs.pictures import (fingerprints, note_changes, png_fields, read_stored, without_drawn,
                              write_new)
@@ -124,11 +124,10 @@ def parse_args(argv, parser=None):
         given.add("config")                             # which belongs to these three
     args.stored_files = {role: digest for role, digest in stored_files.items()
                          if role.partition(" ")[0] not in given}
-    is_embedded = args.base.resolve() == BASE.resolve()
-    args.bps = args.bps or [DEFAULT_BPS if is_embedded else NONE]
+    args.bps = args.bps or [DEFAULT_BPS if is_embedded(args.base) else NONE]
     args.condition_args = join_conditions(parser, args)
     if args.guidance is None:
-        args.guidance = DEFAULTS.guidance_scale if is_embedded else SD_GUIDANCE
+        args.guidance = DEFAULTS.guidance_scale if is_embedded(args.base) else SD_GUIDANCE
     if args.seed + args.n > MAX_SEEDS:
         parser.error(f"--seed plus --n must be at most {MAX_SEEDS}, got {args.seed + args.n}.")
     if args.guidance == 1 and args.negative_prompt:
@@ -302,7 +301,7 @@ def picture_size(size, metadata, base):
 
 def note_unlearned(prompts, size, base):
     """Print a note if the base is the embedded one and never learned these words or this size."""
-    if Path(base.path).resolve() != BASE.resolve():
+    if not is_embedded(base.path):
         return
     words = dict.fromkeys(re.findall(r"\w+", " ".join(prompts)))
     unknown = [word for word in words if len(base.tokenizer.bpe.encode(word)) > 1]     # in pieces

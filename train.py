@@ -1,7 +1,7 @@
 """Steers a frozen Stable Diffusion with a new condition: trains BPS on pairs and measures it.
 
     python train.py --task sketch                       # embedded base, embedded line drawings
-    python train.py --base SD_FOLDER --data PAIRS --size 512 --batch 16 --lr 1e-5
+    python train.py --base SD_FOLDER --data PAIRS --batch 16
     python train.py --task sketch --from-base 500       # pictures that the base draws, no pairs
 
 Writes to runs/TASK: bps.safetensors (the moving average of the weights), samples.png,
@@ -26,7 +26,7 @@ from data import CACHE, MIN_PAIRS, LatentCache, check_conditions, load_pairs, wi
 from draws import add_draws, draw_splits
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
 from inputs.files import write_json, write_lines
-from inputs.options import (BASE, DTYPES, Parser, add_port_options, check_pixels, in_range,
+from inputs.options import (DTYPES, Parser, add_port_options, check_pixels, in_range, is_embedded,
                             positive, run_script, seed_number, shell_command, to_argv,
                             unicode_path, unicode_text)
 from inputs.pairs import warn_of_losses
@@ -41,6 +41,8 @@ from tiny.tasks import CLASSES
 from weights import UserError
 
 SPLITS = ("train", "val", "test")
+EMBEDDED = dict(size=64, lr=1e-3)       # defaults for the embedded base,
+SD = dict(size=512, lr=1e-5)            # and for another one: SD 1.5's size, the authors' rate
 MAX_GRADIENT_NORM = 1.0
 AVERAGED_STEPS = 100            # of the moving average of the weights
 SELECTION_PAIRS = 100           # with fewer, the validation loss is too noisy to choose a step
@@ -66,8 +68,8 @@ def make_parser():
     add("--check-data", action="store_true", help="check --data instead of training: what it "
         "contains, what is wrong, and a sheet of what the network will see")
     parser.add_base()
-    add("--size", type=positive, default=64, help="side of the square in pixels; 512 for SD 1.5 "
-        "(default: %(default)s)")
+    add("--size", type=positive, help=f"side of the square in pixels (default: {EMBEDDED['size']}, "
+        f"for another --base {SD['size']})")
     add_port_options(parser)
     add("--steps", type=positive, help="training steps (default: 1200, artistic 300)")
     add("--batch", type=positive, default=8, help="pictures per step (default: %(default)s)")
@@ -77,8 +79,8 @@ def make_parser():
         "time")
     add("--dtype", choices=DTYPES, help="of the base; BPS's weights stay fp32 (default: bf16 on a "
         "GPU, else fp32)")
-    add("--lr", type=in_range(float, 1e-9, 1), default=1e-3, help="AdamW's learning rate, which "
-        "falls to zero; 1e-5 for SD 1.5 (default: %(default)s)")
+    add("--lr", type=in_range(float, 1e-9, 1), help="AdamW's learning rate, which falls to zero "
+        f"(default: {EMBEDDED['lr']:g}, for another --base {SD['lr']:g})")
     add("--save-every", type=positive, default=150, help="steps between checkpoints, each with a "
         "validation (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="(default: %(default)s)")
@@ -96,6 +98,8 @@ def parse_args():
     task = TASKS[args.task]
     args.weights = args.weights or task.port_weights
     args.steps = args.steps or task.steps
+    defaults = EMBEDDED if is_embedded(args.base) else SD
+    args.size, args.lr = args.size or defaults["size"], args.lr or defaults["lr"]
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     has_pairs = args.data is not None and not (args.from_base and args.data.is_file())
     args.without_pairs = args.from_base is not None and not has_pairs
@@ -106,7 +110,7 @@ def parse_args():
             parser.error(f"--{name.replace('_', '-')} needs --data, your own pairs.")
     if args.without_pairs:
         args.extract = True
-        if args.data is None and args.base.resolve() != BASE.resolve():
+        if args.data is None and not is_embedded(args.base):
             parser.error("--data is missing. Give a text file with a prompt per line for the base "
                          "to draw.")
         if args.from_base < MIN_PAIRS:
@@ -298,7 +302,7 @@ def example_condition(task, cache):
 def sampling_command(out, args, prompt):
     """The command that draws with the BPS of a run's folder, from its example."""
     options = dict(bps=out / "bps.safetensors", cond=out / "condition.png", prompt=prompt,
-                   base=args.base if args.base != BASE else None, tokenizer=args.tokenizer,
+                   base=None if is_embedded(args.base) else args.base, tokenizer=args.tokenizer,
                    vae=args.vae, prediction_type=args.prediction_type)
     given = {name: value for name, value in options.items() if value is not None}
     return shell_command(["python", "sample.py", *to_argv(given)])

@@ -18,7 +18,7 @@ DTYPES = dict(fp32=torch.float32, fp16=torch.float16, bf16=torch.bfloat16)
 MAX_PIXELS = 4096**2
 MAX_SEEDS = 2**31
 MAX_COUNT = 10**6               # of steps, or of pictures in a batch
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 BASE = ROOT / "tiny" / "model"
 DEFAULT_BPS = ROOT / "tiny" / "bps_sketch.safetensors"      # for the embedded base
 DEFAULT_DRAWING = ROOT / "tiny" / "drawing.png"
@@ -125,6 +125,11 @@ def usable_device(name):
         raise argparse.ArgumentTypeError(f"{device} can't be used ({reason(error)}). cpu "
                                          f"always works.") from None
     return name
+
+
+def is_embedded(base):
+    """Whether a --base is the embedded one."""
+    return Path(base).resolve() == BASE
 
 
 def check_pixels(width, height):

@@ -18,7 +18,7 @@ import webbrowser
 from pathlib import Path
 
 from inputs.conditions import TASKS
-from inputs.options import BASE, DEFAULT_BPS, DTYPES, Parser, in_range, run_script
+from inputs.options import DEFAULT_BPS, DTYPES, Parser, in_range, is_embedded, run_script
 from inputs.run_folder import CHECKPOINT
 from pad.studio import Studio
 from weights import UserError, reason
@@ -157,8 +157,7 @@ def main():
     parser.add_device()
     args = parser.parse_args()
     parser.check_out(args.out)
-    is_embedded = args.base.resolve() == BASE.resolve()
-    if not args.bps and not is_embedded:
+    if not args.bps and not is_embedded(args.base):
         parser.error(f"--base {args.base} needs --bps, a file that train.py wrote for it.")
     studio = Studio(args, args.bps or [DEFAULT_BPS], () if args.bps else trained_files())
     server = make_server(studio, args.port)

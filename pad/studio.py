@@ -23,7 +23,7 @@ from bps import Condition, load_bps
 from data import load_pairs
 from inputs.conditions import TASKS, load_image, open_condition, read_condition, to_image
 from inputs.files import fingerprint
-from inputs.options import BASE, DTYPES, shell_command, to_argv
+from inputs.options import DTYPES, is_embedded, shell_command, to_argv
 from inputs.pictures import fingerprints, png_fields, write_new
 from sample import Job, check_fit, draw, load_base, make_parser, parse_args
 from weights import MALFORMED, UserError, as_user_error
@@ -136,7 +136,7 @@ class Studio:
 
     def examples(self, task, bps):
         """[{picture: URL, prompt}] of the first embedded test pairs, for the embedded base."""
-        if self.args.base.resolve() != BASE:
+        if not is_embedded(self.args.base):
             return []
         return [dict(picture=canvas_url(pair.open_cond(), task, bps), prompt=pair.prompts[0])
                 for pair in load_pairs(task, "test")[:EXAMPLES]]

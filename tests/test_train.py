@@ -173,6 +173,14 @@ def test_a_run_interrupted_in_training_and_report_has_the_same_result(
     assert "results" in load_bps(parts / "bps.safetensors").metadata
 
 
+@pytest.mark.parametrize("options, size, lr", [
+    ("", 64, 1e-3), ("--base sd", 512, 1e-5), ("--base sd --size 768 --lr 2e-5", 768, 2e-5)])
+def test_size_and_rate_follow_the_base(options, size, lr, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", *options.split()])
+    args = train.parse_args()
+    assert (args.size, args.lr) == (size, lr)
+
+
 def test_other_pairs_pictures_or_weights_are_another_run(tmp_path, monkeypatch):
     base, folder = tmp_path / "base", drawings.write_shapes(tmp_path / "pairs")
     shutil.copytree(options.BASE, base)
