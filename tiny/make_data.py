@@ -2,7 +2,7 @@
 
 Only this script needs more than requirements.txt: `pip install resvg-py`, and npm on the PATH.
 
-    python -m tiny.make_data                    # writes tiny/data, which is committed (1 minute)
+    python -m tiny.make_data                    # writes tiny/data, which is committed (3 minutes)
     python -m tiny.make_data --pool 60000       # writes tiny/work/pool, to train the base
 
 Everything about figure i is a function of (seed, i). Its split is a function of its shapes alone:
