@@ -19,11 +19,11 @@ follow make the steering depend on z_t and on the text:
 
     M_hat(z_t, t, text, c) = unet(z_t; r(c, t)) - unet(z_t)
 
-Training by plain noise prediction on labelled pairs makes M_hat the best approximation of M within
-this family of functions. It learns the law p' of the labelled set: if its pictures differ from the
-base's, M_hat also contains -sigma_t grad log (p'_t(z_t | text) / p_t(z_t | text)). Not letting r
-depend on z_t is a restriction that buys speed: one pass of BPS serves all seeds, all prompts and
-both passes of guidance.
+With enough pairs from the base's own law, training by plain noise prediction makes M_hat the best
+approximation of M within this family of functions. If the labelled pictures follow another law p',
+M_hat also contains -sigma_t grad log (p'_t(z_t | text) / p_t(z_t | text)). r does not depend on
+z_t. This restriction buys speed: one pass of BPS serves all seeds, all prompts and both passes of
+guidance.
 
 Shapes: B batch, C channels, H W rows and columns of the latent, f the autoencoder's factor, L
 tokens, D width.
@@ -68,7 +68,7 @@ class BPSConfig:
     input_weights: tuple = (16.0, 8.0, 4.0, 2.0)       # head-heavy ...
     middle_weight: float = 16.0
     output_weight: float = 1.0                         # ... and foot-light
-    foot: str = "faithful"                             # the authors' network, or "light"
+    foot: str = "faithful"                             # the authors' expansive path, or "light"
 
 
 def config_for(unet_config, cond_channels, factor, port_weights="head-heavy", foot="faithful"):
@@ -115,8 +115,8 @@ class TimeResBlock(nn.Module):
     """A residual block that the timestep scales and shifts, in the contracting path and middle.
 
     Its last convolution starts at zero, and so does the port after it. The ports therefore learn
-    from the first step; stem, down-samplers, skips and last convolutions from the second; layers
-    before a last convolution from the third.
+    from the first step; first layer, down-samplers, skips and last convolutions from the second;
+    layers before a last convolution from the third.
     """
 
     def __init__(self, channels_in, channels, t_emb_dim, norm_groups):
@@ -222,7 +222,7 @@ class BPS(nn.Module):
             residuals.append(self.config.output_weight * port(h))
             if up:
                 h = up[0](h, skips[-1].shape[-2:])
-        return residuals + [None] * len(skips)          # if there is no expansive path
+        return residuals + [None] * len(skips)      # one per U-Net block without an expansive path
 
     def contract(self, cond, t_emb):
         """(h (B, C, H, W), skips, residuals) after the contracting path and the middle.
@@ -253,9 +253,9 @@ class LightBPS(BPS):
     """BPS at a third of the parameters, this project's own variant: 1x1 ports, one middle block
     and a narrow expansive path.
 
-    The expansive path is narrow because its maps have the smallest weight, and consists of 1x1
-    convolutions because the U-Net convolves each map right after it is added. The ports of a level
-    share one layer because the blocks of a level differ in nothing that BPS sees.
+    The expansive path is narrow because it is over half of BPS, and consists of 1x1 convolutions
+    because the U-Net convolves each map right after it is added. The ports of a level share one
+    layer because the blocks of a level differ in nothing that BPS sees.
     """
 
     def __init__(self, config=BPSConfig()):
@@ -297,10 +297,10 @@ def posterior(eps_prior, eps_posteriors, strengths):
     eps_prior, each of eps_posteriors: (B, 4, H, W), all eps or all v: the coefficients sum to 1,
     and v is affine in eps. strengths: s_i for each; 0 is the prior, 1 the posterior. For numbers,
     at each t this is -sigma_t grad log [p_t(z_t) prod_i p_t(c_i | z_t)^s_i]. A sampler reaches
-    p(z_0) prod_i p(c_i | z_0)^s_i exactly only if each s_i is 0 or 1 and the conditions are
-    independent given z_t at every t, because a power or product of means is not the mean of the
-    power or product (arXiv 2302.11552). A strength may also be a map (1, 1, H, W); the sum is then
-    no gradient, only a heuristic.
+    p(z_0) prod_i p(c_i | z_0)^s_i exactly if each s_i is 0 or 1 and the conditions are
+    independent given z_t at every t, but not in general: a power or product of means is not the
+    mean of the power or product (arXiv 2302.11552). A strength may also be a map (1, 1, H, W);
+    the sum is then no gradient, only a heuristic.
     """
     if len(eps_posteriors) != len(strengths):
         raise ValueError(f"{len(eps_posteriors)} posteriors but {len(strengths)} strengths")
@@ -337,6 +337,7 @@ class Condition:
             device = next(unet.parameters()).device
             t_emb = unet.time_embedding(torch.tensor([t], device=device))
             self.last_t, self.last_residuals = t, self.bps(self.cond.to(t_emb), t_emb)
+        # with guidance the batch is twice as large: the empty prompt's half, then the text's
         return [r if r is None or len(r) == 1 else r.repeat(batch // len(r), 1, 1, 1)
                 for r in self.last_residuals]
 
@@ -344,8 +345,8 @@ class Condition:
 def make_denoiser(unet, context, context_empty, guidance_scale, conditions=()):
     """A function denoise(z_t, t) -> eps (or v): the prior, or the posterior of all conditions.
 
-        P(x) = eps*(x) + sum_i s_i (eps_bar_i*(x) - eps*(x))
-        denoise = P(empty) + guidance_scale (P(text) - P(empty))
+        D(text) = eps*(text) + sum_i s_i (eps_bar_i*(text) - eps*(text))
+        denoise = D(empty) + guidance_scale (D(text) - D(empty))
 
     Conditions steer both passes of guidance, so guidance does not raise their exponent: s_i stays
     s_i if c_i and the text are independent given z_t. context: (B, L, D). context_empty:

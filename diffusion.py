@@ -161,14 +161,15 @@ def sample(denoise, z_t, schedule, steps=50, sampler="ddim", start=0):
     timesteps, alphas_sigmas = sampler_steps(steps, schedule, sampler)
     if sampler.startswith("euler") and schedule.spacing != "leading" and start == 0:
         z_t = z_t * alphas_sigmas[0][1]    # k-diffusion starts at sigma_t noise, as if z_0 were 0
-    z_0_before = h_before = None
+    z_0_before = h_before = None            # h is a step's length in log (alpha / sigma)
     for i in range(start, steps):
         (alpha, sigma), (alpha_next, sigma_next) = alphas_sigmas[i:i + 2]
         estimate = z_0 = schedule.clean(z_t, denoise(z_t, timesteps[i]), alpha, sigma)
-        if sampler.startswith("dpm++") and sigma_next > 0:
+        if sampler.startswith("dpm++") and sigma_next > 0:      # the last step's h is infinite
             h = np.log(alpha_next / sigma_next) - np.log(alpha / sigma)
             if z_0_before is not None:
                 estimate = z_0 + h / (2 * h_before) * (z_0 - z_0_before)
             z_0_before, h_before = z_0, h
+        # keep the noise that the estimate implies, and mix it in at the next level
         z_t = alpha_next * estimate + sigma_next * (z_t - alpha * estimate) / sigma
         yield z_t

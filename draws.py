@@ -1,12 +1,12 @@
 """Training pairs that the base draws itself, with conditions read off its pictures.
 
-From n labelled pairs BPS learns which pictures fit a condition, and n pictures teach little of
-that. Which condition fits a picture is far easier: every pixel of the n pairs teaches it. So draw
-pictures from the prior, let a small network that was trained on the labelled pairs read their
-conditions, and train BPS on these pairs too. Lemma 3.1 of arXiv 2406.03683 allows this: a
-condition depends on the clean picture alone. Where a program reads conditions, as for
-train.py --extract, no labelled pair is needed. A generator's pictures are labelled from few labels
-in DatasetGAN, arXiv 2104.06490; docs/method.md compares the estimators.
+BPS learns from n labelled pairs which pictures fit a condition, but n pictures show little of that
+variety. The reverse is far easier to learn: each pixel of the n pairs shows which condition fits.
+So the base draws more pictures, a small network trained on the labelled pairs reads conditions off
+them, and BPS trains on these pairs, too. Lemma 3.1 of arXiv 2406.03683 allows this, because a
+condition depends on the clean picture alone. Where a program can read conditions, as for
+train.py --extract, no labelled pair is needed. DatasetGAN (arXiv 2104.06490) also labels a
+generator's pictures from few labels; docs/method.md compares the estimators.
 
     files = draw_pictures(base, prompts, 500, 64, folder)
     extractor = fit_extractor(train_pairs, val_pairs, "sketch", 64)

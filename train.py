@@ -157,6 +157,7 @@ def train(training, base, cache, args, on_save):
             group["lr"] = args.lr * (1 - step / args.steps)     # the authors' rate is constant
         # distinct for every (seed, step) with fewer than 1,000,003 steps
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
+        # z is drawn from the autoencoder's posterior, and a tenth of the prompts is empty
         cond, z, context = cache.batch(shard, args.batch, generator)
         t = torch.randint(schedule.timesteps, (args.batch,), generator=generator)[shard]
         noise = torch.randn(args.batch, *z.shape[1:], generator=generator)[shard]
@@ -173,13 +174,14 @@ def train(training, base, cache, args, on_save):
                 # Of all functions of (z_t, t, text, c), E[noise | z_t, text, c] minimises this:
                 # the posterior denoiser. The gradient reaches BPS through the frozen U-Net.
                 part_loss = F.mse_loss(eps.float(), schedule.target(z, noise, t))
+                # parts add up and processes are averaged: in all, the mean over the batch
                 part_loss = part_loss * (len(z) * processes.count / args.batch)
                 training.scaler.scale(part_loss).backward()
             loss += part_loss.detach()
         training.scaler.unscale_(training.optimizer)
         norm = nn.utils.clip_grad_norm_(training.bps.parameters(), MAX_GRADIENT_NORM)
         loss = processes.mean(loss)
-        # in fp16 a gradient may overflow: the scaler then skips the step
+        # the sum is finite if both are; in fp16 the scaler skips a step whose gradient overflows
         require_finite(loss if training.scaler.is_enabled() else loss + norm,
                        f"step {step + 1}: the loss or its gradient", args.lr)
         training.scaler.step(training.optimizer)
@@ -275,7 +277,7 @@ class Training:
         draw_curve(self.rows, self.out / "curve.png")
 
     def restore_best(self):
-        """Load bps.safetensors, which is rounded to fp16, into the average."""
+        """Load bps.safetensors into the average, to measure what the file holds."""
         self.average.load_state_dict(load_bps(self.out / "bps.safetensors").state_dict())
 
 

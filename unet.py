@@ -70,7 +70,10 @@ class ResBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Multi-head attention from the pixels h (B, N, C) to the context (B, L, D)."""
+    """Multi-head attention from the pixels h (B, N, C) to the context (B, L, D).
+
+    With the pixels as their own context it is self-attention.
+    """
 
     def __init__(self, dim, context_dim, heads):
         super().__init__()
@@ -181,8 +184,8 @@ class UNetBlock(nn.Sequential):
 
     A residual r of BPS enters the frozen U-Net here: the same map is added after every ResBlock
     and every SpatialTransformer of the block, and nowhere else (authors' code). A block with
-    attention computes ST(Res(x) + r) + r. ST has a skip connection, so r counts twice there, and
-    three times in the middle block.
+    attention computes ST(Res(x) + r) + r. ST has a skip connection, so r counts about twice
+    there, and three times in the middle block.
     """
 
     def forward(self, h, t_emb, context, residual=None, size=None):
@@ -273,7 +276,8 @@ class UNet(nn.Module):
 
         z_t: (B, 4, H, W) noisy scaled latents. t: (B,) int or float in 0..999. context: (B, L, D)
         text states. residuals: None, or a list with one entry per block in the order input,
-        middle, output: a map of the block's output shape (batch B or 1), or None for no steering.
+        middle, output: a map (batch B or 1) of the shape of its ResBlock's output, or None for no
+        steering.
         """
         blocks = len(self.input_blocks) + 1 + len(self.output_blocks)
         residuals = [None] * blocks if residuals is None else residuals

@@ -1,4 +1,4 @@
-"""What a picture that sample.py drew stores: the options and files to draw it again.
+"""The options and fingerprints in a picture, from which sample.py can draw it again.
 
     fields = png_fields(args, job, seed, size, fingerprints(args, job.condition_args), base)
     write_new(image, Path("pictures/0000.png"), fields)

@@ -3,10 +3,10 @@
     python -m pad                           # prints, and opens, http://127.0.0.1:8765
     python -m pad --bps runs/layout/bps.safetensors
 
-Without --bps it takes what comes with the project, and for each task the newest that train.py has
-written to runs/TASK. Restart the pad after a training to see its BPS.
-"Save" writes to --out a PNG that `sample.py --from` draws again, and the drawing. The page is
-served to this computer only: to no other address, and to no page of another site.
+Without --bps, the pad uses the newest BPS that train.py wrote to runs/TASK, for each task. If there
+is none for sketch, it uses the included one. Restart the pad after a training to use the new BPS.
+"Save" writes the drawing to --out, and a PNG that `sample.py --from` draws again. The pad serves
+the page to this computer only, and refuses requests from other addresses and other sites' pages.
 """
 import contextlib
 import http.server

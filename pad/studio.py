@@ -1,4 +1,4 @@
-"""What the page asks for: draw the newest request, open a picture as a condition, save.
+"""The work behind the page: draw the newest request, open a picture as a condition, save.
 
 All drawing is sample.py's: the same options, the same denoiser, the same sampler.
 """

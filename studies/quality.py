@@ -1,8 +1,9 @@
-"""What is a trained network worth? Losses and drawn pictures on held-out pairs, and comparisons.
+"""Held-out losses and drawn pictures of a trained network, and paired comparisons of methods.
 
-Pictures are measured against their conditions, their prompts, and the true pictures, by what the
-embedded base's CLIP sees in them. Methods that drew for the same pairs, from the same noises, are
-compared pair by pair: what these pairs do to both cancels, which decides smaller differences.
+Pictures are compared with their conditions and their prompts, and with the true pictures by the
+features of the embedded base's CLIP. Methods that drew for the same pairs, from the same noises,
+are compared pair by pair. The differences between pairs then cancel, so smaller differences
+between methods become visible.
 
     numbers = evaluate(base, cache, network, seed=0)
     difference, error = paired_difference(numbers["distances"], others["distances"])

@@ -4,13 +4,13 @@
 |---|---|---|
 | ControlNet (arXiv 2302.05543) | all | skips and middle, once, through zero 1x1 convolutions |
 | T2I-Adapter (arXiv 2302.08453) | condition | the end of each level of the contracting path, once |
-| fine-tuning | all | every weight; the condition is further channels of the input |
+| fine-tuning | all | every weight; the condition is concatenated to the input channels |
 | LoRA (arXiv 2106.09685) | all | low-rank terms of the attention's layers; the same input |
 | output term (DEFT, arXiv 2406.01781) | all but the text | nowhere: it is added to eps |
 
-"All" is the condition, z_t, t and the text. A rival has the face of a BPS, rival(cond, t_emb) ->
-maps, and stands with the frozen U-Net in a RivalUNet, so that training, validation and drawing run
-as they do for BPS. All parameters of a rival are trained; none belongs to the frozen U-Net.
+"All" is the condition, z_t, t and the text. A rival is called like a BPS, rival(cond, t_emb) ->
+maps. RivalUNet combines it with the frozen U-Net, so that training, validation and drawing run as
+they do for BPS. All parameters of a rival are trained; none belongs to the frozen U-Net.
 
 Shapes: B batch, C channels, H W rows and columns of the latent, f the autoencoder's factor.
 """

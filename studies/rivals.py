@@ -5,18 +5,19 @@
     python -m studies.rivals --task sketch --method lora --pairs 40 --seed 1        # one row
     python -m studies.rivals --done                     # print the tables, train nothing
 
-The result of each training is a line of docs/rivals.jsonl. A study trains what has no line there.
-If it is interrupted, the same command resumes; processes with the same command share the work.
-Lines of another base than today's are not read.
+Each training appends its result to docs/rivals.jsonl as one line. A study trains only what has no
+line there. If it is interrupted, the same command resumes; processes with the same command share
+the work. Lines that were measured on another base are ignored.
 
-All methods have the same pairs, noises and steps, and train.py's recipe: the moving average of the
-weights, and moved copies of few pairs. A method's learning rate has the lowest validation loss in a
-sweep on sketch, with another seed and the same number of steps. The sweep has 40 pairs for rows of
-12, 40 and 100 pairs, else all. Segmentation and artistic have sketch's rates. Other recipes, and
-BPS without a part, have BPS's rate; other port weights, which act like rates, have their own.
-T2I-Adapter and ControlNet are also trained once as their authors do; this is kept if its validation
-loss is lower. Without pairs, BPS learns from pictures that the base draws, as train.py --from-base.
-The first 100 test pairs and 50 pairs with unseen hair are measured.
+All methods use the same pairs, noises and steps, and train.py's recipe: the moving average of the
+weights, and moved copies of few pairs. We choose the learning rate of each method by the lowest
+validation loss of a sweep on sketch, with another seed and the same number of steps. For rows with
+12, 40 and 100 pairs the sweep uses 40 pairs, for all other rows all pairs. Segmentation and
+artistic use sketch's rates. Other recipes, and BPS without a part, use BPS's rate; other port
+weights, which act like rates, have a sweep of their own. T2I-Adapter and ControlNet are also
+trained once with their authors' recipe, which is kept if its validation loss is lower. Without
+pairs, BPS learns from pictures that the base draws, as with train.py --from-base. The study
+measures the first 100 test pairs and 50 pairs with unseen hair.
 """
 import contextlib
 import functools
