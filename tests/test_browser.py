@@ -128,20 +128,20 @@ def test_a_drawing_by_hand_is_drawn_again_by_sample_py(page, run_script, tmp_pat
     steered = picture(page)
     print(f"\n{status(page)}")
     assert steered != before == picture(page, "prior")
+    page.execute_script("window.scrollTo(0, 0)")
+    page.save_screenshot(tmp_path / "pad.png")
+    with Image.open(tmp_path / "pad.png") as image:
+        if "PAD_FIGURE" in os.environ:
+            image.quantize(128).save(os.environ["PAD_FIGURE"], optimize=True)
     find(page, "save").click()
     wait_for(page, lambda: status(page).startswith("saved"))
     file = status(page).split(" and ")[0].removeprefix("saved ")
     assert status(page).endswith(f"python sample.py --from {file}")
     run_script(sample, "--from", file, "--out", tmp_path)
     assert Image.open(tmp_path / "0001.png").tobytes() == steered
-    page.execute_script("window.scrollTo(0, 0)")
     find(page, "draw_strip").click()
     wait_for(page, lambda: len(page.find_elements("css selector", "#strip img")) == 5)
     wait_until_drawn(page)
-    page.save_screenshot(tmp_path / "pad.png")
-    with Image.open(tmp_path / "pad.png") as image:
-        if "PAD_FIGURE" in os.environ:
-            image.quantize(128).save(os.environ["PAD_FIGURE"], optimize=True)
 
 
 def test_the_picture_follows_undo_redo_and_clear(page):
