@@ -57,6 +57,7 @@ from train import SELECTION_PAIRS, NotFinite, Training, require_finite, train
 from weights import UserError
 
 BATCH, STEPS, SAVES = 8, 300, 5
+LONG, LONGEST = 900, 3000               # steps; LONGEST has the rates of LONG
 SEEDS, SWEEP_SEED = (0, 1, 2), 100
 RATES, FIRST_RATE = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2), 1e-3
 DRAWS = 500                             # pictures that the base draws
@@ -133,8 +134,9 @@ STUDIES = dict(
     + rows(["sketch"], ["bps"], pairs=(100, 0)),
     data=rows(["sketch"], MAIN) + rows(["sketch"], MAIN, pairs=(12, 100, 300), seeds=[0]),
     ablations=rows(["sketch"], PARTS, pairs=[0]) + rows(["sketch"], PARTS, pairs=[40], seeds=[0]),
-    steps=rows(["sketch"], LONGER, pairs=[0], steps=3 * STEPS)
-    + rows(["sketch"], LONGER, pairs=[40], steps=3 * STEPS, seeds=[0]))
+    steps=rows(["sketch"], LONGER, pairs=[0], steps=LONG)
+    + rows(["sketch"], LONGER, pairs=[40], steps=LONG, seeds=[0])
+    + rows(["sketch"], LONGER, pairs=[0], steps=LONGEST, seeds=[0]))
 
 
 # ---- what is done, and what to train next --------------------------------------------------
@@ -189,7 +191,8 @@ def resolve(results, row):
     if row.method == BASE_ALONE:
         return row
     sweep = row._replace(task="sketch", method=RATE_OF.get(row.method, row.method),
-                         recipe="copies", pairs=SWEPT.get(row.pairs, row.pairs), seed=SWEEP_SEED)
+                         recipe="copies", pairs=SWEPT.get(row.pairs, row.pairs),
+                         steps=min(row.steps, LONG), seed=SWEEP_SEED)
     losses = {}
     while (rate := next_rate(losses)) is not None:
         job = sweep._replace(rate=rate)

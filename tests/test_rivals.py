@@ -299,6 +299,7 @@ def test_a_sweep_walks_to_the_best_rate_and_then_tries_the_authors_recipe(loss, 
     (dict(method="bps", recipe="draws alone", pairs=rivals.DRAWS), dict(recipe="copies", pairs=0)),
     (dict(method="lora", pairs=12), dict(method="lora", pairs=40)),
     (dict(method="lora", pairs=300), dict(method="lora", pairs=0)),
+    (dict(pairs=0, steps=rivals.LONGEST), dict(pairs=0, steps=rivals.LONG)),
     (dict(task="segmentation"), dict(task="sketch", method="lora"))], ids=str)
 def test_a_row_has_the_rate_of_its_sweep(changes, sweep):
     job = rivals.resolve({}, JOB._replace(rate=0.0, pairs=40)._replace(**changes))
