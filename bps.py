@@ -162,6 +162,7 @@ class BPS(nn.Module):
     [block, port, up-sampler].
     """
     checkpointing = False               # recompute activations: less memory, more time
+    port_size, middle_blocks = 3, 2
 
     def __init__(self, config=BPSConfig()):
         super().__init__()
@@ -187,26 +188,30 @@ class BPS(nn.Module):
 
         self.middle_block = nn.ModuleList()
         if config.middle_weight or config.output_weight:
-            self.middle_block.extend(res_block(channels, channels) for _ in range(2))
+            self.middle_block.extend(res_block(channels, channels)
+                                     for _ in range(self.middle_blocks))
         self.add_port(channels, config.middle_weight)
-
-        # Expansive path: one block for every skip, so one more per level than on the way down.
         self.output_blocks = nn.ModuleList()
-        channels_in = channels
-        for level in reversed(range(levels) if config.output_weight else ()):
-            channels = config.channels[level]
-            for i in range(config.blocks_per_level + 1):
-                layers = [TimelessResBlock(channels_in + skip_channels.pop(), channels,
-                                           config.norm_groups), zero_conv(channels, channels)]
-                channels_in = channels
-                if i == config.blocks_per_level and level > 0:
-                    layers.append(Upsample(channels))
-                self.output_blocks.append(nn.ModuleList(layers))
+        if config.output_weight:
+            self.add_expansive_path(skip_channels)
 
     def add_port(self, channels, weight):
         """Append the port of a contracting block or the middle, None if its weight is 0."""
-        self.zero_blocks.append(zero_conv(channels, channels) if weight else None)
+        self.zero_blocks.append(zero_conv(channels, channels, self.port_size) if weight else None)
         self.port_weights.append(weight)
+
+    def add_expansive_path(self, skip_channels):
+        """Append one block for every skip, so one more per level than on the way down."""
+        channels_in, per_level = skip_channels[-1], self.config.blocks_per_level + 1
+        for level, channels in reversed(list(enumerate(self.config.channels))):
+            for i in range(per_level):
+                layers = [TimelessResBlock(channels_in + skip_channels.pop(), channels,
+                                           self.config.norm_groups),
+                          zero_conv(channels, channels, self.port_size)]
+                channels_in = channels
+                if i == per_level - 1 and level > 0:
+                    layers.append(Upsample(channels))
+                self.output_blocks.append(nn.ModuleList(layers))
 
     def forward(self, cond, t_emb):
         """Residuals: one map (B, C, H, W) per U-Net block, None where there is no port.
@@ -216,13 +221,7 @@ class BPS(nn.Module):
         size and 512 px the maps go from (B, 320, 64, 64) to (B, 1280, 8, 8) and back.
         """
         h, skips, residuals = self.contract(cond, t_emb)
-        for block, port, *up in self.output_blocks:
-            h = run_block(block, torch.cat([h, skips.pop()], dim=1),
-                          checkpointing=self.checkpointing)
-            residuals.append(self.config.output_weight * port(h))
-            if up:
-                h = up[0](h, skips[-1].shape[-2:])
-        return residuals + [None] * len(skips)      # one per U-Net block without an expansive path
+        return residuals + (self.expand(h, skips) if self.output_blocks else [None] * len(skips))
 
     def contract(self, cond, t_emb):
         """(h (B, C, H, W), skips, residuals) after the contracting path and the middle.
@@ -236,7 +235,7 @@ class BPS(nn.Module):
                              f"sides that are multiples of {factor}, got {tuple(cond.shape)}")
         # f x f pixels become channels: the latent's size, and nothing is lost
         h, skips, residuals = F.pixel_unshuffle(cond, factor), [], []         # (B, C f^2, H, W)
-        *ports, middle_port = zip(self.zero_blocks, self.port_weights)
+        ports = list(zip(self.zero_blocks, self.port_weights))
         for block, (port, weight) in zip(self.input_blocks, ports):
             inputs = (h, t_emb) if isinstance(block, TimeResBlock) else (h,)
             h = run_block(block, *inputs, checkpointing=self.checkpointing)
@@ -244,9 +243,20 @@ class BPS(nn.Module):
             residuals.append(None if port is None else weight * port(h))
         for block in self.middle_block:
             h = run_block(block, h, t_emb, checkpointing=self.checkpointing)
-        port, weight = middle_port
+        port, weight = ports[-1]
         residuals.append(None if port is None else weight * port(h))
         return h, skips, residuals
+
+    def expand(self, h, skips):
+        """The maps of the expansive path, from what contract returns."""
+        residuals = []
+        for block, port, *up in self.output_blocks:
+            h = run_block(block, torch.cat([h, skips.pop()], dim=1),
+                          checkpointing=self.checkpointing)
+            residuals.append(self.config.output_weight * port(h))
+            if up:
+                h = up[0](h, skips[-1].shape[-2:])
+        return residuals
 
 
 class LightBPS(BPS):
@@ -257,31 +267,28 @@ class LightBPS(BPS):
     because the U-Net convolves each map right after it is added. The ports of a level share one
     layer because the blocks of a level differ in nothing that BPS sees.
     """
+    port_size, middle_blocks = 1, 1
 
-    def __init__(self, config=BPSConfig()):
-        super().__init__(config)
-        self.zero_blocks = nn.ModuleList(
-            port and zero_conv(port.in_channels, port.out_channels, size=1)
-            for port in self.zero_blocks)
-        self.middle_block, self.output_blocks = self.middle_block[:1], nn.ModuleList()
-        channels_in = config.channels[-1]
-        for channels in reversed(config.channels if config.output_weight else ()):
+    def add_expansive_path(self, skip_channels):
+        """Append a shared layer and its ports for each level."""
+        channels_in = skip_channels[-1]
+        for channels in reversed(self.config.channels):
             narrow = channels // NARROW
             shared = nn.Sequential(nn.Conv2d(channels_in + channels, narrow, 1), nn.SiLU())
-            ports = nn.ModuleList(zero_conv(narrow, channels, size=1)
-                                  for _ in range(config.blocks_per_level + 1))
+            ports = nn.ModuleList(zero_conv(narrow, channels, self.port_size)
+                                  for _ in range(self.config.blocks_per_level + 1))
             self.output_blocks.append(nn.ModuleList([shared, ports]))
             channels_in = narrow
 
-    def forward(self, cond, t_emb):
-        """Residuals, as BPS.forward returns them."""
-        h, skips, residuals = self.contract(cond, t_emb)
+    def expand(self, h, skips):
+        """The maps of the expansive path, from what contract returns."""
+        residuals = []
         level_ends = skips[self.config.blocks_per_level::self.config.blocks_per_level + 1]
         for (shared, ports), skip in zip(self.output_blocks, reversed(level_ends)):
             h = F.interpolate(h, skip.shape[-2:], mode="nearest")
             h = shared(torch.cat([h, skip], dim=1))
             residuals += [self.config.output_weight * port(h) for port in ports]
-        return residuals + [None] * len(skips if not self.output_blocks else ())
+        return residuals
 
 
 def build_bps(config):
@@ -302,10 +309,8 @@ def posterior(eps_prior, eps_posteriors, strengths):
     mean of the power or product (arXiv 2302.11552). A strength may also be a map (1, 1, H, W);
     the sum is then no gradient, only a heuristic.
     """
-    if len(eps_posteriors) != len(strengths):
-        raise ValueError(f"{len(eps_posteriors)} posteriors but {len(strengths)} strengths")
-    return eps_prior + sum(strength * (eps_posterior - eps_prior)
-                           for eps_posterior, strength in zip(eps_posteriors, strengths))
+    return eps_prior + sum(s * (eps_posterior - eps_prior)
+                           for eps_posterior, s in zip(eps_posteriors, strengths, strict=True))
 
 
 class Condition:

@@ -310,8 +310,7 @@ def note_unlearned(prompts, size, base):
               f"{', '.join(unknown[:8])}. tiny/README.md lists its words.", file=sys.stderr)
     side = base.unet.config.sample_size * base.vae.factor
     if size != (side, side):
-        print(f"note: the embedded base was trained at {side}x{side} and draws worse at "
-              f"{size[0]}x{size[1]}.", file=sys.stderr)
+        print(f"note: the embedded base was trained at {side}x{side} only.", file=sys.stderr)
 
 
 # ---- drawing -------------------------------------------------------------------------------

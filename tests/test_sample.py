@@ -337,7 +337,7 @@ def test_a_note_names_words_and_sizes_that_are_new_to_the_embedded_base(draw, ba
     assert capsys.readouterr().err == ""
     draw("--n", 1, "--prompt", "a Cat, red hair", "--size", "64x32")
     notes = [line for line in capsys.readouterr().err.splitlines() if "embedded base" in line]
-    assert "does not know Cat." in notes[0] and "at 64x64 and draws worse at 64x32" in notes[1]
+    assert "does not know Cat." in notes[0] and "trained at 64x64 only" in notes[1]
 
 
 def test_a_class_that_was_not_trained_on_is_refused(draw, refused, tmp_path):
