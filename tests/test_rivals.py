@@ -307,6 +307,10 @@ def test_a_row_has_the_rate_of_its_sweep(changes, sweep):
     assert {name: getattr(job, name) for name in sweep} == sweep
 
 
+def test_a_given_rate_needs_no_sweep():
+    assert all(rivals.resolve({}, row) == row for row in rivals.STUDIES["rates"])
+
+
 @pytest.mark.slow
 def test_draws_alone_train_on_all_of_them(bench):
     rows = bench.train_rows(JOB._replace(recipe="draws alone", pairs=10))
