@@ -165,7 +165,7 @@ class LatentCache:
         extract: make conditions from the images' own lines. folder: of the parts, CACHE if None.
         """
         self.pairs, self.task, self.size, self.extract = pairs, task, size, extract
-        self.palettes, self.base = {}, base
+        self.palettes, self.blank, self.base = {}, [], base
         self.weights = torch.tensor([pair.weight for pair in pairs], dtype=torch.float64)
         folder = folder or CACHE
         folder.mkdir(parents=True, exist_ok=True)
@@ -177,14 +177,12 @@ class LatentCache:
                 tensors, metadata = self.make_part(parts[i])
                 weights.save(tensors, self.files[i], metadata)
         processes.barrier()                                # for the parts of the others
-        blank = []
         for file, part in zip(self.files, parts):
             metadata = self.read(file, lambda f: f.metadata())
-            blank += [part[row].name for row in json.loads(metadata["blank"])
-                      if part[row].view == View()]          # a moved copy may miss the only line
+            self.blank += [part[row].name for row in json.loads(metadata["blank"])
+                           if part[row].view == View()]     # a moved copy may miss the only line
             for classes, row in json.loads(metadata["palettes"]):
                 self.palettes.setdefault(tuple(map(tuple, classes)), part[row].name)
-        self.blank = blank
         prompts = sorted({prompt for pair in pairs for prompt in pair.prompts} | {""})
         self.contexts = None                            # too many: encoded when needed
         if len(prompts) <= MOST_PROMPTS:

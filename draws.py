@@ -1,10 +1,10 @@
 """Training pairs that the base draws itself, with conditions read off its pictures.
 
-BPS learns from n labelled pairs which pictures fit a condition, but n pictures show little of that
-variety. The reverse is far easier to learn: each pixel of the n pairs shows which condition fits.
-So the base draws more pictures, a small network trained on the labelled pairs reads conditions off
-them, and BPS trains on these pairs, too. Lemma 3.1 of arXiv 2406.03683 allows this, because a
-condition depends on the clean picture alone. Where a program can read conditions, as for
+From n labelled pairs BPS has to learn all pictures that fit a condition, and n pictures show only
+few of them. To learn which condition fits a picture is far easier: each pixel of the n pairs is an
+example. So the base draws more pictures, a small network trained on the labelled pairs reads
+conditions off them, and BPS trains on these pairs, too. Lemma 3.1 of arXiv 2406.03683 allows this,
+because a condition depends on the clean picture alone. Where a program can read conditions, as for
 train.py --extract, no labelled pair is needed. DatasetGAN (arXiv 2104.06490) also labels a
 generator's pictures from few labels; docs/method.md compares the estimators.
 

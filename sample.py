@@ -87,7 +87,7 @@ def make_parser():
     add("--negative-prompt", type=unicode_text, default="", help="what guidance avoids")
     add("--n", type=in_range(int, 1, 10_000), default=4, help=f"pictures {default}")
     add("--batch", type=positive, default=1, help="pictures per U-Net call; >1 is faster on GPUs, "
-        f"last bits may differ {default}")
+        f"pixels may differ by rounding {default}")
     add("--seed", type=seed_number, default=0, help=f"of the first picture {default}")
     add("--size", type=width_and_height, help="pixels, as in 768x512 (default: as trained)")
     add("--init", type=Path, help="a picture to start from instead of noise")
@@ -95,8 +95,9 @@ def make_parser():
         f"--init goes through; 1 keeps nothing of it {default}")
     add("--sampler", choices=diffusion.SAMPLERS, default=DEFAULTS.sampler, help=default)
     add("--steps", type=in_range(int, 1, 999), default=DEFAULTS.steps, help=default)
-    add("--guidance", type=in_range(float, -1000, 1000), help="how much the prompt counts; 1 is "
-        f"no guidance (default: {DEFAULTS.guidance_scale:g}, for another --base {SD_GUIDANCE})")
+    add("--guidance", type=in_range(float, -1000, 1000), help="how much the prompt is exaggerated; "
+        f"1 is no guidance (default: {DEFAULTS.guidance_scale:g}, for another --base "
+        f"{SD_GUIDANCE})")
     parser.add_base()
     add("--dtype", choices=DTYPES, default="fp32", help=f"of all but the autoencoder {default}")
     add("--from", type=Path, dest="picture", help="draw this picture again; other options "
@@ -300,9 +301,7 @@ def picture_size(size, metadata, base):
 
 
 def note_unlearned(prompts, size, base):
-    """Print a note if the base is the embedded one and never learned these words or this size."""
-    if not is_embedded(base.path):
-        return
+    """Print a note for words that the embedded base's tokenizer splits, and for another size."""
     words = dict.fromkeys(re.findall(r"\w+", " ".join(prompts)))
     unknown = [word for word in words if len(base.tokenizer.bpe.encode(word)) > 1]     # in pieces
     if unknown:
@@ -405,7 +404,8 @@ def main():
         x = to_x(crop(open_image(args.init), *size))[None].to(args.device)
         init = base.vae.encode(x).mean, args.start
     jobs = list_jobs(args.condition_args, args.prompt)
-    note_unlearned([args.negative_prompt, *(job.prompt for job in jobs)], size, base)
+    if is_embedded(args.base):
+        note_unlearned([args.negative_prompt, *(job.prompt for job in jobs)], size, base)
     # read all conditions first, so that an unreadable one costs no drawing
     read = [read_conditions(job, networks, size, base, args.device) for job in jobs]
     hash_once = functools.cache(fingerprint)            # of a base it takes seconds

@@ -41,8 +41,8 @@ from tiny.tasks import CLASSES
 from weights import UserError
 
 SPLITS = ("train", "val", "test")
-EMBEDDED = dict(size=64, lr=1e-3)       # defaults for the embedded base,
-SD = dict(size=512, lr=1e-5)            # and for another one: SD 1.5's size, the authors' rate
+EMBEDDED_DEFAULTS = dict(size=64, lr=1e-3)          # with the steps of the task
+OTHER_DEFAULTS = dict(size=512, lr=1e-5, steps=10_000)      # SD 1.5's size, the authors' rate
 MAX_GRADIENT_NORM = 1.0
 AVERAGED_STEPS = 100            # of the moving average of the weights
 SELECTION_PAIRS = 100           # with fewer, the validation loss is too noisy to choose a step
@@ -68,10 +68,11 @@ def make_parser():
     add("--check-data", action="store_true", help="check --data instead of training: what it "
         "contains, what is wrong, and a sheet of what the network will see")
     parser.add_base()
-    add("--size", type=positive, help=f"side of the square in pixels (default: {EMBEDDED['size']}, "
-        f"for another --base {SD['size']})")
+    add("--size", type=positive, help="side of the square in pixels (default: 64, for another "
+        "--base 512)")
     add_port_options(parser)
-    add("--steps", type=positive, help="training steps (default: 1200, artistic 300)")
+    add("--steps", type=positive, help="training steps (default: 1200, artistic 300; for another "
+        "--base 10000)")
     add("--batch", type=positive, default=8, help="pictures per step (default: %(default)s)")
     add("--accumulate", type=positive, default=1, help="parts of a batch, computed one by one to "
         "save memory (default: %(default)s)")
@@ -80,7 +81,7 @@ def make_parser():
     add("--dtype", choices=DTYPES, help="of the base; BPS's weights stay fp32 (default: bf16 on a "
         "GPU, else fp32)")
     add("--lr", type=in_range(float, 1e-9, 1), help="AdamW's learning rate, which falls to zero "
-        f"(default: {EMBEDDED['lr']:g}, for another --base {SD['lr']:g})")
+        "(default: 1e-3, for another --base 1e-5)")
     add("--save-every", type=positive, default=150, help="steps between checkpoints, each with a "
         "validation (default: %(default)s)")
     add("--seed", type=seed_number, default=0, help="(default: %(default)s)")
@@ -97,9 +98,10 @@ def parse_args():
     args = parser.parse_args()
     task = TASKS[args.task]
     args.weights = args.weights or task.port_weights
-    args.steps = args.steps or task.steps
-    defaults = EMBEDDED if is_embedded(args.base) else SD
-    args.size, args.lr = args.size or defaults["size"], args.lr or defaults["lr"]
+    defaults = (EMBEDDED_DEFAULTS | dict(steps=task.steps) if is_embedded(args.base)
+                else OTHER_DEFAULTS)
+    for name, value in defaults.items():
+        setattr(args, name, getattr(args, name) or value)
     args.dtype = args.dtype or ("bf16" if args.device.startswith("cuda") else "fp32")
     has_pairs = args.data is not None and not (args.from_base and args.data.is_file())
     args.without_pairs = args.from_base is not None and not has_pairs
@@ -348,6 +350,7 @@ def main():
 def train_in(out, args, config, record, base, splits, processes):
     """Train a BPS of a BPSConfig in a run's folder; (the Training, LatentCache to test it on)."""
     print("{} training, {} validation and {} test pairs".format(*map(len, splits.values())))
+    print(f"{args.steps} steps of {args.batch}, {args.size} px, learning rate {args.lr:g}")
     rows = with_copies(splits["train"], not args.no_mirror)
     if args.from_base and not args.without_pairs:
         rows = add_draws(rows, splits, base, args, processes)
@@ -361,11 +364,10 @@ def train_in(out, args, config, record, base, splits, processes):
     training = Training(out, bps, args, processes, bps_metadata(args, record, base, cache),
                         keep_best=len(splits["train"]) >= SELECTION_PAIRS)
     training.start_or_resume(record)
-    base_loss = paired_errors(base, val_cache).mean()
-    if not base_loss.isfinite():
+    base_loss = paired_errors(base, val_cache).mean().item()
+    if not base_loss < float("inf"):                    # nor is NaN
         raise UserError(f"{args.base}: the validation loss of the frozen base is not finite. Use "
                         f"--dtype fp32 or another --base.")
-    base_loss = base_loss.item()
 
     def on_save(step, train_loss):
         if processes.rank == 0:
@@ -386,9 +388,8 @@ def measure(training, base, test_cache, args):
     numbers = report(base, test_cache, training.average, out, args.seed, meter)
     save_bps(training.average, out / "bps.safetensors",
              training.metadata | dict(best=training.best, results=numbers))
-    example = example_condition(args.task, test_cache)
     with weights.replacing(out / "condition.png") as temporary:
-        example.save(temporary)
+        example_condition(args.task, test_cache).save(temporary)
     (out / CHECKPOINT).unlink()
     for name in ("bps.safetensors", "condition.png", "log.jsonl", "curve.png", "args.json"):
         print(out / name)

@@ -31,18 +31,18 @@ def condition_bits(gains, log_snrs):
     return nats / math.log(2)
 
 
-def calibrated_strength(gains, steerings):
+def best_strength(gains, steerings):
     """The strength with the lowest loss, and its standard error by the jackknife over pairs.
 
     gains: (n,). steerings: |M_hat|^2 (n,). The loss at strength s is L(s) = L(0)
-    - s (gain + |M_hat|^2) + s^2 |M_hat|^2 (derived here). 1 is calibrated. Below 1 the steering is
+    - s (gain + |M_hat|^2) + s^2 |M_hat|^2 (derived here). Below 1 the steering is
     too strong on held-out pairs, as after over-fitting. Without any steering it is nan.
     """
-    def best(gain, steering):
+    def vertex(gain, steering):
         """The vertex of the parabola."""
         return (gain + steering) / (2 * steering)
 
     n = len(gains)
-    without_one = best(gains.sum() - gains, steerings.sum() - steerings)        # (n,)
+    without_one = vertex(gains.sum() - gains, steerings.sum() - steerings)        # (n,)
     error = ((n - 1) * without_one.var(correction=0)).sqrt()
-    return best(gains.sum(), steerings.sum()).item(), error.item()
+    return vertex(gains.sum(), steerings.sum()).item(), error.item()

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from bps import Condition, load_bps
 from diffusion import Sampling
 from inputs.conditions import cond_to_x, images_at_a_time, to_image, to_x
-from measure.bits import calibrated_strength, condition_bits, log_snr
+from measure.bits import best_strength, condition_bits, log_snr
 from sample import check_fit, draw
 from weights import UserError, replacing
 
@@ -118,7 +118,7 @@ def summarize(squares, schedule, dimensions):
     gain: loss of the frozen base minus that of the steered one. For exact denoisers it is the mean
     square of the steering, E|noise - eps*|^2 - E|noise - eps_bar*|^2 = E|M|^2 (Pythagoras). gap:
     loss with shuffled conditions minus that with the right ones; it is zero for a network that
-    ignores the condition. strength: the calibrated one. bits: what a condition says beyond the
+    ignores the condition. strength: the best one. bits: what a condition says beyond the
     prompt, as measure/bits.py has it: exact for exact denoisers, but for the range of VALIDATION_T;
     else an estimate, in which what is learned of the pictures in general counts, too. gain_by_t,
     strength_by_t: at each of VALIDATION_T; over-fitting shows at low ones first.
@@ -130,9 +130,9 @@ def summarize(squares, schedule, dimensions):
     return dict(pairs=len(prior), base=prior.mean().item(), steered=steered.mean().item(),
                 shuffled=shuffled.mean().item(), gain=mean_and_error(gains.mean(1)),
                 gap=mean_and_error((shuffled - steered).mean(1)), bits=mean_and_error(bits),
-                strength=calibrated_strength(gains.mean(1), steering.mean(1)),
+                strength=best_strength(gains.mean(1), steering.mean(1)),
                 gain_by_t=gains.mean(0).tolist(),
-                strength_by_t=[calibrated_strength(*columns)[0]
+                strength_by_t=[best_strength(*columns)[0]
                                for columns in zip(gains.T, steering.T)])
 
 
@@ -218,8 +218,8 @@ def print_losses(numbers):
     print("gain there:      " + "".join(f"{value:8.4f}" for value in numbers["gain_by_t"]))
     print("strength by loss:" + "".join(f"{value:8.2f}" for value in numbers["strength_by_t"]))
     if gain < 0:
-        print("Worse than the frozen base. Train for fewer steps with few pairs, else for more, or "
-              "with a smaller --lr.")
+        print("The held-out loss is higher than the frozen base's. With few pairs, use more pairs "
+              "or fewer --steps, but look at the obedience first. Otherwise train longer.")
     if numbers["pairs"] < RELIABLE_PAIRS:
         print(f"(only {numbers['pairs']} test pairs; expect large variation)")
 

@@ -11,14 +11,16 @@ the work. Lines that were measured on another base are ignored.
 
 All methods use the same pairs, noises and steps, and train.py's recipe: the moving average of the
 weights, and moved copies of few pairs. We choose the learning rate of each method by the lowest
-validation loss of a sweep on sketch, with another seed and the same number of steps. For rows with
-12, 40 and 100 pairs the sweep uses 40 pairs, for all other rows all pairs. Segmentation and
-artistic use sketch's rates. Other recipes, and BPS without a part, use BPS's rate; other port
-weights, which act like rates, have a sweep of their own. T2I-Adapter and ControlNet are also
-trained once with their authors' recipe, which is kept if its validation loss is lower. Without
+validation loss of a sweep on sketch, with another seed and the same number of steps (900 for rows
+of 3,000). For rows with 12, 40 and 100 pairs the sweep uses 40 pairs, for all other rows all pairs.
+Segmentation and artistic use sketch's rates. Other recipes, and BPS without a part, use BPS's rate;
+other port weights, which act like rates, have a sweep of their own. T2I-Adapter and ControlNet are
+also trained once with their authors' recipe, which is kept if its validation loss is lower. Without
 pairs, BPS learns from pictures that the base draws, as with train.py --from-base. The study
-measures the first 100 test pairs and 50 pairs with unseen hair. With few pairs, a rate of lower
-loss may obey less; the study `rates` has one rate for all methods.
+measures the first 100 test pairs and 50 pairs with unseen hair.
+
+With few pairs, the rate with the lowest loss is not always the one whose pictures follow their
+conditions best. So the study `rates` trains all methods at one rate.
 """
 import contextlib
 import functools
@@ -116,7 +118,7 @@ class Job(NamedTuple):
     recipe: str
     pairs: int                          # for training; 0 is all. "draws alone": pictures
     steps: int
-    rate: float                         # 0 in a row of a study: the best one by validation loss
+    rate: float                         # 0 in a row of a study: the one of the lowest loss
     seed: int
 
 
@@ -377,23 +379,22 @@ def columns(numbers):
     return found
 
 
-def beyond_bps(results, job, group, name):
+def beyond_bps(groups, job, name):
     """A cell: by how much gains or distances (`name`) exceed BPS's, with an error over pairs.
 
-    BPS has the same pairs, steps and seeds.
+    BPS is the row of the same table with the same pairs, steps and seeds.
     """
-    values = []
-    for seed, numbers in group.items():
-        bps = resolve(results, job._replace(method="bps", recipe="copies", rate=0.0, seed=seed))
-        if name in numbers and name in results.get(bps, {}) and bps != job._replace(seed=seed):
-            values.append((numbers[name], results[bps][name]))
+    bps = next((group for other, group in groups.items() if other != job and other._replace(
+        rate=0.0) == job._replace(method="bps", recipe="copies", rate=0.0)), {})
+    values = [(numbers[name], bps[seed][name]) for seed, numbers in groups[job].items()
+              if name in numbers and seed in bps]
     if not values:
         return "-"
     difference, error = paired_difference(*np.mean(values, axis=0))
     return f"{1000 * difference:+.2f} +- {1000 * error:.2f}"
 
 
-def print_table(title, results, groups):
+def print_table(title, groups):
     """Print what over_seeds returns as a table. title: its study and task."""
     heads = list(dict.fromkeys(head for group in reversed(groups.values())
                                for head in columns(group[min(group)])))
@@ -408,7 +409,7 @@ def print_table(title, results, groups):
             values = [columns(numbers).get(head, math.nan) for numbers in group.values()]
             deviation = f" +- {np.std(values, ddof=1):.2g}" if np.ptp(values) > 0 else ""
             cells.append("-" if np.isnan(values).any() else f"{np.mean(values):.3g}{deviation}")
-        cells += [beyond_bps(results, job, group, name) for name in ("gains", "distances")]
+        cells += [beyond_bps(groups, job, name) for name in ("gains", "distances")]
         print(f"| {' | '.join(map(str, cells))} |")
 
 
@@ -467,7 +468,7 @@ def main():
         raise UserError(f"{args.record} has no results of these rows.")
     for title, groups in tables.items():
         if groups:
-            print_table(title, results, groups)
+            print_table(title, groups)
     if chosen["data"]:
         draw_figures(over_seeds(results, STUDIES["data"]), args.record.parent / "figures")
 

@@ -1,4 +1,4 @@
-"""Bits and calibrated strength, against closed forms and against their definitions."""
+"""Bits and best strength, against closed forms and against their definitions."""
 import math
 
 import pytest
@@ -9,7 +9,7 @@ from bps import BPS, config_for
 from data import LatentCache, load_pairs
 from diffusion import NoiseSchedule
 from measure import report
-from measure.bits import calibrated_strength, condition_bits, log_snr
+from measure.bits import best_strength, condition_bits, log_snr
 from studies import toy
 
 SCHEDULE = NoiseSchedule()
@@ -54,10 +54,10 @@ def test_calibration_halves_a_steering_that_is_twice_as_large():
     steering = 2 * right
     gains = (right + rest).square().mean(1) - (right + rest - steering).square().mean(1)
     squares = steering.square().mean(1)
-    strength, error = calibrated_strength(gains, squares)
+    strength, error = best_strength(gains, squares)
     assert strength == pytest.approx(0.5, abs=4 * error)
     assert 0 < error < 0.01
-    without = torch.tensor([calibrated_strength(*(torch.cat([x[:i], x[i + 1:]])
+    without = torch.tensor([best_strength(*(torch.cat([x[:i], x[i + 1:]])
                                                   for x in (gains, squares)))[0]
                             for i in range(50)])
     assert error == pytest.approx((49 * without.var(correction=0)).sqrt().item(), rel=1e-3)

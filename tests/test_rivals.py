@@ -375,7 +375,9 @@ def test_errors_of_distances_are_their_deviations_over_draws():
 def test_what_is_beyond_bps_is_paired_over_pairs_and_seeds(args):
     gains = torch.linspace(0, 1, 50).tolist()
     bps = JOB._replace(method="bps", rate=0.0)
-    results = {bps: dict(gains=gains), bps._replace(seed=1): dict(gains=50 * [9.0])}
-    group = {0: dict(gains=[gain + 0.1 + 0.01 * (-1) ** i for i, gain in enumerate(gains)])}
+    better = [gain + 0.1 + 0.01 * (-1) ** i for i, gain in enumerate(gains)]
+    groups = {JOB: {0: dict(gains=better)}, bps._replace(steps=7): {0: dict(gains=50 * [5.0])},
+              bps: {0: dict(gains=gains), 1: dict(gains=50 * [9.0])}}
     error = 1000 * 0.01 / 49**0.5                           # not that of the gains
-    assert rivals.beyond_bps(results, JOB, group, "gains") == f"+100.00 +- {error:.2f}"
+    assert rivals.beyond_bps(groups, JOB, "gains") == f"+100.00 +- {error:.2f}"
+    assert rivals.beyond_bps(groups, bps, "gains") == "-"

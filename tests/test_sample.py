@@ -333,7 +333,6 @@ def test_a_bps_of_other_weights_draws_with_a_note(draw, capsys):
 
 def test_a_note_names_words_and_sizes_that_are_new_to_the_embedded_base(draw, base, capsys):
     sample.note_unlearned(map(world.full_caption, world.figures("train")), (64, 64), base)
-    sample.note_unlearned(["a cat"], (512, 512), base._replace(path="another"))
     assert capsys.readouterr().err == ""
     draw("--n", 1, "--prompt", "a Cat, red hair", "--size", "64x32")
     notes = [line for line in capsys.readouterr().err.splitlines() if "embedded base" in line]

@@ -173,12 +173,13 @@ def test_a_run_interrupted_in_training_and_report_has_the_same_result(
     assert "results" in load_bps(parts / "bps.safetensors").metadata
 
 
-@pytest.mark.parametrize("options, size, lr", [
-    ("", 64, 1e-3), ("--base sd", 512, 1e-5), ("--base sd --size 768 --lr 2e-5", 768, 2e-5)])
-def test_size_and_rate_follow_the_base(options, size, lr, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["train.py", *options.split()])
+@pytest.mark.parametrize("arguments, size, lr, steps", [
+    ("", 64, 1e-3, 1200), (f"--base {options.BASE}/../model --task artistic", 64, 1e-3, 300),
+    ("--base sd", 512, 1e-5, 10_000), ("--base sd --size 768 --lr 2e-5 --steps 9", 768, 2e-5, 9)])
+def test_size_rate_and_steps_follow_the_base(arguments, size, lr, steps, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", *arguments.split()])
     args = train.parse_args()
-    assert (args.size, args.lr) == (size, lr)
+    assert (args.size, args.lr, args.steps) == (size, lr, steps)
 
 
 def test_other_pairs_pictures_or_weights_are_another_run(tmp_path, monkeypatch):
