@@ -332,8 +332,8 @@ def test_the_pad_ends_at_once_and_leaves_no_file_behind(end, code, tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         env={name: value for name, value in os.environ.items() if "DISPLAY" not in name}
         | dict(TMPDIR=str(scratch)),
-        # nohup's children ignore Ctrl-C
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        # background jobs ignore Ctrl-C, and nohup's ignore SIGHUP
+        preexec_fn=lambda: signal.signal(end, signal.SIG_DFL))
     try:
         address = process.stdout.readline().strip()
         assert address.startswith("http://127.0.0.1:")
