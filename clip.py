@@ -143,9 +143,11 @@ class CLIPTextModel(nn.Module):
     def __init__(self, config=CLIPTextConfig()):
         super().__init__()
         self.config = config
-        self.embeddings = nn.ModuleDict(dict(
-            token_embedding=nn.Embedding(config.vocab_size, config.width),
-            position_embedding=nn.Embedding(CONTEXT_LENGTH, config.width)))
+        counts = dict(token_embedding=config.vocab_size, position_embedding=CONTEXT_LENGTH)
+        # zeros, because drawing random numbers here would import PyTorch's compiler: two seconds
+        self.embeddings = nn.ModuleDict({
+            name: nn.Embedding.from_pretrained(torch.zeros(count, config.width), freeze=False)
+            for name, count in counts.items()})
         self.encoder = nn.ModuleDict(dict(
             layers=nn.ModuleList(EncoderLayer(config) for _ in range(config.layers))))
         self.final_layer_norm = nn.LayerNorm(config.width)
