@@ -162,7 +162,7 @@ class BPS(nn.Module):
     [block, port, up-sampler].
     """
     checkpointing = False               # recompute activations: less memory, more time
-    port_size, middle_blocks = 3, 2
+    port_size, middle_blocks = 3, 2     # a port's kernel; residual blocks of the middle
 
     def __init__(self, config=BPSConfig()):
         super().__init__()

@@ -364,8 +364,8 @@ def train_in(out, args, config, record, base, splits, processes):
     training = Training(out, bps, args, processes, bps_metadata(args, record, base, cache),
                         keep_best=len(splits["train"]) >= SELECTION_PAIRS)
     training.start_or_resume(record)
-    base_loss = paired_errors(base, val_cache).mean().item()
-    if not base_loss < float("inf"):                    # nor is NaN
+    base_loss = paired_errors(base, val_cache).mean()
+    if not base_loss.isfinite():
         raise UserError(f"{args.base}: the validation loss of the frozen base is not finite. Use "
                         f"--dtype fp32 or another --base.")
 
@@ -373,7 +373,7 @@ def train_in(out, args, config, record, base, splits, processes):
         if processes.rank == 0:
             val_loss = paired_errors(base, val_cache, training.average).mean()
             require_finite(val_loss, f"step {step}: the validation loss", args.lr)
-            training.save(step, train_loss, base_loss, val_loss.item())
+            training.save(step, train_loss, base_loss.item(), val_loss.item())
             tqdm.write(f"step {step}: validation loss {val_loss:.4f}, frozen base {base_loss:.4f}")
         processes.barrier()
 

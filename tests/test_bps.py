@@ -129,7 +129,7 @@ def test_posterior_is_prior_plus_weighted_differences():
     assert torch.equal(posterior(prior, [first], [0.0]), prior)
     torch.testing.assert_close(posterior(prior, [first, second], [0.5, 2.0]),
                                -1.5 * prior + 0.5 * first + 2 * second)
-    with pytest.raises(ValueError, match="shorter"):
+    with pytest.raises(ValueError, match="argument 2 is shorter than argument 1"):
         posterior(prior, [first, second], [1.0])
 
 
