@@ -101,12 +101,14 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
             for pair, group in zip(files, groups) if split_of[group] == split]
 
 
-def with_copies(pairs, with_mirrored=True):
-    """The pairs, followed by moved copies of each: fewer pairs have more of them.
+def with_copies(pairs, with_mirrored=True, with_moved=True):
+    """The pairs, followed by copies of each.
 
-    With mirrored copies, the first copy is the whole pair flipped left to right.
+    With mirrored copies, the first is the whole pair flipped left to right. With moved copies, few
+    pairs have more copies. Copies help only if the base knows such pictures: the embedded base has
+    only seen centred portraits, and its loss on moved ones is three times as high.
     """
-    count = min(MAX_COPIES, max(2, COPIED_ROWS // len(pairs)))
+    count = min(MAX_COPIES, max(2, COPIED_ROWS // len(pairs))) if with_moved else 1 + with_mirrored
     return [pair._replace(view=choose_view(copy, i, with_mirrored))
             for copy in range(count) for i, pair in enumerate(pairs)]
 

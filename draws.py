@@ -227,6 +227,6 @@ def add_draws(rows, splits, base, args, processes):
             pairs, splits["val"], args.task, args.size, args.seed, not args.no_mirror))
         read, reader = extractor.read, hash_module(extractor)
     files, prompts = draw_for([pair.prompts[0] for pair in pairs], base, args, processes)
-    draws = with_copies(pairs_of(files, prompts, read, reader), not args.no_mirror)
+    draws = with_copies(pairs_of(files, prompts, read, reader), not args.no_mirror, False)
     weight = len(rows) / len(draws)
     return rows + [pair._replace(weight=weight) for pair in draws]

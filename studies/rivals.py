@@ -10,7 +10,7 @@ line there. If it is interrupted, the same command resumes; processes with the s
 the work. Lines that were measured on another base are ignored.
 
 All methods use the same pairs, noises and steps, and train.py's recipe: the moving average of the
-weights, and moved copies of few pairs. We choose the learning rate of each method by the lowest
+weights, and mirrored copies of the pairs. We choose the learning rate of each method by the lowest
 validation loss of a sweep on sketch, with another seed and the same number of steps (900 for rows
 of 3,000). For rows with 12, 40 and 100 pairs the sweep uses 40 pairs, for all other rows all pairs.
 Segmentation and artistic use sketch's rates. Other recipes, and BPS without a part, use BPS's rate;
@@ -73,16 +73,16 @@ WAIT = 10                               # seconds, if other processes do all tha
 class Recipe(NamedTuple):
     """How a network is trained; the defaults are train.py's."""
     averaged: bool = True               # else the best step's weights, however few pairs there are
-    copies: bool = True                 # moved ones; else the mirrored one only
+    copies: bool = False                # moved ones, not only the mirrored one
     pairs: bool = True                  # else only pictures that the base draws
     draws: bool = False                 # half of each batch are pictures that the base draws
     cubic: bool = False                 # T2I-Adapter's timesteps
     empty_share: float = EMPTY_SHARE    # of the prompts
 
 
-RECIPES = {"documented": Recipe(averaged=False, copies=False), "average": Recipe(copies=False),
-           "copies": Recipe(), "draws": Recipe(copies=False, draws=True),
-           "copies and draws": Recipe(draws=True), "draws alone": Recipe(pairs=False),
+RECIPES = {"documented": Recipe(averaged=False), "average": Recipe(),
+           "copies": Recipe(copies=True), "draws": Recipe(draws=True),
+           "copies and draws": Recipe(copies=True, draws=True), "draws alone": Recipe(pairs=False),
            "cubic timesteps": Recipe(cubic=True), "half of the prompts": Recipe(empty_share=0.5)}
 AUTHORS = {"t2i-adapter": "cubic timesteps", "controlnet": "half of the prompts"}
 
@@ -122,7 +122,7 @@ class Job(NamedTuple):
     seed: int
 
 
-def rows(tasks, methods, recipes=("copies",), pairs=(40, 0), steps=STEPS, seeds=SEEDS):
+def rows(tasks, methods, recipes=("average",), pairs=(40, 0), steps=STEPS, seeds=SEEDS):
     """The Jobs of a study."""
     return [Job(task, method, recipe, count, steps, 0.0, seed) for seed, task, count, recipe, method
             in itertools.product(seeds, tasks, pairs, recipes, methods)]
@@ -195,7 +195,7 @@ def resolve(results, row):
     if row.method == BASE_ALONE or row.rate:
         return row
     sweep = row._replace(task="sketch", method=RATE_OF.get(row.method, row.method),
-                         recipe="copies", pairs=SWEPT.get(row.pairs, row.pairs),
+                         recipe="average", pairs=SWEPT.get(row.pairs, row.pairs),
                          steps=min(row.steps, LONG), seed=SWEEP_SEED)
     losses = {}
     while (rate := next_rate(losses)) is not None:
@@ -294,10 +294,11 @@ class Bench:
                                cache=self.root, no_mirror=False)
         if not recipe.pairs:
             prompts = [pair.prompts[0] for pair in labelled]
-            return with_copies(pairs_of(*draw_for(prompts, self.base, args, Processes())))
+            drawn = pairs_of(*draw_for(prompts, self.base, args, Processes()))
+            return with_copies(drawn, with_moved=False)
         order = np.random.default_rng(job.seed).permutation(len(labelled))
         pairs = [labelled[i] for i in sorted(order[:job.pairs or None])]
-        rows = with_copies(pairs)[:None if recipe.copies else 2 * len(pairs)]
+        rows = with_copies(pairs, with_moved=recipe.copies)
         return rows if not recipe.draws else add_draws(
             rows, self.pairs | dict(train=pairs), self.base, args, Processes())
 
@@ -385,7 +386,7 @@ def beyond_bps(groups, job, name):
     BPS is the row of the same table with the same pairs, steps and seeds.
     """
     bps = next((group for other, group in groups.items() if other != job and other._replace(
-        rate=0.0) == job._replace(method="bps", recipe="copies", rate=0.0)), {})
+        rate=0.0) == job._replace(method="bps", recipe="average", rate=0.0)), {})
     values = [(numbers[name], bps[seed][name]) for seed, numbers in groups[job].items()
               if name in numbers and seed in bps]
     if not values:

@@ -187,6 +187,8 @@ def test_fewer_pairs_have_more_copies_and_no_two_are_the_same(with_mirrored):
         assert set(views[:count]) == {View()}
         assert (set(views[count:2 * count]) == {View(is_mirrored=True)}) == with_mirrored
         assert any(view.is_mirrored for view in views) == with_mirrored
+    rows = with_copies([pair] * 40, with_mirrored, with_moved=False)
+    assert [row.view for row in rows[40:]] == [View(is_mirrored=True)] * 40 * with_mirrored
 
 
 def test_views_lie_inside_the_picture_and_move_by_at_most_6_percent():

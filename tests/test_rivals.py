@@ -22,7 +22,7 @@ from weights import UserError
 
 SMALL = UNetConfig(channels=(32, 64), attention=(True, False), heads=(2, 4), blocks_per_level=1,
                    context_dim=24, norm_groups=16)
-JOB = rivals.Job("sketch", "lora", "copies", 0, 4, 1e-3, 0)
+JOB = rivals.Job("sketch", "lora", "average", 0, 4, 1e-3, 0)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +148,7 @@ def args(tmp_path, monkeypatch):
                            end=float("inf"))
 
 
-@pytest.mark.parametrize("recipe", ["copies", "documented"])
+@pytest.mark.parametrize("recipe", ["average", "documented"])
 def test_the_network_that_is_measured_is_the_average(recipe, bench, tmp_path, monkeypatch):
     history, average_weights = [], rivals.RivalTraining.average_weights
 
@@ -163,12 +163,12 @@ def test_the_network_that_is_measured_is_the_average(recipe, bench, tmp_path, mo
     assert base.unet.predict.__self__ is network
     for key, value in network.state_dict().items():
         steps = torch.stack([step[key] for step in history])
-        expected = steps.mean(0) if recipe == "copies" else steps[numbers["step"] - 1]
+        expected = steps.mean(0) if recipe == "average" else steps[numbers["step"] - 1]
         torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("recipe, count, moved, drawn", [
-    ("documented", 2, False, False), ("copies", 14, True, False),
+    ("documented", 2, False, False), ("average", 2, False, False), ("copies", 14, True, False),
     ("draws", 2, False, True), ("copies and draws", 14, True, True)])
 def test_a_recipe_chooses_copies_and_draws(recipe, count, moved, drawn, bench):
     rows = bench.train_rows(JOB._replace(recipe=recipe, pairs=3))
@@ -231,7 +231,7 @@ def test_a_killed_job_resumes_to_the_same_numbers(saves, bench, args, monkeypatc
 def test_a_job_that_another_process_trains_is_left_to_it(args, monkeypatch):
     bench = SimpleNamespace(measure=lambda job, out: dict(val=1.0))
     with ExitStack() as stack:
-        assert rivals.claim(stack, args.out / "sketch-lora-copies-0-4-0.001-0")
+        assert rivals.claim(stack, args.out / "sketch-lora-average-0-4-0.001-0")
         assert not rivals.finish(JOB, lambda task: bench, args)
     assert rivals.finish(JOB, lambda task: bench, args)
     assert rivals.read_record(args.record, "base") == {JOB: dict(val=1.0)}
@@ -287,16 +287,16 @@ def test_a_sweep_walks_to_the_best_rate_and_then_tries_the_authors_recipe(loss, 
     results, row = {}, JOB._replace(method="controlnet", rate=0.0, pairs=12)
     while (job := rivals.resolve(results, row)).seed == rivals.SWEEP_SEED:
         assert job.pairs == 40
-        results[job] = dict(val=loss(job) and loss(job) + own * (job.recipe != "copies"))
+        results[job] = dict(val=loss(job) and loss(job) + own * (job.recipe != "average"))
     assert [job.rate for job in results] == [*tried, job.rate]
     assert job.rate == min(tried, key=lambda rate: loss(job._replace(rate=rate)) or 9)
-    assert job.recipe == ("copies" if own > 0 else "half of the prompts")
+    assert job.recipe == ("average" if own > 0 else "half of the prompts")
 
 
 @pytest.mark.parametrize("changes, sweep", [
-    (dict(method="bps-contracting"), dict(method="bps", recipe="copies", pairs=40)),
-    (dict(method="bps-flat", pairs=0), dict(method="bps-flat", recipe="copies", pairs=0)),
-    (dict(method="bps", recipe="draws alone", pairs=rivals.DRAWS), dict(recipe="copies", pairs=0)),
+    (dict(method="bps-contracting"), dict(method="bps", recipe="average", pairs=40)),
+    (dict(method="bps-flat", pairs=0), dict(method="bps-flat", recipe="average", pairs=0)),
+    (dict(method="bps", recipe="draws alone", pairs=rivals.DRAWS), dict(recipe="average", pairs=0)),
     (dict(method="lora", pairs=12), dict(method="lora", pairs=40)),
     (dict(method="lora", pairs=300), dict(method="lora", pairs=0)),
     (dict(pairs=0, steps=rivals.LONGEST), dict(pairs=0, steps=rivals.LONG)),
