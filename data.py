@@ -105,8 +105,8 @@ def with_copies(pairs, with_mirrored=True, with_moved=True):
     """The pairs, followed by copies of each.
 
     With mirrored copies, the first is the whole pair flipped left to right. With moved copies, few
-    pairs have more copies. Copies help only if the base knows such pictures: the embedded base has
-    only seen centred portraits, and its loss on moved ones is three times as high.
+    pairs have more copies. Copies should be pictures that the base knows. The embedded base has
+    only seen centred portraits: its loss on moved ones is more than twice as high.
     """
     count = min(MAX_COPIES, max(2, COPIED_ROWS // len(pairs))) if with_moved else 1 + with_mirrored
     return [pair._replace(view=choose_view(copy, i, with_mirrored))

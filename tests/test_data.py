@@ -9,6 +9,7 @@ import data
 from data import LatentCache, Pair, View, load_pairs, open_pair, split_names, with_copies
 from inputs.conditions import open_drawing, open_image
 from inputs.files import hash_module
+from measure.report import paired_errors
 from tiny import world
 from weights import UserError
 
@@ -166,7 +167,7 @@ def test_many_prompts_are_encoded_when_they_are_needed(base, pairs, folder, monk
         torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-3)      # a rounding of fp16
 
 
-# ---- moved copies --------------------------------------------------------------------------
+# ---- copies --------------------------------------------------------------------------------
 
 def dots(size, colours):
     """A palette image with a 6 x 6 block of class 1 at a fifth, and of class 2 at two fifths."""
@@ -189,6 +190,13 @@ def test_fewer_pairs_have_more_copies_and_no_two_are_the_same(with_mirrored):
         assert any(view.is_mirrored for view in views) == with_mirrored
     rows = with_copies([pair] * 40, with_mirrored, with_moved=False)
     assert [row.view for row in rows[40:]] == [View(is_mirrored=True)] * 40 * with_mirrored
+
+
+def test_the_embedded_base_knows_mirrored_portraits_but_not_moved_ones(base, folder):
+    copies = with_copies(load_pairs("sketch", "test")[:8])
+    losses = [paired_errors(base, LatentCache(copies[i:i + 8], "sketch", 64, base, folder=folder)
+                            ).mean() for i in (0, 8, 16)]
+    assert losses[1] < 1.2 * losses[0] and losses[2] > 2 * losses[0]
 
 
 def test_views_lie_inside_the_picture_and_move_by_at_most_6_percent():
