@@ -115,7 +115,7 @@ class TimeResBlock(nn.Module):
     """A residual block that the timestep scales and shifts, in the contracting path and middle.
 
     Its last convolution starts at zero, and so does the port after it. The ports therefore learn
-    from the first step; first layer, down-samplers, skips and last convolutions from the second;
+    from the first step; first layer, downsamplers, skips and last convolutions from the second;
     layers before a last convolution from the third.
     """
 
@@ -156,10 +156,10 @@ class BPS(nn.Module):
     """The steering network: a condition and a timestep to the maps that steer the U-Net.
 
     Every block of the U-Net that contains a residual block has a port, and so a map. The stem and
-    the down-samplers (input blocks 0, 3, 6 and 9 of SD 1.5) have None instead. Attributes carry
+    the downsamplers (input blocks 0, 3, 6 and 9 of SD 1.5) have None instead. Attributes carry
     the names and numbers of the authors' checkpoints: `zero_blocks` are the ports of the
     contracting path and, last, of the middle; an entry of `output_blocks` is [block, port] or
-    [block, port, up-sampler].
+    [block, port, upsampler].
     """
     checkpointing = False               # recompute activations: less memory, more time
     port_size, middle_blocks = 3, 2     # a port's kernel; residual blocks of the middle

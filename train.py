@@ -173,7 +173,7 @@ def train(training, base, cache, args, on_save):
             with base.autocast(), processes.sync_gradients(bps, is_last=i + 1 == len(parts)):
                 residuals = bps(cond, base.unet.time_embedding(t))
                 eps = base.unet(z_t, t, context, residuals)
-                # Of all functions of (z_t, t, text, c), E[noise | z_t, text, c] minimises this:
+                # Of all functions of (z_t, t, text, c), E[noise | z_t, text, c] minimizes this:
                 # the posterior denoiser. The gradient reaches BPS through the frozen U-Net.
                 part_loss = F.mse_loss(eps.float(), schedule.target(z, noise, t))
                 # parts add up and processes are averaged: in all, the mean over the batch

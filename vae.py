@@ -1,7 +1,7 @@
 """The autoencoder of Stable Diffusion: from images to a small latent space and back.
 
 Shapes: B batch, C channels, H W rows and columns, N = H * W of the innermost map.
-f = 2 ** (levels - 1) is the down-sampling factor: 8 for Stable Diffusion, 4 for the embedded base.
+f = 2 ** (levels - 1) is the downsampling factor: 8 for Stable Diffusion, 4 for the embedded base.
 
     vae = AutoencoderKL(VAEConfig())    # random weights; inputs/checkpoints.py loads trained ones
     x = vae.decode(vae.encode(x).mean)
@@ -187,7 +187,7 @@ class AutoencoderKL(nn.Module):
 
     @property
     def factor(self):
-        """Down-sampling factor f: side of an image divided by the side of its latent."""
+        """Downsampling factor f: side of an image divided by the side of its latent."""
         return 2 ** (len(self.config.channels) - 1)
 
     def encode(self, x):

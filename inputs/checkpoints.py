@@ -28,8 +28,8 @@ from weights import (MALFORMED, PICKLES, Checkpoint, UserError, as_user_error, c
 
 UNET_STEM, TEXT_STEM = "diffusion_pytorch_model", "model"       # names of weights files
 SUPPORTED = "Only text-to-image models of SD 1.x and 2.x are supported."
-OTHER_WIDTHS = {2048: "an SD XL", 1280: "an SD XL refiner"}     # of the text states
-OTHER_CHANNELS = {9: "an in-painting", 8: "an InstructPix2Pix", 7: "an up-scaler", 5: "a depth"}
+OTHER_WIDTHS = {2048: "an SDXL", 1280: "an SDXL refiner"}     # of the text states
+OTHER_CHANNELS = {9: "an inpainting", 8: "an InstructPix2Pix", 7: "an upscaler", 5: "a depth"}
 SD2_WIDTH, SD2_TEXT_LAYERS = 1024, 23
 SD2_PAD = "!"
 
@@ -130,7 +130,7 @@ def reject_other_models(state, path):
         elif name.endswith("attn2.to_k.weight"):
             other = OTHER_WIDTHS.get(stored.shape[1])
         elif name.startswith("conditioner.embedders."):
-            other = "an SD XL"
+            other = "an SDXL"
         if other:
             raise UserError(f"{path} is {other} model. {SUPPORTED}")
 
@@ -408,7 +408,7 @@ def read_vae(path):
 
 
 def vae_factor(path):
-    """Down-sampling factor f of an autoencoder, without loading it."""
+    """Downsampling factor f of an autoencoder, without loading it."""
     return 2 ** (len(VAEConfig(**read_vae(path).config).channels) - 1)
 
 

@@ -405,7 +405,7 @@ def class_colours(labels):
 def class_names(colours):
     """{colour: name of the class} of {colour: index}: its number in grey maps, else its colour.
 
-    Grey maps are recognised by the palette of distinct_colours.
+    Grey maps are recognized by the palette of distinct_colours.
     """
     palette = distinct_colours()
     numbered = all(colour == colour_of(i, palette) for colour, i in colours.items())

@@ -7,7 +7,7 @@
 Keys may be in any case, and a caption may have any of CAPTION_KEYS. A picture has several captions
 if its caption is a list, its text file has several lines, or several lines of a listing name the
 pair. If conditions are extracted from the images, only images are needed, which may also be in the
-folder itself. Sub-folders and links are followed. Generation parameters and boxes, which other
+folder itself. Subfolders and links are followed. Generation parameters and boxes, which other
 programs write into NAME.txt, are not captions.
 
     pairs, problems, unused = find_pairs("my_pairs")
@@ -64,7 +64,7 @@ class FolderFiles(NamedTuple):
 
 
 def walk(folder, visited=None):
-    """Yield the files in a folder and its sub-folders, sorted; links are followed, once each.
+    """Yield the files in a folder and its subfolders, sorted; links are followed, once each.
 
     System files and the folders of trainings are left out. visited: the real paths of folders that
     are not entered again; at first the folder's parents.

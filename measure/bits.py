@@ -36,7 +36,7 @@ def best_strength(gains, steerings):
 
     gains: (n,). steerings: |M_hat|^2 (n,). The loss at strength s is L(s) = L(0)
     - s (gain + |M_hat|^2) + s^2 |M_hat|^2 (derived here). Below 1 the steering is
-    too strong on held-out pairs, as after over-fitting. Without any steering it is nan.
+    too strong on held-out pairs, as after overfitting. Without any steering it is nan.
     """
     def vertex(gain, steering):
         """The vertex of the parabola."""

@@ -121,7 +121,7 @@ def summarize(squares, schedule, dimensions):
     ignores the condition. strength: the best one. bits: what a condition says beyond the
     prompt, as measure/bits.py has it: exact for exact denoisers, but for the range of VALIDATION_T;
     else an estimate, in which what is learned of the pictures in general counts, too. gain_by_t,
-    strength_by_t: at each of VALIDATION_T; over-fitting shows at low ones first.
+    strength_by_t: at each of VALIDATION_T; overfitting shows at low ones first.
     """
     prior, steered, shuffled, steering = squares
     gains, abar = prior - steered, schedule.alphas_cumprod[list(VALIDATION_T)]

@@ -120,7 +120,7 @@ def print_steering(base, bps, args):
             world.open_part, "hand", pair.name)) for pair in pairs]
         cache = LatentCache(by_hand, task, world.SIZE, base)
         drawn = draw_pairs(base, cache, bps, len(pairs), seed)
-        print_shares("sketch, by hand", task, conds, names, prior, drawn, round_trip)
+        print_shares("sketch, shaky hand", task, conds, names, prior, drawn, round_trip)
         for part, share in colour_fidelity(steered, names).items():
             print(f"| sketch | colour of {part} as named | | {share:.3f} | | |")
         write_matching(conds, steered, args)

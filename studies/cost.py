@@ -104,7 +104,7 @@ def measure_training(program, size, checkpointing, dtype, device, repeat):
         loss.backward()
         optimizer.step()
 
-    step()                                                      # makes the optimiser's state
+    step()                                                      # makes the optimizer's state
     return np.median([seconds(step, device) for _ in range(repeat)]), peak_memory(device)
 
 

@@ -294,8 +294,7 @@ class Bench:
                                cache=self.root, no_mirror=False)
         if not recipe.pairs:
             prompts = [pair.prompts[0] for pair in labelled]
-            drawn = pairs_of(*draw_for(prompts, self.base, args, Processes()))
-            return with_copies(drawn, with_moved=False)
+            return with_copies(pairs_of(*draw_for(prompts, self.base, args, Processes())))
         order = np.random.default_rng(job.seed).permutation(len(labelled))
         pairs = [labelled[i] for i in sorted(order[:job.pairs or None])]
         rows = with_copies(pairs, with_moved=recipe.copies)

@@ -248,24 +248,26 @@ def density(held_out, labels):
 def prior_worth(lab):
     """Compare five ways by number of labels, each at its own best steps and rate."""
     print(f"grid: steps {STEPS}, rates {RATES}; each chosen on seed {GRID_SEED}")
-    rows, figure = [], Figure(2, ["energy distance by labels", "bits lost by labels"])
+    rows, chosen, figure = [], [], Figure(2, ["energy distance by labels", "bits lost by labels"])
     for axes, score in zip(figure.axes, ("energy", "bits")):
         best = {method: [lab.best(score, method, n) for n in SIZES] for method in LINES}
         values = {method: lab.over_seeds(runs, score) for method, runs in best.items()}
-        rows += [dict(score=score, n=n) | {
-            method: cell(best[method][i], values[method][i]) for method in LINES}
-            for i, n in enumerate(SIZES)]
+        for i, n in enumerate(SIZES):
+            row = dict(score=score, n=n)
+            rows.append(row | {method: cell(values[method][i]) for method in LINES})
+            chosen.append(row | {f"{method}: steps, rate": f"{runs[i].steps}, {runs[i].lr:g}"
+                                 for method, runs in best.items() if runs[i].steps})
         for method, by_size in values.items():
             axes.line(SIZES, by_size.mean(1), method, log_y=True, band=by_size.std(1))
         print(worth(score, values["draws"][SIZES.index(toy2d.LABELS)].mean(),
                     values["scratch"].mean(1)))
     save(lab.out / "prior", rows, figure)
+    save(lab.out / "prior-chosen", chosen)
 
 
-def cell(run, values):
-    """Text of a table: mean and standard deviation over seeds, and the steps and rate chosen."""
-    chosen = f" ({run.steps}, {run.lr:g})" if run.steps else ""
-    return f"{values.mean():.3f} +- {values.std():.3f}{chosen}"
+def cell(values):
+    """Text of a table: mean and standard deviation over seeds."""
+    return f"{values.mean():.3f} +- {values.std():.3f}"
 
 
 def worth(score, drawn, scratch):
@@ -308,7 +310,8 @@ def robustness(lab):
             axes.line(STEPS, values.mean(1), f"{n} labels", log_y=score == "energy",
                       band=values.std(1))
             rows.append(dict(score=score, method=name, labels=n) | {
-                f"{run.steps} steps": cell(run, of_run) for run, of_run in zip(best, values)})
+                f"{run.steps} steps": f"{cell(of_run)} ({run.lr:g})"
+                for run, of_run in zip(best, values)})
     for first in (0, len(RIVALS)):
         figure.share_limits(range(first, first + len(RIVALS)))
     save(lab.out / "robustness", rows, figure)
@@ -463,7 +466,7 @@ def gaussian_rows():
     """Variance of the first of two standard normal coordinates, given readings of it.
 
     A reading is the coordinate plus standard normal noise, so one leaves the variance v = 1/2.
-    wanted: that of p(z_0) prod p(c_i | z_0)^s_i. closed form: what the probability flow of
+    wanted: that of p(z_0) prod p(c_i | z_0)^s_i. predicted: what the probability flow of
     sum_i s_i M_i ends with (v^s for one reading, derived here). drawn: by diffusion.sample.
     """
     v = 0.5
@@ -473,12 +476,12 @@ def gaussian_rows():
               ("a reading of each coordinate", [first, second], [1, 1], v, v)]
     noise = torch.randn(GAUSSIAN_SAMPLES, 2, generator=torch.Generator().manual_seed(0))
     rows = []
-    for name, readings, strengths, wanted, closed_form in cases:
+    for name, readings, strengths, wanted, predicted in cases:
         *_, z = diffusion.sample(lambda z_t, t: posterior(
             gaussian_eps(z_t, t), [gaussian_eps(z_t, t, left) for left in readings], strengths),
             noise, toy2d.SCHEDULE, GAUSSIAN_STEPS)
-        rows.append({"Gaussian": name, "wanted": wanted, "closed form": closed_form,
-                     "drawn": z[:, 0].var().item()})
+        rows.append({"readings of a Gaussian": name, "variance: wanted": wanted,
+                     "variance: predicted": predicted, "variance: drawn": z[:, 0].var().item()})
     return rows
 
 
@@ -504,7 +507,8 @@ def algebra(lab):
             axes.line(STRENGTHS, [rows[f"{kind}^{s:g}"][source] for s in STRENGTHS], source,
                       log_y=True)
     for key in ("wanted", "drawn"):
-        figure.axes[2].line(STRENGTHS, [row[key] for row in gaussian[:len(STRENGTHS)]], key)
+        variances = [row[f"variance: {key}"] for row in gaussian[:len(STRENGTHS)]]
+        figure.axes[2].line(STRENGTHS, variances, key)
     large = lab.world.draw(5000, torch.Generator().manual_seed(0))
     for axes, cloud in zip(figure.axes[3:], points.values()):           # of the last law
         axes.dots(dict(light=large) | dict(enumerate(cloud[:toy2d.ARMS, :toy2d.SAMPLES])))

@@ -230,8 +230,8 @@ CONV_IN, TO_K = "input_blocks.0.0.weight", "input_blocks.1.1.transformer_blocks.
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"conditioner.embedders.0.transformer.x": (1,)}, "all.safetensors is an SD XL model"),
-    ({PREFIX + TO_K: (32, 1280)}, "an SD XL refiner model"),
+    ({"conditioner.embedders.0.transformer.x": (1,)}, "all.safetensors is an SDXL model"),
+    ({PREFIX + TO_K: (32, 1280)}, "an SDXL refiner model"),
     ({PREFIX + TO_K: (32, 640)}, "an unknown model with text states of width 640"),
     *(({PREFIX + CONV_IN: (32, channels, 3, 3)}, f"all.safetensors is {kind} model")
       for channels, kind in checkpoints.OTHER_CHANNELS.items()),

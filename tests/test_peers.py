@@ -37,7 +37,7 @@ def installed():
 
 
 @torch.no_grad()
-def randomise(modules):
+def randomize(modules):
     """Move biases and norms away from their initial zeros and ones, in place."""
     torch.manual_seed(0)
     for module in modules:
@@ -50,7 +50,7 @@ def randomise(modules):
 @pytest.fixture(params=["small1", "small2", "sd15", "sd21"])
 def peers(request, tmp_path):
     """(name, folder, diffusers' and transformers' modules) of a random model saved by them."""
-    modules = randomise(references.peer_modules(references.MODELS[request.param]))
+    modules = randomize(references.peer_modules(references.MODELS[request.param]))
     for module, part in zip(modules, ("unet", "vae", "text_encoder")):
         module.save_pretrained(tmp_path / part, max_shard_size="100GB")
     yield request.param, tmp_path, modules

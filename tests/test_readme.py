@@ -204,7 +204,7 @@ def test_the_evaluation_of_the_base_prints_its_tables(tmp_path, run_script, one_
     run_script(base_study, "--bps", DEFAULT_BPS, "--out", tmp_path)
     rows = [line.split(" | ")[:4] for line in capsys.readouterr().out.splitlines()
             if line.startswith("| sketch")]
-    assert [row[0] for row in rows[1:3]] == ["| sketch, unseen hair", "| sketch, by hand"]
+    assert [row[0] for row in rows[1:3]] == ["| sketch, unseen hair", "| sketch, shaky hand"]
     assert rows[0][1:3] == rows[2][1:3] and rows[0][3] != rows[2][3]    # other drawings are shown
     assert {file.name for file in tmp_path.iterdir()} == {"drawn.png", "matching.png",
                                                           "prompts.png"}

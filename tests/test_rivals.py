@@ -103,7 +103,7 @@ def test_an_adapter_reads_only_the_condition_and_ends_the_levels(unet, cond):
     maps, of_another = rival(cond, None), rival(1 - cond, None)
     assert not any(torch.allclose(a, b) for a, b in zip(maps, of_another))
     assert [tuple(m.shape) for m in maps] == [(2, 32, 12, 8), (2, 64, 6, 4)]
-    assert rival.ends == [1, 3]             # the last block of each level, before its down-sampler
+    assert rival.ends == [1, 3]             # the last block of each level, before its downsampler
 
 
 def test_cubic_times_reach_the_noise_and_the_unet(unet, inputs, cond):

@@ -219,10 +219,11 @@ def test_true_points_get_full_scores_and_other_arms_none(held_out):
 
 def test_a_gaussian_is_drawn_as_its_closed_form_says():
     for row in toy.gaussian_rows():
-        assert row["drawn"] == pytest.approx(row["closed form"], rel=0.04), row
-        exact = row["Gaussian"] in ("one reading, s = 0", "one reading, s = 1",
-                                    "a reading of each coordinate")
-        assert (row["closed form"] == pytest.approx(row["wanted"])) == exact, row
+        name, wanted, predicted, drawn = row.values()
+        assert drawn == pytest.approx(predicted, rel=0.04), row
+        exact = name in ("one reading, s = 0", "one reading, s = 1",
+                         "a reading of each coordinate")
+        assert (predicted == pytest.approx(wanted)) == exact, row
 
 
 @pytest.mark.slow
@@ -282,7 +283,9 @@ def run(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, names", (
-    ((), {"toy2d.md", "toy2d.png"}), (("prior",), {"prior.md", "prior.png", "runs.jsonl"}),
+        ((), {"toy2d.md", "toy2d.png"}),
+    (("prior",), {"prior.md", "prior.png", "prior-chosen.md", "runs.jsonl"}),
+
     (("modes",), {"modes.md", "modes.png", "runs.jsonl"}),
     (("bits",), {"bits.md", "sources.md", "steering.png"}),
     (("algebra",), {"algebra.md", "algebra.png", "gaussian.md"})))

@@ -36,7 +36,7 @@ class ImageTower(nn.Module):
         self.projection = nn.Linear(WIDTHS[-1], dim, bias=False)
 
     def forward(self, x):
-        """Vectors (B, dim), not normalised, of images x (B, 3, H, W) in [-1, 1]."""
+        """Vectors (B, dim), not normalized, of images x (B, 3, H, W) in [-1, 1]."""
         h = self.stem(x)
         for i, (norm, block) in enumerate(zip(self.norms, self.blocks)):
             h = h + block(F.silu(norm(h)))
