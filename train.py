@@ -351,7 +351,7 @@ def train_in(out, args, config, record, base, splits, processes):
     """Train a BPS of a BPSConfig in a run's folder; (the Training, LatentCache to test it on)."""
     print("{} training, {} validation and {} test pairs".format(*map(len, splits.values())))
     print(f"{args.steps} steps of {args.batch}, {args.size} px, learning rate {args.lr:g}")
-    rows = with_copies(splits["train"], not args.no_mirror, with_moved=args.data is not None)
+    rows = with_copies(splits["train"], not args.no_mirror, with_moved=not is_embedded(args.base))
     if args.from_base and not args.without_pairs:
         rows = add_draws(rows, splits, base, args, processes)
     cache, val_cache, test_cache = (

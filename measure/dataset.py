@@ -11,6 +11,7 @@ from data import BLANK_FIX, load_pairs, open_pair, split_names, with_copies
 from inputs import conditions
 from inputs.checkpoints import find_tokenizer, load_tokenizer
 from inputs.files import fingerprint
+from inputs.options import is_embedded
 from inputs.pairs import NO_CAPTIONS, find_pairs, group_pairs, shape_fault
 from measure.report import SHEET_ROWS, contact_sheet
 from weights import UserError, shortened
@@ -142,12 +143,13 @@ def write_sheet(args):
     """Write check.png: the first training pairs and their first copies as the network sees them."""
     pairs = load_pairs(args.task, "train", args.data, args.extract,
                        args.default_prompt)[:SHEET_ROWS]
-    rows = with_copies(pairs, not args.no_mirror)[:2 * len(pairs)]
+    rows = with_copies(pairs, not args.no_mirror, with_moved=not is_embedded(args.base))
     conds, pictures, _ = zip(*(open_pair(pair, args.task, args.size, args.extract)
-                               for pair in rows))
-    cond, cond_copy = conditions.cond_to_x(torch.stack(conds) / 255).split(len(pairs))
-    picture, picture_copy = torch.stack(pictures).split(len(pairs))
+                               for pair in rows[:2 * len(pairs)]))
+    x = conditions.cond_to_x(torch.stack(conds) / 255)
+    columns = [column[i:i + len(pairs)] for i in range(0, len(x), len(pairs))
+               for column in (x, torch.stack(pictures))]
     title = "moved" if args.no_mirror else "flipped"
     args.out.mkdir(parents=True, exist_ok=True)
-    contact_sheet([cond, picture, cond_copy, picture_copy], ["condition", "picture", title, title],
+    contact_sheet(columns, ["condition", "picture", title, title][:len(columns)],
                   [pair.prompts[0] for pair in pairs], args.out / "check.png")

@@ -424,8 +424,12 @@ def test_the_sheet_of_a_check_shows_what_the_network_sees(check, folder, tmp_pat
     check("--size", 48)
     cond, _, _ = open_pair(load_pairs("sketch", "train", folder)[0], "sketch", 48)
     picture = to_image(cond_to_x(cond[None] / 255)[0])
-    tile = Image.open(tmp_path / "out" / "check.png").crop((0, 16, 96, 112))
+    sheet = Image.open(tmp_path / "out" / "check.png")
+    tile = sheet.crop((0, 16, 96, 112))
     assert tile.tobytes() == picture.resize((96, 96), Image.Resampling.LANCZOS).tobytes()
+    check("--size", 48, "--no-mirror")              # the embedded base has no moved copies either
+    assert Image.open(tmp_path / "out" / "check.png").width < sheet.width
+
 
 
 def test_a_check_knows_the_default_prompt_and_turned_photos(check, folder):

@@ -93,12 +93,13 @@ def test_the_loss_is_against_what_the_model_predicts(run_train, interrupted, tmp
     assert metadata["prediction_type"] == "v_prediction"
 
 
-@pytest.mark.parametrize("data, no_mirror, count", [
-    (None, False, 2), (None, True, 1), ("PAIRS", False, 14), ("PAIRS", True, 14)])
-def test_only_a_users_pairs_have_moved_copies(data, no_mirror, count, monkeypatch):
+@pytest.mark.parametrize("base, no_mirror, count", [
+    (options.BASE, False, 2), (options.BASE, True, 1), ("SD", False, 14), ("SD", True, 14)])
+def test_pairs_have_moved_copies_unless_the_base_is_the_embedded_one(base, no_mirror, count,
+                                                                     monkeypatch):
     make_cache = Mock(side_effect=KeyboardInterrupt)
     monkeypatch.setattr(train, "LatentCache", make_cache)
-    args = SimpleNamespace(**ARGS, task="sketch", data=data, no_mirror=no_mirror, size=64,
+    args = SimpleNamespace(**ARGS, task="sketch", base=base, no_mirror=no_mirror, size=64,
                            from_base=None, extract=False, cache=None)
     splits = dict.fromkeys(train.SPLITS, load_pairs("sketch", "train")[:3])
     with pytest.raises(KeyboardInterrupt):
@@ -106,7 +107,7 @@ def test_only_a_users_pairs_have_moved_copies(data, no_mirror, count, monkeypatc
     views = [row.view for row in make_cache.call_args.args[0]]
     assert len(views) == 3 * count
     assert any(view.is_mirrored for view in views) == (not no_mirror)
-    assert any(view.side < 1 for view in views) == (data is not None)
+    assert any(view.side < 1 for view in views) == (base == "SD")
 
 
 def test_training_changes_all_of_bps_and_nothing_of_the_base(base):
