@@ -33,7 +33,7 @@ from weights import UserError
 TEST_SHARE, VAL_SHARE = 0.15, 0.05      # shares of a user's pairs
 MIN_PAIRS = 10
 MAX_COPIES = 14                 # most rows of one training pair, the pair itself included
-COPIED_ROWS = 600               # rows aimed at; from 300 pairs on there is only the mirrored copy
+COPIED_ROWS = 600               # rows aimed at; more than 200 pairs have one copy each
 MIN_SIDE, MAX_SHIFT = 0.8, 0.06         # of a moved copy, shares of the picture
 EMPTY_SHARE = 0.1               # share of empty prompts, so that guidance has an unconditional pass
 CACHE = Path("runs/cache")
@@ -102,11 +102,10 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
 
 
 def with_copies(pairs, with_mirrored=True, with_moved=True):
-    """The pairs, followed by copies of each.
+    """The pairs, followed by a mirrored copy of each and, if they are few, by moved copies.
 
-    With mirrored copies, the first is the whole pair flipped left to right. With moved copies, few
-    pairs have more copies. Copies should be pictures that the base knows. The embedded base has
-    only seen centred portraits: its loss on moved ones is more than twice as high.
+    Copies should be pictures that the base knows. The embedded base has only seen centred
+    portraits: its loss on moved ones is more than twice as high.
     """
     count = min(MAX_COPIES, max(2, COPIED_ROWS // len(pairs))) if with_moved else 1 + with_mirrored
     return [pair._replace(view=choose_view(copy, i, with_mirrored))

@@ -160,7 +160,7 @@ def fit_extractor(pairs, val_pairs, task_name, size, seed=0, with_mirrored=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         extractor = Extractor(task_name, classes).to(memory_format=torch.channels_last)
-    copies = with_copies(pairs, with_mirrored)
+    copies = with_copies(pairs, with_mirrored)      # moved ones, too: it need not know the base
     optimizer = torch.optim.Adam(extractor.parameters(), FIT_RATE)
     for step in tqdm(range(FIT_STEPS), desc="extractor", leave=False):
         optimizer.param_groups[0]["lr"] = FIT_RATE * (1 - step / FIT_STEPS)
@@ -227,6 +227,7 @@ def add_draws(rows, splits, base, args, processes):
             pairs, splits["val"], args.task, args.size, args.seed, not args.no_mirror))
         read, reader = extractor.read, hash_module(extractor)
     files, prompts = draw_for([pair.prompts[0] for pair in pairs], base, args, processes)
+    # none are moved: the base can draw more instead
     draws = with_copies(pairs_of(files, prompts, read, reader), not args.no_mirror, False)
     weight = len(rows) / len(draws)
     return rows + [pair._replace(weight=weight) for pair in draws]

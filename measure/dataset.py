@@ -140,7 +140,7 @@ def check_data(args):
 
 
 def write_sheet(args):
-    """Write check.png: the first training pairs and their first copies as the network sees them."""
+    """Write check.png: what the network sees of the first pairs, and of a copy if they have one."""
     pairs = load_pairs(args.task, "train", args.data, args.extract,
                        args.default_prompt)[:SHEET_ROWS]
     rows = with_copies(pairs, not args.no_mirror, with_moved=not is_embedded(args.base))

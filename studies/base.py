@@ -116,9 +116,9 @@ def print_steering(base, bps, args):
     if task == "sketch":
         names = [pair.name for pair in pairs]
         # another name, because the cache knows a pair by its name and its files
-        by_hand = [pair._replace(name=f"{pair.name} by hand", open_cond=functools.partial(
+        shaky = [pair._replace(name=f"{pair.name}, shaky", open_cond=functools.partial(
             world.open_part, "hand", pair.name)) for pair in pairs]
-        cache = LatentCache(by_hand, task, world.SIZE, base)
+        cache = LatentCache(shaky, task, world.SIZE, base)
         drawn = draw_pairs(base, cache, bps, len(pairs), seed)
         print_shares("sketch, shaky hand", task, conds, names, prior, drawn, round_trip)
         for part, share in colour_fidelity(steered, names).items():

@@ -292,11 +292,11 @@ class Bench:
         args = SimpleNamespace(task=self.task, data=None, extract=False, size=world.SIZE,
                                from_base=DRAWS if recipe.pairs else job.pairs, seed=job.seed,
                                cache=self.root, no_mirror=False)
-        if not recipe.pairs:
-            prompts = [pair.prompts[0] for pair in labelled]
-            return with_copies(pairs_of(*draw_for(prompts, self.base, args, Processes())))
         order = np.random.default_rng(job.seed).permutation(len(labelled))
         pairs = [labelled[i] for i in sorted(order[:job.pairs or None])]
+        if not recipe.pairs:
+            prompts = [pair.prompts[0] for pair in labelled]
+            pairs = pairs_of(*draw_for(prompts, self.base, args, Processes()))
         rows = with_copies(pairs, with_moved=recipe.copies)
         return rows if not recipe.draws else add_draws(
             rows, self.pairs | dict(train=pairs), self.base, args, Processes())

@@ -38,7 +38,7 @@ def randomize_ports(bps):
 
 
 @pytest.mark.parametrize("foot", FEET)
-def test_steered_unet_equals_the_base_exactly_at_initialisation(foot, parts):
+def test_steered_unet_equals_the_base_exactly_at_initialization(foot, parts):
     unet, _, inputs, cond = parts
     bps = build_bps(config_for(SMALL, 2, FACTOR, foot=foot))
     residuals = bps(cond, unet.time_embedding(inputs["t"]))

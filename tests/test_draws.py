@@ -124,7 +124,9 @@ def test_a_bps_is_trained_without_a_single_pair(train_on_draws, tmp_path, capsys
     assert len(list(folder.glob("*.png"))) == 20
 
 
-def test_half_of_a_batch_is_drawn_when_there_are_pairs(train_on_draws, tmp_path, monkeypatch):
+@pytest.mark.parametrize("moved", [False, True])
+def test_half_of_a_batch_is_drawn_when_there_are_pairs(moved, train_on_draws, tmp_path,
+                                                       monkeypatch):
     for name in ("images", "conditions"):
         (tmp_path / "pairs" / name).mkdir(parents=True)
     for i, pair in enumerate(discs(12, seed=0)):
@@ -134,10 +136,11 @@ def test_half_of_a_batch_is_drawn_when_there_are_pairs(train_on_draws, tmp_path,
     monkeypatch.setattr(train, "LatentCache", lambda *a: (caches.append(make(*a)), caches[-1])[1])
     monkeypatch.setattr(draws, "FIT_STEPS", 3)
     monkeypatch.setattr(draws, "MIN_QUALITY", -100)
+    monkeypatch.setattr(train, "is_embedded", lambda base: not moved)
     train_on_draws("--task", "segmentation", "--data", tmp_path / "pairs", "--from-base", 5)
     weights = caches[0].weights
     labelled = sum("draws-" not in pair.name for pair in caches[0].pairs)
-    assert labelled == 6 * 14 and len(weights) == labelled + 5 * 14
+    assert labelled == 6 * (14 if moved else 2) and len(weights) == labelled + 5 * 2
     assert weights[:labelled].sum().item() == pytest.approx(weights[labelled:].sum().item())
     assert set(colour for classes in caches[0].palettes for colour, _ in classes) == {
         "#000000", "#ffff00", "#00ffff"}

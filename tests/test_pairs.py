@@ -420,16 +420,18 @@ def test_a_check_prints_what_a_folder_contains(check, folder):
         assert text in printed
 
 
-def test_the_sheet_of_a_check_shows_what_the_network_sees(check, folder, tmp_path):
+def test_the_sheet_of_a_check_shows_what_the_network_sees(check, folder, tmp_path, sd_file):
     check("--size", 48)
     cond, _, _ = open_pair(load_pairs("sketch", "train", folder)[0], "sketch", 48)
     picture = to_image(cond_to_x(cond[None] / 255)[0])
     sheet = Image.open(tmp_path / "out" / "check.png")
     tile = sheet.crop((0, 16, 96, 112))
     assert tile.tobytes() == picture.resize((96, 96), Image.Resampling.LANCZOS).tobytes()
-    check("--size", 48, "--no-mirror")              # the embedded base has no moved copies either
-    assert Image.open(tmp_path / "out" / "check.png").width < sheet.width
-
+    widths = []
+    for base in (BASE, sd_file("small1")):
+        check("--size", 64, "--no-mirror", "--base", base, "--tokenizer", BASE)
+        widths.append(Image.open(tmp_path / "out" / "check.png").width)
+    assert widths[1] > 1.5 * widths[0]              # moved copies, not for the embedded base
 
 
 def test_a_check_knows_the_default_prompt_and_turned_photos(check, folder):

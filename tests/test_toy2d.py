@@ -217,7 +217,7 @@ def test_true_points_get_full_scores_and_other_arms_none(held_out):
     assert held_out.scores(held_out.independent.roll(1, 0))["accuracy"] < 0.01
 
 
-def test_a_gaussian_is_drawn_as_its_closed_form_says():
+def test_a_gaussian_is_drawn_as_predicted():
     for row in toy.gaussian_rows():
         name, wanted, predicted, drawn = row.values()
         assert drawn == pytest.approx(predicted, rel=0.04), row
@@ -283,9 +283,8 @@ def run(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments, names", (
-        ((), {"toy2d.md", "toy2d.png"}),
+    ((), {"toy2d.md", "toy2d.png"}),
     (("prior",), {"prior.md", "prior.png", "prior-chosen.md", "runs.jsonl"}),
-
     (("modes",), {"modes.md", "modes.png", "runs.jsonl"}),
     (("bits",), {"bits.md", "sources.md", "steering.png"}),
     (("algebra",), {"algebra.md", "algebra.png", "gaussian.md"})))
