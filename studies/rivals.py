@@ -80,7 +80,7 @@ class Recipe(NamedTuple):
     empty_share: float = EMPTY_SHARE    # of the prompts
 
 
-RECIPES = {"documented": Recipe(averaged=False), "average": Recipe(),
+RECIPES = {"best step": Recipe(averaged=False), "average": Recipe(),
            "copies": Recipe(copies=True), "draws": Recipe(draws=True),
            "copies and draws": Recipe(copies=True, draws=True), "draws alone": Recipe(pairs=False),
            "cubic timesteps": Recipe(cubic=True), "half of the prompts": Recipe(empty_share=0.5)}

@@ -148,7 +148,7 @@ def args(tmp_path, monkeypatch):
                            end=float("inf"))
 
 
-@pytest.mark.parametrize("recipe", ["average", "documented"])
+@pytest.mark.parametrize("recipe", ["average", "best step"])
 def test_the_network_that_is_measured_is_the_average(recipe, bench, tmp_path, monkeypatch):
     history, average_weights = [], rivals.RivalTraining.average_weights
 
@@ -168,7 +168,7 @@ def test_the_network_that_is_measured_is_the_average(recipe, bench, tmp_path, mo
 
 
 @pytest.mark.parametrize("recipe, count, moved, drawn", [
-    ("documented", 2, False, False), ("average", 2, False, False), ("copies", 14, True, False),
+    ("best step", 2, False, False), ("average", 2, False, False), ("copies", 14, True, False),
     ("draws", 2, False, True), ("copies and draws", 14, True, True)])
 def test_a_recipe_chooses_copies_and_draws(recipe, count, moved, drawn, bench):
     rows = bench.train_rows(JOB._replace(recipe=recipe, pairs=3))
@@ -326,7 +326,7 @@ def test_the_first_pairs_of_each_test_set_are_measured(bench, monkeypatch):
 
 
 @pytest.mark.parametrize("changes, saves", [
-    (dict(pairs=4), [4]), (dict(pairs=4, recipe="documented"), [2, 4]), (dict(pairs=0), [2, 4]),
+    (dict(pairs=4), [4]), (dict(pairs=4, recipe="best step"), [2, 4]), (dict(pairs=0), [2, 4]),
     (dict(pairs=0, seed=rivals.SWEEP_SEED), [4])], ids=str)
 def test_only_what_picks_its_best_step_is_validated_on_the_way(changes, saves, bench, tmp_path,
                                                                monkeypatch):
