@@ -124,7 +124,7 @@ def test_a_bps_is_trained_without_a_single_pair(train_on_draws, tmp_path, capsys
     assert len(list(folder.glob("*.png"))) == 20
 
 
-@pytest.mark.parametrize("moved", [False, True])
+@pytest.mark.parametrize("moved", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_half_of_a_batch_is_drawn_when_there_are_pairs(moved, train_on_draws, tmp_path,
                                                        monkeypatch):
     for name in ("images", "conditions"):
