@@ -160,7 +160,7 @@ def fit_extractor(pairs, val_pairs, task_name, size, seed=0, with_mirrored=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         extractor = Extractor(task_name, classes).to(memory_format=torch.channels_last)
-    copies = with_copies(pairs, with_mirrored)      # moved ones, too: it need not know the base
+    copies = with_copies(pairs, with_mirrored)      # moved ones, too: the base plays no part
     optimizer = torch.optim.Adam(extractor.parameters(), FIT_RATE)
     for step in tqdm(range(FIT_STEPS), desc="extractor", leave=False):
         optimizer.param_groups[0]["lr"] = FIT_RATE * (1 - step / FIT_STEPS)

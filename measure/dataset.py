@@ -3,6 +3,7 @@
     check_data(args)            # prints it, and writes a sheet of what the network will see
 """
 from collections import Counter
+from itertools import chain
 
 import torch
 from tqdm import tqdm
@@ -146,9 +147,8 @@ def write_sheet(args):
     rows = with_copies(pairs, not args.no_mirror, with_moved=not is_embedded(args.base))
     conds, pictures, _ = zip(*(open_pair(pair, args.task, args.size, args.extract)
                                for pair in rows[:2 * len(pairs)]))
-    x = conditions.cond_to_x(torch.stack(conds) / 255)
-    columns = [column[i:i + len(pairs)] for i in range(0, len(x), len(pairs))
-               for column in (x, torch.stack(pictures))]
+    cond, picture = conditions.cond_to_x(torch.stack(conds) / 255), torch.stack(pictures)
+    columns = list(chain(*zip(cond.split(len(pairs)), picture.split(len(pairs)))))
     title = "moved" if args.no_mirror else "flipped"
     args.out.mkdir(parents=True, exist_ok=True)
     contact_sheet(columns, ["condition", "picture", title, title][:len(columns)],
