@@ -307,7 +307,7 @@ def posterior(eps_prior, eps_posteriors, strengths):
     p(z_0) prod_i p(c_i | z_0)^s_i exactly if each s_i is 0 or 1 and the conditions are
     independent given z_t at every t, but not in general: a power or product of means is not the
     mean of the power or product (arXiv 2302.11552). A strength may also be a map (1, 1, H, W);
-    the sum is then no gradient, only a heuristic.
+    the sum is then not a gradient, only a heuristic.
     """
     return eps_prior + sum(s * (eps_posterior - eps_prior)
                            for eps_posterior, s in zip(eps_posteriors, strengths, strict=True))
