@@ -46,13 +46,12 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(channels_in, channels, 3, padding=1)
         self.norm2 = norm(channels, groups)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
-        if channels_in != channels:
-            self.nin_shortcut = nn.Conv2d(channels_in, channels, 1)
+        self.nin_shortcut = (nn.Identity() if channels_in == channels
+                             else nn.Conv2d(channels_in, channels, 1))
 
     def forward(self, h):
         out = self.conv1(F.silu(self.norm1(h)))
-        out = self.conv2(F.silu(self.norm2(out)))
-        return out + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else h)
+        return self.nin_shortcut(h) + self.conv2(F.silu(self.norm2(out)))
 
 
 class Attention(nn.Module):
@@ -110,19 +109,17 @@ class Middle(nn.Module):
 class Level(nn.Module):
     """One level of encoder or decoder: ResBlocks, then a change of size if it has one."""
 
-    def __init__(self, channels_in, channels, blocks, groups):
+    def __init__(self, channels_in, channels, blocks, groups, downsample=False, upsample=False):
         super().__init__()
         self.block = nn.ModuleList(ResBlock(channels_in if i == 0 else channels, channels, groups)
                                    for i in range(blocks))
+        self.downsample = Downsample(channels) if downsample else nn.Identity()
+        self.upsample = Upsample(channels) if upsample else nn.Identity()
 
     def forward(self, h):
         for block in self.block:
             h = block(h)
-        if hasattr(self, "downsample"):
-            h = self.downsample(h)
-        if hasattr(self, "upsample"):
-            h = self.upsample(h)
-        return h
+        return self.upsample(self.downsample(h))
 
 
 class Encoder(nn.Module):
@@ -132,12 +129,9 @@ class Encoder(nn.Module):
         super().__init__()
         channels, groups = config.channels, config.norm_groups
         self.conv_in = nn.Conv2d(3, channels[0], 3, padding=1)
-        self.down = nn.ModuleList()
-        for i, c in enumerate(channels):
-            level = Level(channels[max(i - 1, 0)], c, config.blocks_per_level, groups)
-            if i < len(channels) - 1:
-                level.downsample = Downsample(c)
-            self.down.append(level)
+        self.down = nn.ModuleList(
+            Level(c_in, c, config.blocks_per_level, groups, downsample=i < len(channels) - 1)
+            for i, (c_in, c) in enumerate(zip((channels[0], *channels), channels)))
         self.mid = Middle(channels[-1], groups)
         self.norm_out = norm(channels[-1], groups)
         self.conv_out = nn.Conv2d(channels[-1], 2 * config.latent_channels, 3, padding=1)
@@ -157,13 +151,9 @@ class Decoder(nn.Module):
         channels, groups = config.channels, config.norm_groups
         self.conv_in = nn.Conv2d(config.latent_channels, channels[-1], 3, padding=1)
         self.mid = Middle(channels[-1], groups)
-        self.up = nn.ModuleList()               # outermost level first, although it runs last
-        for i, c in enumerate(channels):
-            level = Level(channels[min(i + 1, len(channels) - 1)], c,
-                          config.blocks_per_level + 1, groups)
-            if i > 0:
-                level.upsample = Upsample(c)
-            self.up.append(level)
+        self.up = nn.ModuleList(                # outermost level first, although it runs last
+            Level(c_in, c, config.blocks_per_level + 1, groups, upsample=i > 0)
+            for i, (c_in, c) in enumerate(zip((*channels[1:], channels[-1]), channels)))
         self.norm_out = norm(channels[0], groups)
         self.conv_out = nn.Conv2d(channels[0], 3, 3, padding=1)
 
