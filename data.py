@@ -37,7 +37,7 @@ COPIED_ROWS = 600               # rows aimed at; more than 200 pairs have one co
 MIN_SIDE, MAX_SHIFT = 0.8, 0.06         # of a moved copy, shares of the picture
 EMPTY_SHARE = 0.1               # share of empty prompts, so that guidance has an unconditional pass
 CACHE = Path("runs/cache")
-CACHE_VERSION = 3               # raise it when the content of cached parts changes
+CACHE_VERSION = 4               # raise it when the content of cached parts changes
 PART = 48                       # pairs in a part of the cache
 BLANK_FIX = ("Drawings need lines of a pixel or more at --size; label maps need at least two "
              "classes.")
@@ -102,8 +102,9 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
 
 
 def with_copies(pairs, with_mirrored=True, with_moved=True):
-    """The pairs, followed by a mirrored copy of each and, if they are few, by moved copies.
+    """The pairs, followed by a copy of each, or by up to MAX_COPIES - 1 if they are few.
 
+    The first copy is mirrored, the others are moved; with_mirrored and with_moved turn off either.
     Copies should be pictures that the base knows. The embedded base has only seen centred
     portraits: its loss on moved ones is more than twice as high.
     """
@@ -170,9 +171,9 @@ class LatentCache:
         self.weights = torch.tensor([pair.weight for pair in pairs], dtype=torch.float64)
         folder = folder or CACHE
         folder.mkdir(parents=True, exist_ok=True)
-        vae, hash_once = hash_module(base.vae), functools.cache(fingerprint)
+        vae_hash, hash_once = hash_module(base.vae), functools.cache(fingerprint)
         parts = [pairs[i:i + PART] for i in range(0, len(pairs), PART)]
-        self.files = [folder / f"{self.key(vae, hash_once, part)}.safetensors" for part in parts]
+        self.files = [folder / self.file_name(vae_hash, hash_once, part) for part in parts]
         for i in tqdm(processes.shard(len(parts)).tolist(), desc="latents", leave=False):
             if not self.files[i].is_file():
                 tensors, metadata = self.make_part(parts[i])
@@ -189,12 +190,12 @@ class LatentCache:
         if len(prompts) <= MOST_PROMPTS:
             self.contexts = dict(zip(prompts, self.encode(prompts)))
 
-    def key(self, vae, hash_files, pairs):
-        """The name of a part's file: a hash of all that its content depends on."""
-        files = hash_files(*dict.fromkeys(file for pair in pairs for file in pair.files))
-        content = [CACHE_VERSION, vae, self.task, self.size, self.extract, files,
+    def file_name(self, vae_hash, hash_file, pairs):
+        """The name of a part's file, a hash of all that its content depends on."""
+        files = {file: hash_file(file) for pair in pairs for file in pair.files}
+        content = [CACHE_VERSION, vae_hash, self.task, self.size, self.extract, [*files.values()],
                    [(pair.name, pair.view) for pair in pairs]]
-        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]
+        return f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]}.safetensors"
 
     def read(self, file, get):
         """get(f) of an open part, which is mapped no longer than that takes."""
@@ -285,7 +286,7 @@ class LatentCache:
 def check_conditions(caches, task):
     """Warn about blank conditions; refuse pairs if all are, or if palettes differ."""
     blank = [name for cache in caches for name in cache.blank]
-    number_of_pairs = sum(len({pair.name for pair in cache.pairs}) for cache in caches)
+    number_of_pairs = sum(pair.view == View() for cache in caches for pair in cache.pairs)
     if len(blank) == number_of_pairs:
         raise UserError(f"all conditions are blank (first: {blank[0]}). {BLANK_FIX}")
     if blank:

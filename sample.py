@@ -110,7 +110,7 @@ def make_parser():
 def parse_args(argv, parser=None):
     """The checked options; args.condition_args is a list of ConditionArgs.
 
-    With --from, the picture's options go in front of the user's, so the user's win.
+    With --from, the picture's options are added, except those that the user gave.
     args.stored_files are the fingerprints of the files that the picture was drawn with.
     """
     parser = parser or make_parser()
@@ -321,11 +321,13 @@ def draw(base, context, empty, seeds, size, sampling=DEFAULTS, conditions=(), ba
 
     context: text states (B, L, D), or (1, L, D) for all pictures. empty: (1, L, D) of the empty or
     negative prompt. seeds: B integers. size: (width, height). conditions: Conditions with one cond
-    for all pictures, or B. batch: pictures per call of the U-Net (default: all). All batches
-    advance together, so BPS runs once per timestep, and with batch 1 a picture is bit for bit the
-    same for every B. init: (clean latent (1, 4, h, w), first step), or None for pure noise.
-    on_step() is called after each step; an exception it raises ends the drawing.
+    for all pictures, or B if batch is None. batch: pictures per call of the U-Net (default: all).
+    All batches advance together, so BPS runs once per timestep, and with batch 1 a picture is bit
+    for bit the same for every B. init: (clean latent (1, 4, h, w), first step), or None for pure
+    noise. on_step() is called after each step; an exception it raises ends the drawing.
     """
+    if batch and any(len(condition.cond) > 1 for condition in conditions):
+        raise ValueError("batch must be None if a Condition has a cond for each picture")
     sampler, steps, guidance_scale = sampling
     _, alphas_sigmas = diffusion.sampler_steps(steps, base.schedule, sampler)
     z_init, start = init or (0.0, 0)
@@ -356,8 +358,8 @@ def check_pictures(x):
 
 # ---- the script ----------------------------------------------------------------------------
 
-def read_conditions(job, networks, size, base, device):
-    """The Conditions of a job."""
+def read_conditions(job, networks, size, base, timesteps, device):
+    """The Conditions of a job, each of which steers at one of the timesteps at least."""
     conditions = []
     for c in job.condition_args:
         bps = networks[c.bps]
@@ -366,6 +368,9 @@ def read_conditions(job, networks, size, base, device):
         cond = read_condition(c.cond, bps.metadata["task"], *size, bps.metadata.get("classes"))
         mask = c.mask and read_mask(c.mask, *size, base.vae.factor).to(device)
         conditions.append(Condition(bps, cond[None], c.strength, c.window, mask))
+        if not conditions[-1].is_off and not any(map(conditions[-1].is_active, timesteps)):
+            raise UserError("--window must contain a step, got {:g} {:g}. Widen it, or use more "
+                            "--steps or a larger --denoise.".format(*c.window))
     return conditions
 
 
@@ -406,21 +411,23 @@ def main():
     jobs = list_jobs(args.condition_args, args.prompt)
     if is_embedded(args.base):
         note_unlearned([args.negative_prompt, *(job.prompt for job in jobs)], size, base)
-    # read all conditions first, so that an unreadable one costs no drawing
-    read = [read_conditions(job, networks, size, base, args.device) for job in jobs]
+    timesteps, _ = diffusion.sampler_steps(args.steps, base.schedule, args.sampler)
+    conditions_of = functools.partial(read_conditions, networks=networks, size=size, base=base,
+                                      timesteps=timesteps[args.start:], device=args.device)
+    for job in jobs:                    # all first, so that an unreadable one costs no drawing
+        conditions_of(job)
     hash_once = functools.cache(fingerprint)            # of a base it takes seconds
     files = [fingerprints(args, job.condition_args, hash_once) for job in jobs]
     note_changes(args, files[0], networks)
     args.out.mkdir(parents=True, exist_ok=True)
-    for job, conditions, used in zip(jobs, read, files):
+    for job, used in zip(jobs, files):
         fields = [png_fields(args, job, seed, size, used, base)
                   for seed in range(args.seed, args.seed + args.n)]
         pictures = {args.out / f"{job.name}{each['seed']:04d}.png": each for each in fields}
         if not args.picture:
             pictures = without_drawn(pictures)
         if pictures:
-            draw_job(job, conditions, pictures, args, base, size, init)
-        conditions.clear()                              # frees the maps that each Condition keeps
+            draw_job(job, conditions_of(job), pictures, args, base, size, init)
 
 
 if __name__ == "__main__":

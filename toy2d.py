@@ -423,7 +423,7 @@ class HeldOut:
 def markdown(rows):
     """Rows, which are dicts with the same keys, as a markdown table."""
     lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[f"{value:z.4f}" if isinstance(value, float) else str(value)
+    lines += [[f"{round(value, 4) + 0.0:.4f}" if isinstance(value, float) else str(value)
                for value in row.values()] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
@@ -459,7 +459,8 @@ def compare(effort, seed, out):
         scores, bits = held_out.scores(points), held_out.bits_lost(eps).tolist()
         quarters = {f"bits, t {250 * i}..{250 * i + 249}": bits[i] for i in range(4)}
         rows.append(dict(points=name) | scores | quarters | dict(bits=sum(bits)))
-        caption = f"energy distance {scores['energy']:z.3f}, {sum(bits):.2f} bits lost"
+        energy = round(scores["energy"], 3) + 0.0           # never -0.000
+        caption = f"energy distance {energy:.3f}, {sum(bits):.2f} bits lost"
         panels[f"{TITLES[name]}\n{caption}"] = large, *points[:ARMS]
     (out / "toy2d.md").write_text(markdown(rows), encoding="utf-8")
     draw_figure(panels, out / "toy2d.png")

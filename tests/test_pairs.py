@@ -10,7 +10,7 @@ from drawings import label_map, mask, ring, with_orientation
 from PIL import Image, ImageOps
 
 import train
-from data import LatentCache, check_conditions, load_pairs, open_pair
+from data import LatentCache, Pair, check_conditions, load_pairs, open_pair
 from inputs.conditions import FORMATS, cond_to_x, to_image
 from inputs.options import BASE
 from inputs.pairs import (IMAGE_SUFFIXES, PairFiles, find_pairs, group_pairs, list_files,
@@ -376,6 +376,14 @@ def test_blank_conditions_are_named_and_refused_if_all_are(folder, check, check_
     with pytest.raises(UserError, match="all conditions are blank .first: .*Drawings need lines"):
         check_caches("sketch")
     assert "all conditions are blank" in check(problems=1)
+
+
+def test_pictures_that_share_a_blank_condition_are_counted_one_by_one(base, tmp_path):
+    white = Pair("shared", lambda: Image.new("RGB", (48, 48), "white"),
+                 lambda: Image.new("RGB", (48, 48), "blue"), ("",))
+    cache = LatentCache([white] * 3, "sketch", 48, base, folder=tmp_path / "cache")
+    with pytest.raises(UserError, match="all conditions are blank .first: shared"):
+        check_conditions([cache], "sketch")
 
 
 # ---- --check-data --------------------------------------------------------------------------

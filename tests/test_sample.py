@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 import diffusion
 import sample
-from bps import BPS, BPSConfig
+from bps import BPS, BPSConfig, Condition, load_bps
 from inputs import options, pictures
 from inputs.conditions import crop, open_image, read_mask, to_x
 from inputs.options import DEFAULT_BPS, DEFAULT_DRAWING
@@ -45,12 +45,30 @@ def test_strength_zero_is_the_base_bit_for_bit(picture):
     assert not np.array_equal(zero, one) and not np.array_equal(half, one)
 
 
-def test_a_window_steers_a_part_of_the_denoising(picture):
-    whole, first, second, none = (
-        picture("--window", *window) for window in ((0, 1), (0, 0.4), (0.4, 1), (0.9, 1)))
+def test_a_window_steers_a_part_of_the_denoising_and_contains_a_step(draw, picture, refused):
+    whole, first, second = (picture("--window", *window) for window in ((0, 1), (0, 0.4), (0.4, 1)))
     assert not np.array_equal(first, whole) and not np.array_equal(first, second)
+    assert not np.array_equal(first, picture("--bps", "none", "--size", 64))
     # two steps are at t = 999 and 500: the last tenth contains neither
-    assert np.array_equal(none, picture("--bps", "none", "--size", 64))
+    assert "--window must contain a step, got 0.9 1" in refused(draw, "--window", 0.9, 1)
+    assert "--window must" in refused(draw, "--window", 0, 0.4, "--init", DEFAULT_DRAWING,
+                                      "--denoise", 0.5)
+
+
+def test_a_cond_for_each_picture_needs_one_batch(base):
+    text = base.encode(["person"])
+    conds = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    bps = load_bps(DEFAULT_BPS)
+
+    def draw(conds, seeds, **batch):
+        sampling = diffusion.Sampling(steps=2)
+        return sample.draw(base, text, text, seeds, (64, 64), sampling, [Condition(bps, conds)],
+                           **batch)
+
+    both = draw(conds, [3, 4])
+    torch.testing.assert_close(both[1:], draw(conds[1:], [4]), atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="batch must be None"):
+        draw(conds, [3, 4], batch=1)
 
 
 def test_conditions_add_up_in_any_order(draw, picture, pixels, bps_file, ring):
@@ -189,7 +207,7 @@ def test_a_picture_is_drawn_again_from_itself(draw, run_script, pixels, ring, ma
                                               tmp_path, capsys):
     out = draw("--n", 2, "--seed", 3, "--prompt", "-a 'grüne' pear", "--negative-prompt", "a cup",
                "--bps", bps_file, DEFAULT_BPS, "--cond", DEFAULT_DRAWING, ring,
-               "--strength", 0.5, 1, "--window", 0, 0.5, 0, 1, "--mask", mask(20), "none",
+               "--strength", 0.5, 1, "--window", 0, 0.8, 0, 1, "--mask", mask(20), "none",
                "--sampler", "euler", "--init", DEFAULT_DRAWING, "--denoise", 0.4, "--steps", 5,
                "--size", "48x80")
     again = draw("--from", out / "0004.png")
