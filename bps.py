@@ -45,7 +45,7 @@ from diffusion import guide
 from unet import Downsample, Upsample, run_block
 
 NARROW = 4                              # LightBPS: its expansive layers have channels / NARROW
-# what a file says about its training: an example of each type; classes are names
+# metadata of a BPS file by example: load_bps checks that each value has its example's type
 METADATA = dict(task="sketch", size=512, context_dim=768, prediction_type="epsilon", base="",
                 classes=("",))
 LAST_T = 999                            # the noisiest timestep, where sampling starts
@@ -189,7 +189,7 @@ class BPS(nn.Module):
         self.middle_block = nn.ModuleList()
         if config.middle_weight or config.output_weight:
             self.middle_block.extend(res_block(channels, channels)
-                                     for _ in range(self.middle_blocks))
+                                     for _ in range(self.middle_blocks))    # innermost level
         self.add_port(channels, config.middle_weight)
         self.output_blocks = nn.ModuleList()
         if config.output_weight:
@@ -336,14 +336,14 @@ class Condition:
         start, end = self.window
         return not self.is_off and start <= (LAST_T - t) / (LAST_T + 1) < end
 
-    def residuals(self, unet, t, batch):
-        """The maps at timestep t (a number) for a batch of latents; one map may serve them all."""
+    def residuals(self, unet, t, batch_size):
+        """The maps at timestep t (a number) for batch_size latents; one map may serve them all."""
         if t != self.last_t:
             device = next(unet.parameters()).device
             t_emb = unet.time_embedding(torch.tensor([t], device=device))
             self.last_t, self.last_residuals = t, self.bps(self.cond.to(t_emb), t_emb)
         # with guidance the batch is twice as large: the empty prompt's half, then the text's
-        return [r if r is None or len(r) == 1 else r.repeat(batch // len(r), 1, 1, 1)
+        return [r if r is None or len(r) == 1 else r.repeat(batch_size // len(r), 1, 1, 1)
                 for r in self.last_residuals]
 
 
@@ -410,6 +410,6 @@ def load_bps(file, dtype=torch.float32, device="cpu"):
                                 ) from None
     weights.check_types(metadata | dict(classes=classes), METADATA, file)
     checkpoint = weights.Checkpoint(config, state, str, file)
-    bps = checkpoint.build(build_bps, BPSConfig, dtype, device)
+    bps = checkpoint.build(build_bps, BPSConfig, dtype, device, may_end_in_zeros=True)
     bps.metadata = metadata
     return bps

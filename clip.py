@@ -42,7 +42,7 @@ class CLIPTextConfig:
 
 # ---- tokenizer -----------------------------------------------------------------------------
 
-def split_words():
+def word_splitter():
     """CLIP's normalizer (lower case, single spaces) and pre-tokenizer (words, then bytes)."""
     normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "),
                                        normalizers.Lowercase()])
@@ -62,7 +62,7 @@ class Tokenizer:
         model = tokenizers.models.BPE(vocab, merges, unk_token=END, end_of_word_suffix="</w>",
                                       continuing_subword_prefix="", fuse_unk=False)
         self.bpe = tokenizers.Tokenizer(model)
-        self.bpe.normalizer, self.bpe.pre_tokenizer = split_words()
+        self.bpe.normalizer, self.bpe.pre_tokenizer = word_splitter()
         self.bpe.add_special_tokens([BEGIN, END, pad_token])    # never split
         self.bpe.add_tokens([tokenizers.AddedToken(token, normalized=added[token])
                              for token in added if token not in (BEGIN, END, pad_token)])

@@ -30,6 +30,7 @@ from tiny.tasks import embedded_pairs
 from tiny.world import FIGURES
 from weights import UserError
 
+SPLITS = ("train", "val", "test")
 TEST_SHARE, VAL_SHARE = 0.15, 0.05      # shares of a user's pairs
 MIN_PAIRS = 10
 MAX_COPIES = 14                 # most rows of one training pair, the pair itself included
@@ -128,7 +129,7 @@ def choose_view(copy, i, with_mirrored):
 
 # ---- the cache -----------------------------------------------------------------------------
 
-def show(image, view, size):
+def crop_view(image, view, size):
     """A View of an image, scaled to size x size pixels; label maps are not blended."""
     side = min(image.size)
     left, top = ((extent - side) / 2 + start * side
@@ -143,13 +144,13 @@ def open_pair(pair, task_name, size, extract=False):
 
     Condition and image show the same View.
     """
-    task, cond, image = TASKS[task_name], pair.open_cond(), pair.open_image()
-    if fault := shape_fault(pair.name, cond, image):
+    task, cond_image, image = TASKS[task_name], pair.open_cond(), pair.open_image()
+    if fault := shape_fault(pair.name, cond_image, image):
         raise UserError(fault)
-    colours = class_colours(cond) if task.has_labels else {}
+    colours = class_colours(cond_image) if task.has_labels else {}
     to_cond = task.extract if extract else task.to_cond
-    cond = to_cond(show(cond, pair.view, size))
-    return (cond * 255).round().byte(), to_x(show(image, pair.view, size)), colours
+    cond = to_cond(crop_view(cond_image, pair.view, size))
+    return (cond * 255).round().byte(), to_x(crop_view(image, pair.view, size)), colours
 
 
 class LatentCache:
@@ -249,7 +250,7 @@ class LatentCache:
 
     def image(self, i):
         """The true picture of pair i as it was trained on, an RGB image."""
-        return show(self.pairs[i].open_image(), self.pairs[i].view, self.size)
+        return crop_view(self.pairs[i].open_image(), self.pairs[i].view, self.size)
 
     def cond(self, indices):
         """Conditions (B, C, H, W) float in [0, 1]."""

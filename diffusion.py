@@ -57,7 +57,7 @@ class NoiseSchedule:
                                dtype=torch.float64) ** 2
         return (1 - betas).cumprod(0)
 
-    def signal_and_noise(self, t, like):
+    def alpha_sigma(self, t, like):
         """alpha_t and sigma_t of timesteps t (B,), with the rank, dtype and device of `like`.
 
         Each is (B, 1, 1, 1) for a latent (B, 4, H, W), and (B, 1) for points in the plane.
@@ -70,7 +70,7 @@ class NoiseSchedule:
 
     def add_noise(self, z_0, noise, t):
         """Noisy latent z_t (B, 4, H, W): the clean z_0 with the noise level of timestep t (B,)."""
-        alpha, sigma = self.signal_and_noise(t, z_0)
+        alpha, sigma = self.alpha_sigma(t, z_0)
         return alpha * z_0 + sigma * noise
 
     def target(self, z_0, noise, t):
@@ -80,10 +80,10 @@ class NoiseSchedule:
         """
         if self.prediction_type == "epsilon":
             return noise
-        alpha, sigma = self.signal_and_noise(t, z_0)
+        alpha, sigma = self.alpha_sigma(t, z_0)
         return alpha * noise - sigma * z_0
 
-    def clean(self, z_t, prediction, alpha, sigma):
+    def estimate_z_0(self, z_t, prediction, alpha, sigma):
         """Estimate of z_0 (B, 4, H, W) from a prediction; alpha and sigma are numbers."""
         if self.prediction_type == "epsilon":           # z_t = alpha z_0 + sigma eps
             return (z_t - sigma * prediction) / alpha
@@ -164,7 +164,7 @@ def sample(denoise, z_t, schedule, steps=50, sampler="ddim", start=0):
     z_0_before = h_before = None            # h is a step's length in log (alpha / sigma)
     for i in range(start, steps):
         (alpha, sigma), (alpha_next, sigma_next) = alphas_sigmas[i:i + 2]
-        estimate = z_0 = schedule.clean(z_t, denoise(z_t, timesteps[i]), alpha, sigma)
+        estimate = z_0 = schedule.estimate_z_0(z_t, denoise(z_t, timesteps[i]), alpha, sigma)
         if sampler.startswith("dpm++") and sigma_next > 0:      # the last step's h is infinite
             h = np.log(alpha_next / sigma_next) - np.log(alpha / sigma)
             if z_0_before is not None:

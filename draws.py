@@ -25,7 +25,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from data import Pair, load_pairs, open_pair, split_names, with_copies
+from data import SPLITS, Pair, load_pairs, open_pair, split_names, with_copies
 from diffusion import Sampling
 from inputs.conditions import (MAX_CLASSES, TASKS, class_colours, cond_to_x, images_at_a_time,
                                open_image, to_image, to_x)
@@ -92,7 +92,7 @@ def shuffled(items):
 # ---- the extractor -------------------------------------------------------------------------
 
 class Extractor(nn.Module):
-    """Six convolutions on three scales that read a condition off a picture.
+    """Six convolutions on three scales that read a condition off a picture, on the CPU.
 
     With classes, {colour: number} of label maps, it has one output for each; else one for each
     channel of the condition.
@@ -130,13 +130,13 @@ class Extractor(nn.Module):
     @torch.inference_mode()
     def read(self, image):
         """The condition picture of an RGB image, in the form that a user would give."""
-        logits = self(to_x(image)[None].to(self.colours))[0].cpu()
+        logits = self(to_x(image)[None])[0]
         if self.classes:
             numbers = np.array(list(self.classes.values()), np.uint8)
             if len(set(numbers)) < len(numbers):        # RGB maps number their own colours
                 numbers = np.arange(len(numbers), dtype=np.uint8)
             palette = np.zeros((256, 3), np.uint8)
-            palette[numbers] = (self.colours * 255).round().byte().cpu().numpy()
+            palette[numbers] = (self.colours * 255).round().byte().numpy()
             labels = Image.fromarray(numbers[logits.argmax(0).numpy()])
             labels.putpalette(palette.tobytes())
             return labels
@@ -214,7 +214,7 @@ def draw_splits(base, args, processes):
     pairs = pairs_of(*draw_for(prompts, base, args, processes))
     split_of = split_names([pair.name for pair in pairs])
     return {split: [pair for pair in pairs if split_of[pair.name] == split]
-            for split in ("train", "val", "test")}
+            for split in SPLITS}
 
 
 def add_draws(rows, splits, base, args, processes):
@@ -226,7 +226,8 @@ def add_draws(rows, splits, base, args, processes):
             pairs, splits["val"], args.task, args.size, args.seed, not args.no_mirror))
         read, reader = extractor.read, hash_module(extractor)
     files, prompts = draw_for([pair.prompts[0] for pair in pairs], base, args, processes)
+    draws = pairs_of(files, prompts, read, reader)
     # none are moved: the base can draw more instead
-    draws = with_copies(pairs_of(files, prompts, read, reader), not args.no_mirror, False)
+    draws = with_copies(draws, not args.no_mirror, with_moved=False)
     weight = len(rows) / len(draws)
     return rows + [pair._replace(weight=weight) for pair in draws]

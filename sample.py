@@ -51,6 +51,110 @@ MAX_NAME = 200                  # bytes of a condition's name, which the picture
 FAR_OUTSIDE = 10                # mean of |x|, which is about 1 at most
 
 
+# ---- the base ------------------------------------------------------------------------------
+
+class StableDiffusion(NamedTuple):
+    """A loaded base: the frozen networks and their noise schedule."""
+    unet: UNet
+    vae: AutoencoderKL
+    tokenizer: Tokenizer
+    text_model: CLIPTextModel
+    schedule: diffusion.NoiseSchedule
+    path: Path                  # where it was loaded from, for messages
+    vae_path: Path
+
+    def encode(self, prompts):
+        """Text states (B, L, D) of a list of prompts."""
+        device = next(self.text_model.parameters()).device
+        parts = [prompts[i:i + PROMPTS_AT_A_TIME]
+                 for i in range(0, len(prompts), PROMPTS_AT_A_TIME)]
+        return torch.cat([self.text_model(self.tokenizer(part).to(device))
+                          for part in tqdm(parts, desc="text states", delay=2, leave=False)])
+
+    def autocast(self):
+        """The context in which networks with fp32 weights compute in the base's dtype."""
+        weight = next(self.unet.parameters())
+        if weight.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(weight.device.type, weight.dtype)
+
+    def check_finite(self):
+        """Raise UserError if a network's weights are not finite."""
+        for part, module, file in (("U-Net", self.unet, self.path),
+                                   ("text encoder", self.text_model, self.path),
+                                   ("autoencoder", self.vae, self.vae_path)):
+            if not is_finite(module):
+                raise UserError(f"{file}: the weights of its {part} are not finite. Get another "
+                                f"copy.")
+
+
+def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_path=None,
+              prediction_type=None):
+    """The StableDiffusion of an SD folder or single file; its autoencoder is always float32.
+
+    tokenizer_path, vae_path and prediction_type supply what a single file lacks.
+    """
+    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
+        raise UserError(f"{path} must be a Stable Diffusion folder with a model_index.json, or a "
+                        f".safetensors file.")
+    schedule = checkpoints.load_schedule(path, prediction_type)
+    tokenizer, text_model = checkpoints.load_clip(path, tokenizer_path, dtype, device)
+    vae = checkpoints.load_vae(vae_path or path, device=device, base=path)
+    unet = checkpoints.load_unet(path, dtype, device)
+    for name, given, needed in (
+            ("text states of width", text_model.config.width, unet.config.context_dim),
+            ("latent channels", vae.config.latent_channels, unet.config.latent_channels)):
+        if given != needed:
+            raise UserError(f"{path} has {name} {given}, but its U-Net needs {needed}. The parts "
+                            f"belong to different models.")
+    unet, vae = (module.to(memory_format=torch.channels_last) for module in (unet, vae))
+    return StableDiffusion(unet, vae, tokenizer, text_model, schedule, path, vae_path or path)
+
+
+# ---- drawing -------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def draw(base, context, empty, seeds, size, sampling=DEFAULTS, conditions=(), batch=None, init=None,
+         on_step=None):
+    """Pictures x (B, 3, height, width), one per seed.
+
+    context: text states (B, L, D), or (1, L, D) for all pictures. empty: (1, L, D) of the empty or
+    negative prompt. seeds: B integers. size: (width, height). conditions: Conditions with one cond
+    for all pictures, or B if batch is None. batch: pictures per call of the U-Net (default: all).
+    All batches advance together, so BPS runs once per timestep, and with batch 1 a picture is bit
+    for bit the same for every B. init: (clean latent (1, 4, h, w), first step), or None for pure
+    noise. on_step() is called after each step; an exception it raises ends the drawing.
+    """
+    if batch and any(len(condition.cond) > 1 for condition in conditions):
+        raise ValueError("batch must be None if a Condition has a cond for each picture")
+    sampler, steps, guidance_scale = sampling
+    _, alphas_sigmas = diffusion.sampler_steps(steps, base.schedule, sampler)
+    z_init, start = init or (0.0, 0)
+    alpha, sigma = alphas_sigmas[start] if init else (0.0, 1.0)
+    context = context.expand(len(seeds), -1, -1)
+    width, height = (side // base.vae.factor for side in size)
+    samplers = []
+    for i in torch.arange(len(seeds)).split(batch or len(seeds)):
+        denoise = make_denoiser(base.unet, context[i], empty, guidance_scale, conditions)
+        noise = diffusion.draw_noise([seeds[k] for k in i],
+                                     (base.unet.config.latent_channels, height, width))
+        z_t = alpha * z_init + sigma * noise.to(context.device)
+        samplers.append(diffusion.sample(denoise, z_t, base.schedule, steps, sampler, start))
+    for latents in tqdm(zip(*samplers), total=steps - start, leave=False,
+                        desc="draw with BPS" if conditions else "draw"):
+        if on_step:
+            on_step()
+    return torch.cat([base.vae.decode(z) for part in latents
+                      for z in part.split(images_at_a_time(max(size)))])
+
+
+def check_pictures(x):
+    """Raise UserError if pictures x (B, 3, H, W) are not finite, or far from [-1, 1]."""
+    if not (x.abs().mean((1, 2, 3)) < FAR_OUTSIDE).all():           # NaN is not less either
+        raise UserError("the numbers of the pictures overflowed. Use --dtype fp32 (or bf16), "
+                        "another --vae, or --guidance and --strength closer to 1.")
+
+
 # ---- options -------------------------------------------------------------------------------
 
 class ConditionArgs(NamedTuple):
@@ -185,9 +289,9 @@ def list_jobs(condition_args, prompt):
             raise UserError(f"--cond {first}: names must have at most {MAX_NAME} bytes, got "
                             f"{name}.")
     for folder in rest:
-        for name in sorted(folders[folder].keys() ^ folders[first].keys()):
+        if unmatched := sorted(folders[folder].keys() ^ folders[first].keys()):
             raise UserError(f"--cond {folder} and {first} must have the same names, but only one "
-                            f"has {name}.")
+                            f"has {unmatched[0]}.")
     jobs = []
     for name in folders[first]:
         own_args = [c._replace(cond=folders.get(c.cond, {}).get(name, c.cond))
@@ -198,65 +302,7 @@ def list_jobs(condition_args, prompt):
     return jobs
 
 
-# ---- the base ------------------------------------------------------------------------------
-
-class StableDiffusion(NamedTuple):
-    """A loaded base: the frozen networks and their noise schedule."""
-    unet: UNet
-    vae: AutoencoderKL
-    tokenizer: Tokenizer
-    text_model: CLIPTextModel
-    schedule: diffusion.NoiseSchedule
-    path: Path                  # where it was loaded from, for messages
-    vae_path: Path
-
-    def encode(self, prompts):
-        """Text states (B, L, D) of a list of prompts."""
-        device = next(self.text_model.parameters()).device
-        parts = [prompts[i:i + PROMPTS_AT_A_TIME]
-                 for i in range(0, len(prompts), PROMPTS_AT_A_TIME)]
-        return torch.cat([self.text_model(self.tokenizer(part).to(device))
-                          for part in tqdm(parts, desc="text states", delay=2, leave=False)])
-
-    def autocast(self):
-        """The context in which networks with fp32 weights compute in the base's dtype."""
-        weight = next(self.unet.parameters())
-        if weight.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(weight.device.type, weight.dtype)
-
-    def check_finite(self):
-        """Raise UserError if a network's weights are not finite."""
-        for part, module, file in (("U-Net", self.unet, self.path),
-                                   ("text encoder", self.text_model, self.path),
-                                   ("autoencoder", self.vae, self.vae_path)):
-            if not is_finite(module):
-                raise UserError(f"{file}: the weights of its {part} are not finite. Get another "
-                                f"copy.")
-
-
-def load_base(path, tokenizer_path=None, device="cpu", dtype=torch.float32, vae_path=None,
-              prediction_type=None):
-    """The StableDiffusion of an SD folder or single file; its autoencoder is always float32.
-
-    tokenizer_path, vae_path and prediction_type supply what a single file lacks.
-    """
-    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
-        raise UserError(f"{path} must be a Stable Diffusion folder with a model_index.json, or a "
-                        f".safetensors file.")
-    schedule = checkpoints.load_schedule(path, prediction_type)
-    tokenizer, text_model = checkpoints.load_clip(path, tokenizer_path, dtype, device)
-    vae = checkpoints.load_vae(vae_path or path, device=device, base=path)
-    unet = checkpoints.load_unet(path, dtype, device)
-    for name, given, needed in (
-            ("text states of width", text_model.config.width, unet.config.context_dim),
-            ("latent channels", vae.config.latent_channels, unet.config.latent_channels)):
-        if given != needed:
-            raise UserError(f"{path} has {name} {given}, but its U-Net needs {needed}. The parts "
-                            f"belong to different models.")
-    unet, vae = (module.to(memory_format=torch.channels_last) for module in (unet, vae))
-    return StableDiffusion(unet, vae, tokenizer, text_model, schedule, path, vae_path or path)
-
+# ---- the script ----------------------------------------------------------------------------
 
 def check_fit(bps, file, base):
     """Raise UserError if a BPS is broken, or was trained for a base of other sizes or another kind.
@@ -312,54 +358,8 @@ def note_unlearned(prompts, size, base):
         print(f"note: the embedded base was trained at {side}x{side} only.", file=sys.stderr)
 
 
-# ---- drawing -------------------------------------------------------------------------------
-
-@torch.inference_mode()
-def draw(base, context, empty, seeds, size, sampling=DEFAULTS, conditions=(), batch=None, init=None,
-         on_step=None):
-    """Pictures x (B, 3, height, width), one per seed.
-
-    context: text states (B, L, D), or (1, L, D) for all pictures. empty: (1, L, D) of the empty or
-    negative prompt. seeds: B integers. size: (width, height). conditions: Conditions with one cond
-    for all pictures, or B if batch is None. batch: pictures per call of the U-Net (default: all).
-    All batches advance together, so BPS runs once per timestep, and with batch 1 a picture is bit
-    for bit the same for every B. init: (clean latent (1, 4, h, w), first step), or None for pure
-    noise. on_step() is called after each step; an exception it raises ends the drawing.
-    """
-    if batch and any(len(condition.cond) > 1 for condition in conditions):
-        raise ValueError("batch must be None if a Condition has a cond for each picture")
-    sampler, steps, guidance_scale = sampling
-    _, alphas_sigmas = diffusion.sampler_steps(steps, base.schedule, sampler)
-    z_init, start = init or (0.0, 0)
-    alpha, sigma = alphas_sigmas[start] if init else (0.0, 1.0)
-    context = context.expand(len(seeds), -1, -1)
-    width, height = (side // base.vae.factor for side in size)
-    samplers = []
-    for i in torch.arange(len(seeds)).split(batch or len(seeds)):
-        denoise = make_denoiser(base.unet, context[i], empty, guidance_scale, conditions)
-        noise = diffusion.draw_noise([seeds[k] for k in i],
-                                     (base.unet.config.latent_channels, height, width))
-        z_t = alpha * z_init + sigma * noise.to(context.device)
-        samplers.append(diffusion.sample(denoise, z_t, base.schedule, steps, sampler, start))
-    for latents in tqdm(zip(*samplers), total=steps - start, leave=False,
-                        desc="draw with BPS" if conditions else "draw"):
-        if on_step:
-            on_step()
-    return torch.cat([base.vae.decode(z) for part in latents
-                      for z in part.split(images_at_a_time(max(size)))])
-
-
-def check_pictures(x):
-    """Raise UserError if pictures x (B, 3, H, W) are not finite, or far from [-1, 1]."""
-    if not (x.abs().mean((1, 2, 3)) < FAR_OUTSIDE).all():           # NaN is not less either
-        raise UserError("the numbers of the pictures overflowed. Use --dtype fp32 (or bf16), "
-                        "another --vae, or --guidance and --strength closer to 1.")
-
-
-# ---- the script ----------------------------------------------------------------------------
-
 def read_conditions(job, networks, size, base, timesteps, device):
-    """The Conditions of a job, each of which steers at one of the timesteps at least."""
+    """The Conditions of a job; UserError if one steers at none of the timesteps."""
     conditions = []
     for c in job.condition_args:
         bps = networks[c.bps]
@@ -417,13 +417,13 @@ def main():
     for job in jobs:                    # all first, so that an unreadable one costs no drawing
         conditions_of(job)
     hash_once = functools.cache(fingerprint)            # of a base it takes seconds
-    files = [fingerprints(args, job.condition_args, hash_once) for job in jobs]
-    note_changes(args, files[0], networks)
+    digests = [fingerprints(args, job.condition_args, hash_once) for job in jobs]
+    note_changes(args, digests[0], networks)
     args.out.mkdir(parents=True, exist_ok=True)
-    for job, used in zip(jobs, files):
-        fields = [png_fields(args, job, seed, size, used, base)
+    for job, files in zip(jobs, digests):
+        fields = [png_fields(args, job, seed, size, files, base)
                   for seed in range(args.seed, args.seed + args.n)]
-        pictures = {args.out / f"{job.name}{each['seed']:04d}.png": each for each in fields}
+        pictures = {args.out / f"{job.name}{png['seed']:04d}.png": png for png in fields}
         if not args.picture:
             pictures = without_drawn(pictures)
         if pictures:

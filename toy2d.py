@@ -74,13 +74,13 @@ class World:
     places: torch.Tensor
     std: float = 0.09
 
-    def draw(self, n, generator, log_p_cond=None):
+    def sample(self, n, generator, log_p_cond=None):
         """Clean points z_0 (n, 2) from p(z_0 | c)."""
         p = torch.ones(len(self.means)) if log_p_cond is None else log_p_cond.exp()
         k = p.multinomial(n, replacement=True, generator=generator)
         return self.means[k] + self.std * torch.randn(n, 2, generator=generator)
 
-    def draw_labelled(self, n, generator):
+    def sample_labels(self, n, generator):
         """Labels from the arms in turn: z_0 (n, 2) and cond (n, 6)."""
         on_arm = self.arms == torch.arange(n)[:, None] % ARMS                   # (n, K)
         k = on_arm.float().multinomial(1, generator=generator).squeeze(1)
@@ -119,7 +119,7 @@ class World:
 
     def eps_bar(self, z_t, t, cond):
         """eps_bar* (B, 2) for timesteps t (B,) and conditions (B, 6)."""
-        return self.eps(z_t, *SCHEDULE.signal_and_noise(t, z_t), self.log_p_cond(cond))
+        return self.eps(z_t, *SCHEDULE.alpha_sigma(t, z_t), self.log_p_cond(cond))
 
     def steering(self, z_t, alpha, sigma, log_p_cond):
         """M = eps_bar* - eps* (B, 2), computed as the covariance Cov(noise, w | z_t).
@@ -260,7 +260,7 @@ def train_prior(world, seed, effort=1.0):
     """The frozen prior network, after a share `effort` of its training on the large space."""
     torch.manual_seed(seed)
     unet = ToyUNet()
-    z_0 = world.draw(PRIOR_SAMPLES, torch.Generator().manual_seed(seed))
+    z_0 = world.sample(PRIOR_SAMPLES, torch.Generator().manual_seed(seed))
     no_cond = torch.zeros(len(z_0), 0)
     steps = math.ceil(PRIOR_STEPS * effort)
     train(lambda z_t, t, _: unet(z_t, t), unet.parameters(), (z_0, no_cond), steps, PRIOR_LR,
@@ -294,7 +294,7 @@ def draw(denoise, n, seed):
 
 def draw_labels(world, n, seed):
     """The n labels of a seed: z_0 (n, 2) and cond (n, 6)."""
-    return world.draw_labelled(n, torch.Generator().manual_seed(30_000 + seed))
+    return world.sample_labels(n, torch.Generator().manual_seed(30_000 + seed))
 
 
 def fit_likelihood(z_0, cond):
@@ -372,10 +372,10 @@ class HeldOut:
     def __init__(self, world, seed):
         generator = torch.Generator().manual_seed(10_000 + seed)
         self.world, self.seed = world, seed
-        _, self.cond = world.draw_labelled(CONDITIONS, generator)
+        _, self.cond = world.sample_labels(CONDITIONS, generator)
         self.log_p_cond = world.log_p_cond(self.cond)
         self.reference, self.independent = (
-            torch.stack([world.draw(n, generator, row) for row in self.log_p_cond])
+            torch.stack([world.sample(n, generator, row) for row in self.log_p_cond])
             for n in (5 * SAMPLES, SAMPLES))
         self.rows = torch.arange(CONDITIONS).repeat_interleave(SAMPLES)
 
@@ -453,7 +453,7 @@ def compare(effort, seed, out):
         denoisers[method] = learn(method, prior, labels, math.ceil(steps * effort), lr, seed)
 
     rows, panels = [], {}
-    large = world.draw(5000, torch.Generator().manual_seed(seed))
+    large = world.sample(5000, torch.Generator().manual_seed(seed))
     for name, eps in denoisers.items():
         points = held_out.independent if name == "true" else held_out.draw(eps)
         scores, bits = held_out.scores(points), held_out.bits_lost(eps).tolist()

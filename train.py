@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import weights
 from bps import build_bps, config_for, load_bps, save_bps
-from data import CACHE, MIN_PAIRS, LatentCache, check_conditions, load_pairs, with_copies
+from data import CACHE, MIN_PAIRS, SPLITS, LatentCache, check_conditions, load_pairs, with_copies
 from draws import add_draws, draw_splits
 from inputs.conditions import TASKS, class_names, cond_to_x, to_image
 from inputs.files import write_json, write_lines
@@ -40,7 +40,6 @@ from sample import load_base
 from tiny.tasks import CLASSES
 from weights import UserError
 
-SPLITS = ("train", "val", "test")
 EMBEDDED_DEFAULTS = dict(size=64, lr=1e-3)          # with the steps of the task
 OTHER_DEFAULTS = dict(size=512, lr=1e-5, steps=10_000)      # SD 1.5's size, the authors' rate
 MAX_GRADIENT_NORM = 1.0
@@ -222,7 +221,7 @@ class Training:
 
         keep_best: keep the average of the lowest validation loss, not the last one.
         """
-        self.out, self.bps, self.processes, self.metadata = out, bps, processes, metadata
+        self.out, self.bps, self.processes, self.metadata = out, bps, processes, metadata or {}
         self.average = copy.deepcopy(bps).requires_grad_(False)
         self.keep_best = keep_best
         self.optimizer = torch.optim.AdamW(bps.parameters(), lr=args.lr, weight_decay=0.01)
@@ -339,7 +338,7 @@ def main():
     print(f"run: {out} ({args.out} is taken)" if is_renamed else f"run: {out}")
     started = time.monotonic()
     with lock(out) if processes.rank == 0 else contextlib.nullcontext():
-        training, test_cache = train_in(out, args, config, record, base, splits, processes)
+        training, test_cache = run_training(out, args, config, record, base, splits, processes)
         if processes.rank == 0:
             measure(training, base, test_cache, args)
             print(f"done in {(time.monotonic() - started) / 60:.1f} min, peak memory "
@@ -347,8 +346,8 @@ def main():
                   + sampling_command(out, args, test_cache.first_prompts([0])[0]))
 
 
-def train_in(out, args, config, record, base, splits, processes):
-    """Train a BPS of a BPSConfig in a run's folder; (the Training, LatentCache to test it on)."""
+def run_training(out, args, config, record, base, splits, processes):
+    """Train a BPS of this config in the folder `out`; (Training, LatentCache of the test pairs)."""
     print("{} training, {} validation and {} test pairs".format(*map(len, splits.values())))
     print(f"{args.steps} steps of {args.batch}, {args.size} px, learning rate {args.lr:g}")
     rows = with_copies(splits["train"], not args.no_mirror, with_moved=not is_embedded(args.base))

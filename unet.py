@@ -136,7 +136,7 @@ class SpatialTransformer(nn.Module):
 
     def __init__(self, channels, context_dim, heads, norm_groups, linear_projection):
         super().__init__()
-        project = nn.Linear if linear_projection else lambda c_in, c: nn.Conv2d(c_in, c, 1)
+        project = nn.Linear if linear_projection else partial(nn.Conv2d, kernel_size=1)
         self.norm = nn.GroupNorm(norm_groups, channels, eps=1e-6)   # elsewhere 1e-5
         self.proj_in = project(channels, channels)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, context_dim, heads)])
@@ -245,7 +245,7 @@ class UNet(nn.Module):
                 self.input_blocks.append(UNetBlock(Downsample(channels)))
                 skip_channels.append(channels)
 
-        self.middle_block = UNetBlock(res_block(channels, channels),
+        self.middle_block = UNetBlock(res_block(channels, channels),        # innermost level
                                       transformer(channels, heads=config.heads[-1]),
                                       res_block(channels, channels))
 

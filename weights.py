@@ -82,11 +82,12 @@ class Checkpoint(NamedTuple):
         """All files that hold its tensors, sorted."""
         return sorted({stored.file for stored in self.state.values()})
 
-    def build(self, Module, Config, dtype=torch.float32, device="cpu"):
+    def build(self, Module, Config, dtype=torch.float32, device="cpu", may_end_in_zeros=False):
         """Module(Config(**config)) with the checkpoint's tensors, frozen; see load_strict.
 
         The module is created on the meta device, where initial weights need neither memory nor
-        time. Layers still do, so a config must not name more layers than the file has tensors.
+        time. Layers still do, so a config must not name more layers than the file has tensors. A
+        truncated download may end in zeros, but so do the ports of a BPS at the start.
         """
         check_types(self.config, {field.name: field.default for field in fields(Config)}, self.file)
         part = Config.__name__.removesuffix("Config")
@@ -99,7 +100,7 @@ class Checkpoint(NamedTuple):
             with torch.device("meta"):
                 module = Module(config)
         module = load_strict(module, self, dtype, device)
-        if part != "BPS":                       # its ports are zero until they are trained
+        if not may_end_in_zeros:
             check_ends(self.state)
         return module
 
@@ -107,7 +108,7 @@ class Checkpoint(NamedTuple):
 def check_types(values, examples, file):
     """Raise UserError if a value from JSON does not match its example; values, examples: dicts.
 
-    It has the type of its example, entry by entry, and a number a possible size.
+    A value must have its example's type, entry by entry; numbers must be in range (see kind_of).
     """
     for key, example in examples.items():
         value, (kind, matches) = values.get(key, example), kind_of(example)
@@ -160,8 +161,8 @@ def read_header(file):
 def read_tensors(entries, dtype, device):
     """Yield the tensors of a list of Stored, mapped from their files or converted.
 
-    An open safetensors file keeps the pages in memory that were read. Reopen it after 16
-    conversions to release them. Convolutions have a mapping of their own: converting them to
+    An open safetensors file keeps the pages in memory that were read, so it is reopened after every
+    CONVERTED_AT_A_TIME conversions. Convolutions have a mapping of their own: converting them to
     channels_last later releases all of it.
     """
     files, converted = {}, 0

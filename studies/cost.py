@@ -146,9 +146,9 @@ class NaiveCondition(Condition):
     def __init__(self, bps, cond):
         super().__init__(bps, cond.expand(2, -1, -1, -1))
 
-    def residuals(self, unet, t, batch):
+    def residuals(self, unet, t, batch_size):
         self.last_t = None
-        return super().residuals(unet, t, batch)
+        return super().residuals(unet, t, batch_size)
 
 
 def draw_latents(unet, make_condition, pictures, steps=1):

@@ -56,9 +56,9 @@ def cubic_time(t):
 class CubicSchedule(NoiseSchedule):
     """A schedule with the noise levels of cubic_time(t) at the timesteps t."""
 
-    def signal_and_noise(self, t, like):
+    def alpha_sigma(self, t, like):
         """alpha and sigma as NoiseSchedule returns them."""
-        return super().signal_and_noise(cubic_time(t), like)
+        return super().alpha_sigma(cubic_time(t), like)
 
 
 def base_with(base, network, cubic=False):

@@ -198,7 +198,7 @@ def bound(held_out, labels):
     """Points (N, SAMPLES, 2) and bits of the exact prior times the likelihood fitted to labels."""
     world, fitted = held_out.world, toy2d.fit_likelihood(*labels)
     generator = torch.Generator().manual_seed(50_000 + held_out.seed)
-    large = world.draw(20_000, generator)
+    large = world.sample(20_000, generator)
     drawn, log_density = [], []
     for points, cond in zip(held_out.reference, held_out.cond):
         log_weights = log_likelihood(fitted, large, cond)
@@ -328,7 +328,7 @@ def log_p_cond(world, cond, kind):
 
 def exact_denoiser(world, log_p_cond=0.0):
     """The exact denoise(z_t, t); t is a number or (B,)."""
-    return lambda z_t, t: world.eps(z_t, *toy2d.SCHEDULE.signal_and_noise(t, z_t), log_p_cond)
+    return lambda z_t, t: world.eps(z_t, *toy2d.SCHEDULE.alpha_sigma(t, z_t), log_p_cond)
 
 
 def learn_kind(lab, kind):
@@ -364,7 +364,7 @@ def denoisers_bits(timesteps, z_0, eps, eps_bar, seed):
 def bits(lab):
     """Bits of each kind of condition, exact and from denoisers; then where bits are lost."""
     rows, learned = [], {kind: learn_kind(lab, kind) for kind in KINDS}
-    z_0, cond = lab.world.draw_labelled(BITS_POINTS, torch.Generator().manual_seed(0))
+    z_0, cond = lab.world.sample_labels(BITS_POINTS, torch.Generator().manual_seed(0))
     all_t = toy2d.BITS_T.tolist()
     for kind, eps in learned.items():
         exact = [exact_denoiser(lab.world, log_p)
@@ -391,7 +391,7 @@ def sources(lab, labels_eps):
     denoisers = {
         "exact": world.eps_bar,
         "prior network + exact M": lambda z_t, t, _: prior(z_t, t) + world.steering(
-            z_t, *toy2d.SCHEDULE.signal_and_noise(t, z_t), log_p),
+            z_t, *toy2d.SCHEDULE.alpha_sigma(t, z_t), log_p),
         "prior network + M of draws": learn(draws, prior, toy2d.draw_labels(
             world, toy2d.LABELS, 0)),
         "prior network + M of labels": labels_eps}
@@ -408,9 +408,9 @@ def draw_steering(lab, eps):
     grid = torch.cartesian_prod(*2 * [torch.linspace(-2.2, 2.2, 14)])
     figure = Figure(3, [f"M {name}, t = {t}" for name in ("exact", "learned") for t in timesteps])
     for column, t in enumerate(timesteps):
-        alpha, sigma = toy2d.SCHEDULE.signal_and_noise(t, grid)
+        alpha, sigma = toy2d.SCHEDULE.alpha_sigma(t, grid)
         large, small = (alpha * z_0 + sigma * torch.randn(z_0.shape, generator=generator)
-                        for z_0 in (world.draw(2000, generator), held_out.reference[0]))
+                        for z_0 in (world.sample(2000, generator), held_out.reference[0]))
         # neither field matters at points that the prior hardly ever reaches
         lowest = world.log_p(large, alpha, sigma).quantile(0.02)
         z_t = grid[world.log_p(grid, alpha, sigma) > lowest]
@@ -432,7 +432,7 @@ def law_points(held_out, law):
     """
     world = held_out.world
     generator = torch.Generator().manual_seed(40_000 + held_out.seed)
-    z_0 = world.draw(50_000, generator)
+    z_0 = world.sample(50_000, generator)
     log_p, log_weights = world.log_p(z_0, *CLEAN), 0.0
     for kind, s in law.items():
         log_weights += s * torch.stack([world.log_p(z_0, *CLEAN, row) - log_p
@@ -458,7 +458,7 @@ def draw_law(held_out, denoisers, law):
 
 def gaussian_eps(z_t, t, variances=(1.0, 1.0)):
     """eps* (B, 2) of independent normal coordinates with these variances."""
-    alpha, sigma = toy2d.SCHEDULE.signal_and_noise(t, z_t)
+    alpha, sigma = toy2d.SCHEDULE.alpha_sigma(t, z_t)
     return sigma * z_t / (alpha**2 * torch.tensor(variances) + sigma**2)
 
 
@@ -509,7 +509,7 @@ def algebra(lab):
     for key in ("wanted", "drawn"):
         variances = [row[f"variance: {key}"] for row in gaussian[:len(STRENGTHS)]]
         figure.axes[2].line(STRENGTHS, variances, key)
-    large = lab.world.draw(5000, torch.Generator().manual_seed(0))
+    large = lab.world.sample(5000, torch.Generator().manual_seed(0))
     for axes, cloud in zip(figure.axes[3:], points.values()):           # of the last law
         axes.dots(dict(light=large) | dict(enumerate(cloud[:toy2d.ARMS, :toy2d.SAMPLES])))
     save(lab.out / "gaussian", gaussian)

@@ -37,7 +37,7 @@ def test_the_bits_of_a_reading_of_a_gaussian_are_the_known_ones(r):
 @pytest.mark.parametrize("kind", toy.KINDS)
 def test_the_bits_of_exact_denoisers_in_the_plane_are_the_mutual_information(kind):
     world = toy2d.pinwheel()
-    z_0, cond = world.draw_labelled(2000, torch.Generator().manual_seed(0))
+    z_0, cond = world.sample_labels(2000, torch.Generator().manual_seed(0))
     exact = toy.exact_bits(world, z_0, cond, kind)
     posterior = toy.exact_denoiser(world, toy.log_p_cond(world, cond, kind))
     prior = toy.exact_denoiser(world)

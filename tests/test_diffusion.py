@@ -24,7 +24,7 @@ def test_each_row_gets_its_own_noise_and_the_target_gives_z_0_back(prediction_ty
     z_t, target = schedule.add_noise(z, noise, t), schedule.target(z, noise, t)
     abar = schedule.alphas_cumprod[t].view(2, 1, 1, 1)
     torch.testing.assert_close(z_t, abar**0.5 * z + (1 - abar)**0.5 * noise)
-    torch.testing.assert_close(schedule.clean(z_t, target, abar**0.5, (1 - abar)**0.5), z)
+    torch.testing.assert_close(schedule.estimate_z_0(z_t, target, abar**0.5, (1 - abar)**0.5), z)
 
 
 def test_fifty_steps_of_ddim_are_981_961_to_1():
@@ -59,8 +59,8 @@ def test_ddim_maps_a_normal_distribution_to_its_own_width():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_noise_levels_are_right_in_half_precision(dtype):
     schedule, t = NoiseSchedule(), torch.tensor([0, 500, 999])
-    exact = schedule.signal_and_noise(t, torch.zeros(3, 4, 2, 2, dtype=torch.float64))
-    rounded_levels = schedule.signal_and_noise(t, torch.zeros(3, 4, 2, 2, dtype=dtype))
+    exact = schedule.alpha_sigma(t, torch.zeros(3, 4, 2, 2, dtype=torch.float64))
+    rounded_levels = schedule.alpha_sigma(t, torch.zeros(3, 4, 2, 2, dtype=dtype))
     for level, rounded in zip(exact, rounded_levels):
         assert rounded.dtype == dtype and rounded.shape == (3, 1, 1, 1)
         torch.testing.assert_close(rounded.double(), level, rtol=4e-3, atol=0)

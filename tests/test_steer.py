@@ -25,7 +25,7 @@ def gaussian(z_t, ts, context, residuals=None):
     with torch.inference_mode(False), torch.enable_grad():
         log_p = log_density(z, int(ts[0]), [residuals] if residuals else [])
         score, = torch.autograd.grad(log_p.sum(), z)
-    return context[:, :1, :1, None] - SCHEDULE.signal_and_noise(ts, z)[1] * score
+    return context[:, :1, :1, None] - SCHEDULE.alpha_sigma(ts, z)[1] * score
 
 
 def read(reading, error, **options):
@@ -46,7 +46,7 @@ def log_density(z, t, readings, powers=None):
 
     z_0 | z_t ~ N(a z, s^2), since p_t(z) = N(0, a^2 + s^2) = N(0, 1).
     """
-    a, s = (x.item() for x in SCHEDULE.signal_and_noise(torch.tensor([t]), z[:1].flatten()))
+    a, s = (x.item() for x in SCHEDULE.alpha_sigma(torch.tensor([t]), z[:1].flatten()))
     log_p = -z**2 / 2
     for (reading, error), power in zip(readings, powers or [1] * len(readings)):
         log_p = log_p - power * (reading - a * z) ** 2 / (2 * (s**2 + error**2))
@@ -61,7 +61,7 @@ def test_strengths_are_powers_of_the_conditions_likelihoods(strengths, t):
                   for reading, strength in zip(readings, strengths)]
     z = LINE.clone().requires_grad_()
     score, = torch.autograd.grad(log_density(z, t, readings, strengths).sum(), z)
-    s = SCHEDULE.signal_and_noise(torch.tensor([t]), LINE)[1]
+    s = SCHEDULE.alpha_sigma(torch.tensor([t]), LINE)[1]
     torch.testing.assert_close(predict(conditions, t=t), (-s * score).float())
 
 

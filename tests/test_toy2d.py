@@ -33,9 +33,9 @@ def held_out():
 @pytest.mark.parametrize("conditional", (False, True))
 def test_the_exact_denoiser_is_the_gradient_of_the_log_density(world, t, conditional):
     generator = torch.Generator().manual_seed(t)
-    z_0, cond = world.draw_labelled(B, generator)
+    z_0, cond = world.sample_labels(B, generator)
     log_p_cond = world.log_p_cond(cond) if conditional else 0.0
-    alpha, sigma = SCHEDULE.signal_and_noise(t, z_0)
+    alpha, sigma = SCHEDULE.alpha_sigma(t, z_0)
     z_t = alpha * z_0 + sigma * torch.randn(z_0.shape, generator=generator, dtype=z_0.dtype)
     z_t.requires_grad_()
     score, = torch.autograd.grad(world.log_p(z_t, alpha, sigma, log_p_cond).sum(), z_t)
@@ -44,7 +44,7 @@ def test_the_exact_denoiser_is_the_gradient_of_the_log_density(world, t, conditi
 
 def test_the_density_integrates_to_one(world):
     side = torch.linspace(-5, 5, 400, dtype=torch.float64)
-    alpha, sigma = SCHEDULE.signal_and_noise(200, world.means)
+    alpha, sigma = SCHEDULE.alpha_sigma(200, world.means)
     p = world.log_p(torch.cartesian_prod(side, side), alpha, sigma).exp()
     assert p.sum().item() * (side[1] - side[0]).item() ** 2 == pytest.approx(1, abs=1e-6)
 
@@ -53,8 +53,8 @@ def test_the_density_integrates_to_one(world):
 def test_steering_is_posterior_minus_prior_even_far_from_the_arm_in_float32(t):
     world = toy2d.pinwheel()
     points = torch.cartesian_prod(*2 * [torch.linspace(-2.2, 2.2, 19)])
-    alpha, sigma = SCHEDULE.signal_and_noise(t, points)
-    log_p_cond = world.log_p_cond(world.draw_labelled(1, torch.Generator().manual_seed(0))[1])
+    alpha, sigma = SCHEDULE.alpha_sigma(t, points)
+    log_p_cond = world.log_p_cond(world.sample_labels(1, torch.Generator().manual_seed(0))[1])
     difference = world.eps(points, alpha, sigma, log_p_cond) - world.eps(points, alpha, sigma)
     torch.testing.assert_close(world.steering(points, alpha, sigma, log_p_cond), difference,
                                rtol=1e-3, atol=1e-3)
@@ -62,7 +62,7 @@ def test_steering_is_posterior_minus_prior_even_far_from_the_arm_in_float32(t):
 
 def test_conditions_are_as_likely_as_log_p_cond_claims(world):
     one_per_arm = World(world.means[3::12], world.arms[3::12], world.places[3::12] + 0.5)
-    _, cond = one_per_arm.draw_labelled(20_000, torch.Generator().manual_seed(0))
+    _, cond = one_per_arm.sample_labels(20_000, torch.Generator().manual_seed(0))
     assert torch.equal(cond[:, :5].argmax(1), torch.arange(20_000) % 5)         # arms in turn
     errors = cond[:, 5] - one_per_arm.places[0]
     assert errors.mean().item() == pytest.approx(0, abs=0.01)
@@ -103,7 +103,7 @@ def test_draws_with_exact_conditions_have_the_law_of_labels(monkeypatch):
 
 def test_the_fitted_likelihood_converges_to_the_exact_one():
     world = toy2d.pinwheel()
-    z_0, cond = world.draw_labelled(1000, torch.Generator().manual_seed(1))
+    z_0, cond = world.sample_labels(1000, torch.Generator().manual_seed(1))
     exact = toy.exact_bits(world, z_0, cond, "both") - math.log2(toy2d.PLACE_ERROR)
     normal = world.log_p_cond(cond).logsumexp(1) - math.log(len(world.means))     # log p(c)
     exact = exact + (normal / math.log(2)) - math.log2(math.sqrt(2 * math.pi))
@@ -233,7 +233,7 @@ def test_a_tempered_law_is_the_small_space_at_strength_1(held_out):
     # the square root of a normal likelihood is one of sqrt(2) times the error
     reading = torch.distributions.Normal(held_out.world.places, toy2d.PLACE_ERROR * 2**0.5)
     for i, points in enumerate(toy.law_points(held_out, dict(place=0.5))[:5]):
-        wide = held_out.world.draw(4000, torch.Generator().manual_seed(i),
+        wide = held_out.world.sample(4000, torch.Generator().manual_seed(i),
                                       reading.log_prob(held_out.cond[i, 5]))
         assert abs(energy_distance(points, wide)) < 4e-3
 

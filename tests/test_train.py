@@ -103,7 +103,7 @@ def test_pairs_have_moved_copies_unless_the_base_is_the_embedded_one(base, no_mi
                            from_base=None, extract=False, cache=None)
     splits = dict.fromkeys(train.SPLITS, load_pairs("sketch", "train")[:3])
     with pytest.raises(KeyboardInterrupt):
-        train.train_in(None, args, None, {}, None, splits, Processes())
+        train.run_training(None, args, None, {}, None, splits, Processes())
     views = [row.view for row in make_cache.call_args.args[0]]
     assert len(views) == 3 * count
     assert any(view.is_mirrored for view in views) == (not no_mirror)

@@ -210,7 +210,7 @@ def train_tokenizer(captions, folder):
     """Learn a BPE of at most VOCAB_SIZE tokens and write it in CLIP's file format."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer, bpe.pre_tokenizer = clip.split_words()
+    bpe.normalizer, bpe.pre_tokenizer = clip.word_splitter()
     bpe.train_from_iterator(captions, trainers.BpeTrainer(
         vocab_size=VOCAB_SIZE - 2 * len(alphabet) - 2, end_of_word_suffix="</w>",
         show_progress=False))
