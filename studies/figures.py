@@ -5,7 +5,7 @@
     python -m studies.figures halves        # docs/figures/halves.png: two drawings, a half each
     python -m studies.figures joined        # docs/figures/joined.png: two conditions, added
     python -m studies.figures windows       # docs/figures/windows.png: a part of the steps
-    python -m studies.figures tasks --bps FILE ..
+    python -m studies.figures tasks --bps FILES
                                             # docs/figures/tasks.png: a row for each trained BPS
 
 Shapes: C channels, H W rows and columns of the picture.
