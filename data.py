@@ -103,11 +103,11 @@ def load_pairs(task, split, folder=None, extract=False, default_prompt=""):
 
 
 def with_copies(pairs, with_mirrored=True, with_moved=True):
-    """The pairs, followed by a copy of each, or by up to MAX_COPIES - 1 if they are few.
+    """The pairs, followed by one copy of each, or by up to MAX_COPIES - 1 copies if they are few.
 
-    The first copy is mirrored, the others are moved; with_mirrored and with_moved turn off either.
-    Copies should be pictures that the base knows. The embedded base has only seen centred
-    portraits: its loss on moved ones is more than twice as high.
+    The first copy is mirrored, the others are moved. with_mirrored=False and with_moved=False leave
+    out one kind. Copies should be pictures that the base knows. The embedded base has only seen
+    centred portraits: its loss on moved ones is more than twice as high.
     """
     count = min(MAX_COPIES, max(2, COPIED_ROWS // len(pairs))) if with_moved else 1 + with_mirrored
     return [pair._replace(view=choose_view(copy, i, with_mirrored))
@@ -193,9 +193,9 @@ class LatentCache:
 
     def file_name(self, vae_hash, hash_file, pairs):
         """The name of a part's file, a hash of all that its content depends on."""
-        files = {file: hash_file(file) for pair in pairs for file in pair.files}
-        content = [CACHE_VERSION, vae_hash, self.task, self.size, self.extract, [*files.values()],
-                   [(pair.name, pair.view) for pair in pairs]]
+        content = [CACHE_VERSION, vae_hash, self.task, self.size, self.extract,
+                   [(pair.name, pair.view, [hash_file(file) for file in pair.files])
+                    for pair in pairs]]
         return f"{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:24]}.safetensors"
 
     def read(self, file, get):

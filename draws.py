@@ -76,7 +76,7 @@ def draw_pictures(base, prompts, count, size, folder, processes=Processes()):
 def pairs_of(files, prompts, read=None, reader=""):
     """Pairs of drawn pictures; read(image) -> condition picture, None if a program makes it.
 
-    reader: what identifies the reader, such as its hash: the cache depends on it.
+    reader: identifies `read`, such as the extractor's hash, so that a cache tells readers apart.
     """
     read = read or (lambda image: image)
     return [Pair(f"{file.parent.name}/{file.stem} {reader}",

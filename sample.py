@@ -119,11 +119,12 @@ def draw(base, context, empty, seeds, size, sampling=DEFAULTS, conditions=(), ba
     """Pictures x (B, 3, height, width), one per seed.
 
     context: text states (B, L, D), or (1, L, D) for all pictures. empty: (1, L, D) of the empty or
-    negative prompt. seeds: B integers. size: (width, height). conditions: Conditions with one cond
-    for all pictures, or B if batch is None. batch: pictures per call of the U-Net (default: all).
-    All batches advance together, so BPS runs once per timestep, and with batch 1 a picture is bit
-    for bit the same for every B. init: (clean latent (1, 4, h, w), first step), or None for pure
-    noise. on_step() is called after each step; an exception it raises ends the drawing.
+    negative prompt, or None without guidance. seeds: B integers. size: (width, height).
+    conditions: Conditions with one cond for all pictures, or with B if batch is None. batch:
+    pictures per call of the U-Net (default: all). All batches advance together, so BPS runs once
+    per timestep, and with batch 1 a picture is bit for bit the same for every B. init: (clean
+    latent (1, 4, h, w), first step), or None for pure noise. on_step() is called after each step;
+    an exception it raises ends the drawing.
     """
     if batch and any(len(condition.cond) > 1 for condition in conditions):
         raise ValueError("batch must be None if a Condition has a cond for each picture")
@@ -367,10 +368,11 @@ def read_conditions(job, networks, size, base, timesteps, device):
             raise UserError(f"--cond is missing. {c.bps} was trained for {bps.metadata['task']}.")
         cond = read_condition(c.cond, bps.metadata["task"], *size, bps.metadata.get("classes"))
         mask = c.mask and read_mask(c.mask, *size, base.vae.factor).to(device)
-        conditions.append(Condition(bps, cond[None], c.strength, c.window, mask))
-        if not conditions[-1].is_off and not any(map(conditions[-1].is_active, timesteps)):
+        condition = Condition(bps, cond[None], c.strength, c.window, mask)
+        if not condition.is_off and not any(map(condition.is_active, timesteps)):
             raise UserError("--window must contain a step, got {:g} {:g}. Widen it, or use more "
-                            "--steps or a larger --denoise.".format(*c.window))
+                            "--steps (with --init, or a larger --denoise).".format(*c.window))
+        conditions.append(condition)
     return conditions
 
 
@@ -417,10 +419,10 @@ def main():
     for job in jobs:                    # all first, so that an unreadable one costs no drawing
         conditions_of(job)
     hash_once = functools.cache(fingerprint)            # of a base it takes seconds
-    digests = [fingerprints(args, job.condition_args, hash_once) for job in jobs]
-    note_changes(args, digests[0], networks)
+    note_changes(args, fingerprints(args, jobs[0].condition_args, hash_once), networks)
     args.out.mkdir(parents=True, exist_ok=True)
-    for job, files in zip(jobs, digests):
+    for job in jobs:
+        files = fingerprints(args, job.condition_args, hash_once)
         fields = [png_fields(args, job, seed, size, files, base)
                   for seed in range(args.seed, args.seed + args.n)]
         pictures = {args.out / f"{job.name}{png['seed']:04d}.png": png for png in fields}

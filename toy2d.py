@@ -292,7 +292,7 @@ def draw(denoise, n, seed):
 
 # ---- the methods ---------------------------------------------------------------------------
 
-def draw_labels(world, n, seed):
+def sample_labels(world, n, seed):
     """The n labels of a seed: z_0 (n, 2) and cond (n, 6)."""
     return world.sample_labels(n, torch.Generator().manual_seed(30_000 + seed))
 
@@ -445,7 +445,7 @@ def compare(effort, seed, out):
     """Measure all methods on one seed; write a table and a figure."""
     world = pinwheel()
     prior = train_prior(world, seed, effort)
-    labels = draw_labels(world, LABELS, seed)
+    labels = sample_labels(world, LABELS, seed)
     held_out = HeldOut(world, seed)
     denoisers = dict(true=world.eps_bar, prior=lambda z_t, t, _: prior(z_t, t),
                      exact=world.eps_bar)

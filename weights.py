@@ -86,8 +86,9 @@ class Checkpoint(NamedTuple):
         """Module(Config(**config)) with the checkpoint's tensors, frozen; see load_strict.
 
         The module is created on the meta device, where initial weights need neither memory nor
-        time. Layers still do, so a config must not name more layers than the file has tensors. A
-        truncated download may end in zeros, but so do the ports of a BPS at the start.
+        time. Layers still do, so a config must not name more layers than the file has tensors.
+        may_end_in_zeros: accept a file whose last weights are zeros, as a BPS's untrained ports
+        are; in other files they mean a truncated download.
         """
         check_types(self.config, {field.name: field.default for field in fields(Config)}, self.file)
         part = Config.__name__.removesuffix("Config")

@@ -96,7 +96,7 @@ class Lab:
     def measure(self, run):
         """Train and measure a run."""
         held_out = self.held_out(run.seed)
-        labels = toy2d.draw_labels(self.world, run.n, run.seed)
+        labels = toy2d.sample_labels(self.world, run.n, run.seed)
         if run.method in NO_NETWORK:
             points, bits = dict(density=density, bound=bound)[run.method](held_out, labels)
         else:
@@ -334,7 +334,7 @@ def exact_denoiser(world, log_p_cond=0.0):
 def learn_kind(lab, kind):
     """eps(z_t, t, cond) of a BPS that saw the labels of seed 0, and of cond one kind only."""
     known = torch.tensor(KINDS[kind])
-    z_0, cond = toy2d.draw_labels(lab.world, toy2d.LABELS, 0)
+    z_0, cond = toy2d.sample_labels(lab.world, toy2d.LABELS, 0)
     run = Run("labels", toy2d.LABELS, *toy2d.METHODS["labels"], seed=0, effort=lab.effort)
     eps = learn(run, lab.prior(0), (z_0, cond * known))
     return lambda z_t, t, cond: eps(z_t, t, cond * known)
@@ -392,7 +392,7 @@ def sources(lab, labels_eps):
         "exact": world.eps_bar,
         "prior network + exact M": lambda z_t, t, _: prior(z_t, t) + world.steering(
             z_t, *toy2d.SCHEDULE.alpha_sigma(t, z_t), log_p),
-        "prior network + M of draws": learn(draws, prior, toy2d.draw_labels(
+        "prior network + M of draws": learn(draws, prior, toy2d.sample_labels(
             world, toy2d.LABELS, 0)),
         "prior network + M of labels": labels_eps}
     return [{"denoiser": name, "energy": held_out.scores(held_out.draw(eps))["energy"],

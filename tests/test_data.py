@@ -112,6 +112,12 @@ def test_a_cache_is_computed_once_and_again_for_different_content(base, pairs, f
     ImageOps.invert(Image.open(pairs[1].files[1])).save(pairs[1].files[1])
     LatentCache(pairs, "sketch", 64, base, folder=folder)
     assert len(list(folder.iterdir())) == 5 * 2 + 1
+    # the same files, but the third condition belongs to the first or to the second picture
+    first, second = ([*pairs[:2], pairs[2]._replace(
+        open_image=pair.open_image, files=(pairs[2].files[0], pair.files[1]))] for pair in pairs[:2])
+    first, second = (LatentCache(rows, "sketch", 64, base, folder=folder).files
+                     for rows in (first, second))
+    assert first != second
 
 
 def test_an_interrupted_pass_resumes_with_the_part_that_is_missing(base, pairs, folder, encoded,

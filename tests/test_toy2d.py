@@ -109,7 +109,7 @@ def test_the_fitted_likelihood_converges_to_the_exact_one():
     exact = exact + (normal / math.log(2)) - math.log2(math.sqrt(2 * math.pi))
     bits = []
     for n in (50, 400, 2000):
-        fitted = toy2d.fit_likelihood(*toy2d.draw_labels(world, n, 0))
+        fitted = toy2d.fit_likelihood(*toy2d.sample_labels(world, n, 0))
         log_p = torch.stack([toy.log_likelihood(fitted, z[None], c)[0] for z, c in zip(z_0, cond)])
         bits.append((exact - log_p / math.log(2)).mean().item())
     assert bits[0] > bits[1] > bits[2] > 0
@@ -126,7 +126,7 @@ def test_the_bound_with_an_exact_likelihood_loses_nothing(monkeypatch, held_out)
 def test_a_kernel_density_of_more_labels_is_closer():
     world = toy2d.pinwheel()
     held_out = toy2d.HeldOut(world, 0)
-    few, many = (toy.density(held_out, toy2d.draw_labels(world, n, 0)) for n in (12, 400))
+    few, many = (toy.density(held_out, toy2d.sample_labels(world, n, 0)) for n in (12, 400))
     energies = [held_out.scores(points)["energy"] for points, _ in (few, many)]
     assert energies[0] > 10 * energies[1] > 0 and few[1] > 4 * many[1] > 0
 
@@ -184,7 +184,7 @@ def test_only_scratch_is_new_and_only_tuned_changes_a_copy(monkeypatch, method):
     prior = toy2d.ToyUNet().requires_grad_(False)
     monkeypatch.setattr(toy2d, "train", Mock())
     monkeypatch.setattr(toy2d, "DRAWS", 40)
-    labels = toy2d.draw_labels(toy2d.pinwheel(), 5, 0)
+    labels = toy2d.sample_labels(toy2d.pinwheel(), 5, 0)
     eps = toy.learn(toy.Run(method, 5, 1, 1e-3, 0), prior, labels)
     z_t, t = torch.randn(B, 2), torch.arange(B) * 100
     untrained = eps(z_t, t, labels[1][:1].expand(B, 6))
@@ -234,7 +234,7 @@ def test_a_tempered_law_is_the_small_space_at_strength_1(held_out):
     reading = torch.distributions.Normal(held_out.world.places, toy2d.PLACE_ERROR * 2**0.5)
     for i, points in enumerate(toy.law_points(held_out, dict(place=0.5))[:5]):
         wide = held_out.world.sample(4000, torch.Generator().manual_seed(i),
-                                      reading.log_prob(held_out.cond[i, 5]))
+                                     reading.log_prob(held_out.cond[i, 5]))
         assert abs(energy_distance(points, wide)) < 4e-3
 
 
@@ -252,7 +252,7 @@ def test_strength_0_draws_the_prior_and_1_the_posterior(monkeypatch, held_out, s
 def test_a_short_training_steers():
     world = toy2d.pinwheel()
     prior, held_out = toy2d.train_prior(world, 0, effort=0.1), toy2d.HeldOut(world, 0)
-    eps = toy2d.learn("labels", prior, toy2d.draw_labels(world, 100, 0), 310, 3e-4, 0)
+    eps = toy2d.learn("labels", prior, toy2d.sample_labels(world, 100, 0), 310, 3e-4, 0)
     steered, alone = (held_out.scores(held_out.draw(denoise))
                       for denoise in (eps, lambda z_t, t, _: prior(z_t, t)))
     assert alone["accuracy"] < 0.3 and alone["energy"] > 1
