@@ -413,11 +413,12 @@ def print_table(title, groups):
         print(f"| {' | '.join(map(str, cells))} |")
 
 
-def draw_figures(groups, folder):
-    """Draw gain and line F1 by number of pairs, a line for each method, with bands over seeds."""
+def draw_figure(groups, folder):
+    """Draw gain and line F1 by number of sketches: a line for each method, bands over seeds."""
     folder.mkdir(exist_ok=True)
-    for head, name in (("gain x 1000", "gain"), ("line F1 (0 to 1)", "line-f1")):
-        figure = Figure(1, [f"{head} by number of pairs"])
+    heads = "gain x 1000", "line F1 (0 to 1)"
+    figure = Figure(2, [f"{head} by number of sketches" for head in heads])
+    for axes, head in zip(figure.axes, heads):
         for color, method in enumerate(MAIN):
             points = []
             for job, group in groups.items():
@@ -426,9 +427,8 @@ def draw_figures(groups, folder):
                     points.append((job.pairs or ALL_PAIRS, np.mean(values), np.std(values)))
             if points:
                 x, y, band = zip(*sorted(points))
-                figure.axes[0].line(x, y, method, band=band, color=color)
-        if figure.axes[0].lines:
-            figure.save(folder / f"rivals-{name}.png")
+                axes.line(x, y, method, band=band, color=color)
+    figure.save(folder / "rivals.png")
 
 
 def main():
@@ -442,7 +442,7 @@ def main():
     add("--done", action="store_true", help="train nothing: print what is done")
     add("--minutes", type=positive, default=10**6, help="start no training after this time")
     add("--record", type=Path, default=ROOT / "docs" / "rivals.jsonl", help="file of the results; "
-        "figures go to the folder beside it (default: docs/rivals.jsonl)")
+        "the figure goes to figures/ beside it (default: docs/rivals.jsonl)")
     add("--out", type=Path, default=Path("runs/rivals"), help="folder of the trainings under way "
         "(default: %(default)s)")
     args = parser.parse_args()
@@ -469,8 +469,8 @@ def main():
     for title, groups in tables.items():
         if groups:
             print_table(title, groups)
-    if chosen["data"]:
-        draw_figures(over_seeds(results, STUDIES["data"]), args.record.parent / "figures")
+    if chosen["data"] and (groups := over_seeds(results, STUDIES["data"])):
+        draw_figure(groups, args.record.parent / "figures")
 
 
 if __name__ == "__main__":
