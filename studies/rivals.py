@@ -424,7 +424,8 @@ def draw_figure(groups, folder):
             for job, group in groups.items():
                 if job.method == method:
                     values = [columns(numbers)[head] for numbers in group.values()]
-                    points.append((job.pairs or ALL_PAIRS, np.mean(values), np.std(values)))
+                    band = np.std(values, ddof=1) if len(values) > 1 else 0.0
+                    points.append((job.pairs or ALL_PAIRS, np.mean(values), band))
             if points:
                 x, y, band = zip(*sorted(points))
                 axes.line(x, y, method, band=band, color=color)
