@@ -424,7 +424,7 @@ def draw_figure(groups, folder):
             for job, group in groups.items():
                 if job.method == method:
                     values = [columns(numbers)[head] for numbers in group.values()]
-                    band = np.std(values, ddof=1) if len(values) > 1 else 0.0
+                    band = np.std(values, ddof=min(1, len(values) - 1))         # 0 for one value
                     points.append((job.pairs or ALL_PAIRS, np.mean(values), band))
             if points:
                 x, y, band = zip(*sorted(points))
@@ -463,13 +463,12 @@ def main():
         while todo := [row for row in todo if not finish(row, bench_of, args)]:
             time.sleep(WAIT)
     results = read_record(args.record, args.base_sha256)
-    tables = {(name, task): over_seeds(results, [row for row in study if row.task == task])
-              for name, study in chosen.items() for task in TASKS}
-    if not any(tables.values()):
+    tables = {(name, task): groups for name, study in chosen.items() for task in TASKS
+              if (groups := over_seeds(results, [row for row in study if row.task == task]))}
+    if not tables:
         raise UserError(f"{args.record} has no results of these rows.")
     for title, groups in tables.items():
-        if groups:
-            print_table(title, groups)
+        print_table(title, groups)
     if chosen["data"] and (groups := over_seeds(results, STUDIES["data"])):
         draw_figure(groups, args.record.parent / "figures")
 
