@@ -113,10 +113,10 @@ def test_a_cache_is_computed_once_and_again_for_different_content(base, pairs, f
     LatentCache(pairs, "sketch", 64, base, folder=folder)
     assert len(list(folder.iterdir())) == 5 * 2 + 1
     # the same files, but the third condition belongs to the first or to the second picture
-    first, second = ([*pairs[:2], pairs[2]._replace(
-        open_image=pair.open_image, files=(pairs[2].files[0], pair.files[1]))] for pair in pairs[:2])
-    first, second = (LatentCache(rows, "sketch", 64, base, folder=folder).files
-                     for rows in (first, second))
+    *two, third = pairs[:3]
+    first, second = (LatentCache(
+        [*two, third._replace(open_image=pair.open_image, files=(third.files[0], pair.files[1]))],
+        "sketch", 64, base, folder=folder).files for pair in two)
     assert first != second
 
 
