@@ -370,8 +370,8 @@ def read_conditions(job, networks, size, base, timesteps, device):
         mask = c.mask and read_mask(c.mask, *size, base.vae.factor).to(device)
         condition = Condition(bps, cond[None], c.strength, c.window, mask)
         if not condition.is_off and not any(map(condition.is_active, timesteps)):
-            raise UserError("--window must contain a step, got {:g} {:g}. Widen it, or use more "
-                            "--steps (with --init, or a larger --denoise).".format(*c.window))
+            raise UserError("--window must contain a step, got {:g} {:g}. Widen it, or raise "
+                            "--steps or, with --init, --denoise.".format(*c.window))
         conditions.append(condition)
     return conditions
 

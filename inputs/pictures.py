@@ -113,7 +113,7 @@ def without_drawn(pictures):
     for file, fields in pictures.items():
         drawn = find_drawn(file, fields)
         if drawn:
-            print(f"{drawn} (already drawn)")
+            print(f"{drawn} (already drawn; another --seed draws others)")
         else:
             missing[file] = fields
     return missing
