@@ -379,6 +379,12 @@ def columns(numbers):
     return found
 
 
+def mean_and_deviation(group, head):
+    """(mean, standard deviation over seeds) of a column; NaN if a seed lacks it, 0 for one seed."""
+    values = [columns(numbers).get(head, math.nan) for numbers in group.values()]
+    return np.mean(values), np.std(values, ddof=1) if np.ptp(values) > 0 else 0.0
+
+
 def beyond_bps(groups, job, name):
     """A cell: by how much gains or distances (`name`) exceed BPS's, with an error over pairs.
 
@@ -406,9 +412,9 @@ def print_table(title, groups):
     for job, group in groups.items():
         cells = [job.method, job.recipe, job.pairs or "all", job.steps, f"{job.rate:g}", len(group)]
         for head in heads:
-            values = [columns(numbers).get(head, math.nan) for numbers in group.values()]
-            deviation = f" +- {np.std(values, ddof=1):.2g}" if np.ptp(values) > 0 else ""
-            cells.append("-" if np.isnan(values).any() else f"{np.mean(values):.3g}{deviation}")
+            mean, deviation = mean_and_deviation(group, head)
+            error = f" +- {deviation:.2g}" if deviation else ""
+            cells.append("-" if np.isnan(mean) else f"{mean:.3g}{error}")
         cells += [beyond_bps(groups, job, name) for name in ("gains", "distances")]
         print(f"| {' | '.join(map(str, cells))} |")
 
@@ -420,14 +426,10 @@ def draw_figure(groups, folder):
     figure = Figure(2, [f"{head} by number of sketches" for head in heads])
     for axes, head in zip(figure.axes, heads):
         for color, method in enumerate(MAIN):
-            points = []
-            for job, group in groups.items():
-                if job.method == method:
-                    values = [columns(numbers)[head] for numbers in group.values()]
-                    band = np.std(values, ddof=min(1, len(values) - 1))         # 0 for one value
-                    points.append((job.pairs or ALL_PAIRS, np.mean(values), band))
+            points = sorted((job.pairs or ALL_PAIRS, *mean_and_deviation(group, head))
+                            for job, group in groups.items() if job.method == method)
             if points:
-                x, y, band = zip(*sorted(points))
+                x, y, band = zip(*points)
                 axes.line(x, y, method, band=band, color=color)
     figure.save(folder / "rivals.png")
 
