@@ -403,7 +403,7 @@ class HeldOut:
         """Bits (4,) that eps(z_t, t, cond) loses against eps_bar*, by quarter of t.
 
         1/2 integral of E|eps - eps_bar*|^2 d log snr over true points with noise. It bounds the
-        divergence of what is drawn (arXiv 2101.09258).
+        divergence of what the reverse SDE would draw (arXiv 2101.09258).
         """
         generator = torch.Generator().manual_seed(20_000 + self.seed)
         z_0, cond = self.independent.view(-1, 2), self.cond[self.rows]
