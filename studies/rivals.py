@@ -137,7 +137,7 @@ STUDIES = dict(
     + rows(["sketch"], ["bps"], pairs=(100, 0)),
     data=rows(["sketch"], MAIN) + rows(["sketch"], MAIN, pairs=(12, 100, 300), seeds=[0]),
     rates=[row._replace(rate=FIRST_RATE) for row in rows(["sketch"], MAIN, pairs=[40], seeds=[0])],
-    ablations=rows(["sketch"], PARTS, pairs=[0]) + rows(["sketch"], PARTS, pairs=[40], seeds=[0]),
+    ablations=rows(["sketch"], PARTS),
     steps=rows(["sketch"], LONGER, pairs=[0], steps=LONG)
     + rows(["sketch"], LONGER, pairs=[40], steps=LONG, seeds=[0])
     + rows(["sketch"], LONGER, pairs=[0], steps=LONGEST, seeds=[0]))
