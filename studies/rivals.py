@@ -420,14 +420,15 @@ def print_table(title, groups):
 
 
 def draw_figure(groups, folder):
-    """Draw gain and line F1 by number of sketches: a line for each method, bands over seeds."""
+    """Draw seed 0's gain and line F1 by number of sketches, with bands over seeds."""
     folder.mkdir(exist_ok=True)
     heads = "gain x 1000", "line F1 (0 to 1)"
     figure = Figure(2, [f"{head} by number of sketches" for head in heads])
     for axes, head in zip(figure.axes, heads):
         for color, method in enumerate(MAIN):
-            points = sorted((job.pairs or ALL_PAIRS, *mean_and_deviation(group, head))
-                            for job, group in groups.items() if job.method == method)
+            points = sorted((job.pairs or ALL_PAIRS, columns(group[0])[head],
+                             mean_and_deviation(group, head)[1])
+                            for job, group in groups.items() if job.method == method and 0 in group)
             if points:
                 x, y, band = zip(*points)
                 axes.line(x, y, method, band=band, color=color)
